@@ -1,0 +1,142 @@
+"""Every error of the project, as a tree with one root.
+
+TieredError
+├── ReplicationError            bytes, holders, placement
+│   ├── FencedError             a newer generation has taken over; this writer must stop
+│   ├── MemoryBudgetError       the object store is too small for what the policy asks for
+│   ├── PlacementError          the policy asks for more hosts than there are
+│   ├── HolderUnavailableError  a holder did not answer in time, or is dead
+│   ├── ShardNotHeldError       a holder was asked for bytes that it does not hold
+│   └── ChunkCorruptError       bytes arrived whose checksum is not the recorded one
+├── DeadlineError               a wait ended without its condition
+└── (tiered.errors)             steps, states, configuration, S3
+
+Each error keeps its facts in fields, says in one sentence what to change, and survives pickling
+(Ray carries errors between processes): the fields are the positional arguments.
+"""
+
+from typing import ClassVar
+
+
+class TieredError(Exception):
+    """Root of every error that this project raises.
+
+    Attributes:
+        retryable: True when the same call may succeed later without any change by the caller.
+    """
+
+    retryable: ClassVar[bool] = False
+
+
+class ReplicationError(TieredError):
+    """Root of the errors about bytes, holders and placement."""
+
+
+class FencedError(ReplicationError):
+    """A newer generation of the job has taken over; whoever gets this must stop writing."""
+
+    def __init__(self, job: str, generation: int, current: int) -> None:
+        super().__init__(job, generation, current)
+        self.job = job
+        self.generation = generation
+        self.current = current
+
+    def __str__(self) -> str:
+        return (
+            f"job {self.job!r}: generation {self.generation} is fenced off, generation "
+            f"{self.current} has taken over; end this process, its saves can no longer count"
+        )
+
+
+class MemoryBudgetError(ReplicationError):
+    """The object store of a host is too small for the steps and replicas that were asked for."""
+
+    def __init__(self, node_id: str, need_bytes: int, have_bytes: int, detail: str) -> None:
+        super().__init__(node_id, need_bytes, have_bytes, detail)
+        self.node_id = node_id
+        self.need_bytes = need_bytes
+        self.have_bytes = have_bytes
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return (
+            f"host {self.node_id[:8]} needs {self.need_bytes:,} bytes for checkpoints "
+            f"({self.detail}) but its object store has {self.have_bytes:,} for them; start Ray "
+            "with a larger --object-store-memory, or lower Memory(keep=...) or "
+            "Memory(replicas=...)"
+        )
+
+
+class PlacementError(ReplicationError):
+    """More replicas were asked for than there are other hosts to hold them."""
+
+    def __init__(self, replicas: int, hosts: int) -> None:
+        super().__init__(replicas, hosts)
+        self.replicas = replicas
+        self.hosts = hosts
+
+    def __str__(self) -> str:
+        return (
+            f"replicas={self.replicas} needs at least {self.replicas + 1} hosts, the cluster has "
+            f"{self.hosts}; add hosts or set Memory(replicas={max(0, self.hosts - 1)})"
+        )
+
+
+class HolderUnavailableError(ReplicationError):
+    """A holder is dead, or did not answer within its deadline."""
+
+    retryable: ClassVar[bool] = True
+
+    def __init__(self, node_id: str, reason: str) -> None:
+        super().__init__(node_id, reason)
+        self.node_id = node_id
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the holder on host {self.node_id[:8]} is not available: {self.reason}"
+
+
+class ShardNotHeldError(ReplicationError):
+    """A holder was asked for a chunk that it does not hold (any more)."""
+
+    def __init__(self, node_id: str, shard: str) -> None:
+        super().__init__(node_id, shard)
+        self.node_id = node_id
+        self.shard = shard
+
+    def __str__(self) -> str:
+        return f"the holder on host {self.node_id[:8]} does not hold {self.shard}"
+
+
+class ChunkCorruptError(ReplicationError):
+    """A chunk's bytes do not have the checksum that was recorded when it was staged."""
+
+    retryable: ClassVar[bool] = True
+
+    def __init__(self, source: str, shard: str, index: int) -> None:
+        super().__init__(source, shard, index)
+        self.source = source
+        self.shard = shard
+        self.index = index
+
+    def __str__(self) -> str:
+        return (
+            f"chunk {self.index} of {self.shard} from {self.source} is corrupt: "
+            "its xxh3-128 checksum is not the recorded one"
+        )
+
+
+class DeadlineError(TieredError):
+    """A wait ended without its condition; nothing was undone by it."""
+
+    retryable: ClassVar[bool] = True
+
+    def __init__(self, what: str, timeout_s: float, detail: str = "") -> None:
+        super().__init__(what, timeout_s, detail)
+        self.what = what
+        self.timeout_s = timeout_s
+        self.detail = detail
+
+    def __str__(self) -> str:
+        tail = f": {self.detail}" if self.detail else ""
+        return f"{self.what} did not happen within {self.timeout_s:g} s{tail}"

@@ -1,0 +1,144 @@
+"""The nouns of the protocol: which bytes, of which step, held by whom.
+
+Identity is (job, generation, step, rank), never the step alone: two lives of a job may both have
+written step 100, and only one of them is on the branch that training continued from. A `Version`
+orders history lexicographically by generation, then step.
+
+A shard is one rank's part of a step: one image of bytes, cut into chunks. Its `ShardPlan` is known
+before any byte moves; its `ShardRecord`, with a checksum for each chunk, once it is sealed.
+Records are written as msgpack with a format number, and read back strictly.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NewType
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from replication.checksum import combine
+
+RECORD_FORMAT = 1
+
+Buffer = npt.NDArray[np.uint8]  # one contiguous run of bytes, [n] uint8
+Chunk = list[Buffer]  # a chunk's bytes are the concatenation of its buffers
+Life = NewType("Life", str)  # names one life of a job's workers; all its ranks give the same
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Version:
+    """A step as written by one generation; versions order history."""
+
+    generation: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"step {self.step} (generation {self.generation})"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ShardKey:
+    """Names one rank's shard of one version of one job; written once, by one writer."""
+
+    job: str
+    version: Version
+    rank: int
+
+    def __str__(self) -> str:
+        v = self.version
+        return f"[{self.job} gen={v.generation} rank={self.rank} step={v.step}]"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class HolderId:
+    """One life of the holder on one host; a restarted holder has lost its data and its name."""
+
+    node_id: str
+    incarnation: str
+
+    def __str__(self) -> str:
+        return f"{self.node_id[:8]}/{self.incarnation[:4]}"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """What is known of a shard before any byte moves.
+
+    Attributes:
+        world_size: Ranks of the job that saved it; the step is complete with this many shards.
+        chunk_sizes: Bytes of each chunk, in order; their sum is the image's size.
+    """
+
+    world_size: int
+    chunk_sizes: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the whole image."""
+        return sum(self.chunk_sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """A sealed shard: every chunk's size and xxh3-128 checksum (16 bytes each)."""
+
+    key: ShardKey
+    plan: ShardPlan
+    digests: tuple[bytes, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.digests) != len(self.plan.chunk_sizes):
+            raise ValueError(
+                f"{self.key}: {len(self.digests)} checksums for "
+                f"{len(self.plan.chunk_sizes)} chunks"
+            )
+
+    @property
+    def digest(self) -> bytes:
+        """One checksum for the whole shard: xxh3-128 over its chunks' checksums."""
+        return combine(self.digests)
+
+    def pack(self) -> dict[str, Any]:
+        """The record as plain msgpack types."""
+        return {
+            "job": self.key.job,
+            "generation": self.key.version.generation,
+            "step": self.key.version.step,
+            "rank": self.key.rank,
+            "world_size": self.plan.world_size,
+            "chunk_sizes": list(self.plan.chunk_sizes),
+            "digests": list(self.digests),
+        }
+
+    @staticmethod
+    def unpack(data: Mapping[str, Any]) -> "ShardRecord":
+        """Read what `pack` wrote; raises ValueError, KeyError or TypeError on anything else."""
+        version = Version(int(data["generation"]), int(data["step"]))
+        plan = ShardPlan(int(data["world_size"]), tuple(int(n) for n in data["chunk_sizes"]))
+        digests = tuple(bytes(d) for d in data["digests"])
+        return ShardRecord(ShardKey(str(data["job"]), version, int(data["rank"])), plan, digests)
+
+
+def encode(kind: str, body: Mapping[str, Any]) -> bytes:
+    """Msgpack of a record with its kind and format number."""
+    return bytes(msgpack.packb({"format": RECORD_FORMAT, "kind": kind, **body}))
+
+
+def decode(kind: str, data: bytes) -> dict[str, Any]:
+    """Read what `encode` wrote.
+
+    Raises:
+        ValueError: It is not msgpack, not of this kind, or of a newer format.
+    """
+    try:
+        body = msgpack.unpackb(data, strict_map_key=False)
+    except Exception as error:  # msgpack raises several unrelated types
+        raise ValueError(f"not a {kind} record: {error}") from error
+    if not isinstance(body, dict) or body.get("kind") != kind:
+        raise ValueError(f"not a {kind} record")
+    if body.get("format") != RECORD_FORMAT:
+        raise ValueError(
+            f"{kind} record of format {body.get('format')!r}, this release reads {RECORD_FORMAT}"
+        )
+    return body

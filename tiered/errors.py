@@ -1,0 +1,92 @@
+"""The errors of `tiered`: configuration, states, steps and the durable tier.
+
+TieredError (replication.errors)
+└── CheckpointError
+    ├── ConfigError            a setting is wrong; says which, and what it may be
+    ├── StateError             a state holds something that cannot be saved or filled; names the key
+    ├── WorldSizeError         ranks of one generation disagree on their number, or it changed
+    ├── StepNotFoundError      a step that was asked for is not restorable; says what is
+    ├── SaveError              a save did not reach the level that was waited for
+    └── DurableStoreError      S3 could not be reached, refused, or answered wrongly
+"""
+
+from typing import ClassVar
+
+from replication.errors import TieredError
+
+
+class CheckpointError(TieredError):
+    """Root of the errors about checkpoints, as `replication.errors` is about bytes."""
+
+
+class ConfigError(CheckpointError, ValueError):
+    """A setting is wrong. The message says which one and what it may be."""
+
+
+class StateError(CheckpointError):
+    """A state holds a value that cannot be saved, or does not fit the saved one."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(key, problem)
+        self.key = key
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"state key {self.key!r}: {self.problem}"
+
+
+class WorldSizeError(CheckpointError):
+    """The number of ranks is not the one that this generation, or the saved step, has."""
+
+    def __init__(self, have: int, need: int, where: str) -> None:
+        super().__init__(have, need, where)
+        self.have = have
+        self.need = need
+        self.where = where
+
+    def __str__(self) -> str:
+        return (
+            f"world size {self.have}, but {self.where} has {self.need}; "
+            f"start the job with {self.need} ranks"
+        )
+
+
+class StepNotFoundError(CheckpointError):
+    """The step that was asked for cannot be restored; `reasons` say what was looked at."""
+
+    def __init__(self, job: str, wanted: str, reasons: tuple[str, ...]) -> None:
+        super().__init__(job, wanted, reasons)
+        self.job = job
+        self.wanted = wanted
+        self.reasons = reasons
+
+    def __str__(self) -> str:
+        seen = "; ".join(self.reasons) or "no step of this job is in memory or on S3"
+        return f"job {self.job!r}: {self.wanted} cannot be restored: {seen}"
+
+
+class SaveError(CheckpointError):
+    """A save failed; training may go on, the step just does not count."""
+
+    def __init__(self, step: int, problem: str) -> None:
+        super().__init__(step, problem)
+        self.step = step
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"the save of step {self.step} failed: {self.problem}"
+
+
+class DurableStoreError(CheckpointError):
+    """The durable store could not be reached, refused a request, or answered wrongly."""
+
+    retryable: ClassVar[bool] = True
+
+    def __init__(self, store: str, operation: str, problem: str) -> None:
+        super().__init__(store, operation, problem)
+        self.store = store
+        self.operation = operation
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.operation} at {self.store} failed: {self.problem}"

@@ -23,6 +23,7 @@ RECORD_FORMAT = 1
 
 Buffer = npt.NDArray[np.uint8]  # one contiguous run of bytes, [n] uint8
 Chunk = list[Buffer]  # a chunk's bytes are the concatenation of its buffers
+ActorRef = Any  # a Ray actor's handle, whose remote methods Ray does not type
 Life = NewType("Life", str)  # names one life of a job's workers; all its ranks give the same
 
 
@@ -90,8 +91,7 @@ class ShardRecord:
     def __post_init__(self) -> None:
         if len(self.digests) != len(self.plan.chunk_sizes):
             raise ValueError(
-                f"{self.key}: {len(self.digests)} checksums for "
-                f"{len(self.plan.chunk_sizes)} chunks"
+                f"{self.key}: {len(self.digests)} checksums for {len(self.plan.chunk_sizes)} chunks"
             )
 
     @property

@@ -1,0 +1,261 @@
+"""A real Ray cluster of several hosts on this machine, whose hosts can be killed.
+
+Each host is a raylet with its own object store, its own workers and its own loopback address
+(127.10.0.2, .3, ...), so that whatever tells hosts apart by address (Ray Train's local ranks do)
+sees several. The head, 127.10.0.1, has no CPU: like the head of a Kubernetes cluster it runs the
+GCS and the driver, no trainer, and is never killed.
+
+Raylets are started one after another. Four at once took 3 s instead of 7 s, but in one of three
+runs two agents took each other's files, and a raylet died (ray 2.60).
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+
+from chaos import session_guard
+
+logger = logging.getLogger(__name__)
+
+MIB = 1024 * 1024
+HEAD_STORE_BYTES = 100 * MIB
+
+# A killed host's port refuses, which counts as one failure a period: dead after about 3 s. A
+# timeout much shorter than this declares hosts dead that are merely busy importing torch.
+QUICK_DETECTION: Mapping[str, int] = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 3000,
+    "health_check_failure_threshold": 3,
+    # A pull that first chose the dead host would otherwise wait 10 s for it.
+    "object_manager_pull_timeout_ms": 2000,
+}
+
+
+class LocalCluster:
+    """A head and `hosts` raylets; on exit nothing of it is left, whatever happened inside.
+
+    Entering it starts the cluster and connects this process as its driver; one at a time in a
+    process. The raylets, and so every actor and trainer, inherit `os.environ` as it is then.
+    Should this process be SIGKILLed, a guard process ends the cluster.
+
+    Args:
+        hosts: How many to start with.
+        cpus_per_host: Ray's logical CPUs of each.
+        object_store_bytes: Size of each host's object store.
+        labels: Ray node labels of the first hosts, in order, for example their failure domains.
+        system_config: Ray settings over `QUICK_DETECTION`, by their names in `ray_config_def.h`.
+        namespace: Ray namespace of the driver.
+    """
+
+    def __init__(
+        self,
+        hosts: int = 4,
+        *,
+        cpus_per_host: int = 1,
+        object_store_bytes: int = 700 * MIB,
+        labels: Sequence[Mapping[str, str]] = (),
+        system_config: Mapping[str, Any] | None = None,
+        namespace: str | None = None,
+    ) -> None:
+        self._initial_hosts = hosts
+        self._cpus_per_host = cpus_per_host
+        self._object_store_bytes = object_store_bytes
+        self._labels = list(labels)
+        self._system_config = {**QUICK_DETECTION, **(system_config or {})}
+        self._namespace = namespace
+        self._folder = ""
+        self._cluster: Any = None  # ray.cluster_utils has no types
+        self._nodes: dict[str, Any] = {}
+        self._started = 0
+        self._guard: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        """Address for `ray.init` in another process."""
+        return str(self._cluster.address)
+
+    @property
+    def hosts(self) -> list[str]:
+        """Node ids of the hosts that were not killed, oldest first; the head is not one."""
+        return list(self._nodes)
+
+    def start(self) -> Self:
+        """Start everything and connect; on failure nothing is left running."""
+        assert self._cluster is None, "a LocalCluster starts once"
+        # Ray clusters authenticate by a token; without this Ray writes one into the home folder.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # The sockets inside have long names, and a Unix socket's path ends at 107 bytes.
+        self._folder = tempfile.mkdtemp(prefix="lc-", dir="/tmp")
+        try:
+            self._start_guard()
+            with self._session_environment():
+                self._cluster = Cluster(
+                    initialize_head=True,
+                    # Ray's exit hooks replace the SIGTERM handler; shutdown and guard do better.
+                    shutdown_at_exit=False,
+                    head_node_args={
+                        "num_cpus": 0,
+                        "object_store_memory": HEAD_STORE_BYTES,
+                        "include_dashboard": False,
+                        "temp_dir": os.path.join(self._folder, "ray"),
+                        "_system_config": self._system_config,
+                        **self._addresses(),
+                    },
+                )
+            for _ in range(self._initial_hosts):
+                self.add_host(self._labels.pop(0) if self._labels else None)
+            ray.init(
+                address=self.address,
+                namespace=self._namespace,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        except BaseException:
+            self.shutdown()
+            raise
+        return self
+
+    def add_host(self, labels: Mapping[str, str] | None = None) -> str:
+        """Start one more host; returns its node id once it is part of the cluster."""
+        with self._session_environment():
+            node = self._cluster.add_node(
+                num_cpus=self._cpus_per_host,
+                object_store_memory=self._object_store_bytes,
+                labels=dict(labels or {}),
+                **self._addresses(),
+            )
+        node_id = str(node.node_id)
+        self._nodes[node_id] = node
+        return node_id
+
+    def host_processes(self, node_id: str) -> list[psutil.Process]:
+        """Every process of a host: its raylet first, then workers, actors and agents."""
+        raylet = psutil.Process(_raylet(self._nodes[node_id]).pid)
+        return [raylet, *raylet.children(recursive=True)]
+
+    def kill_host(self, node_id: str) -> None:
+        """SIGKILL the raylet and every process under it, as a power cut would; returns when gone.
+
+        Ray is not told: the cluster has to find out by itself.
+        """
+        raylet = _raylet(self._nodes[node_id])
+        os.kill(raylet.pid, signal.SIGSTOP)  # or it could start a worker that is not in the list
+        session_guard.kill_processes(self.host_processes(node_id), timeout_s=5.0)
+        raylet.wait(timeout=5.0)  # an unreaped raylet keeps its orphaned actors alive for 40 s
+        node = self._nodes.pop(node_id)
+        self._cluster.worker_nodes.remove(node)
+
+    def kill_process(self, pid: int) -> None:
+        """SIGKILL one worker or actor of this cluster; returns when it is gone.
+
+        Raises:
+            ValueError: No live host runs a process of this pid.
+        """
+        for node_id in self.hosts:
+            for process in self.host_processes(node_id)[1:]:
+                if process.pid == pid:
+                    session_guard.kill_processes([process], timeout_s=5.0)
+                    return
+        raise ValueError(f"process {pid} belongs to no host of this cluster")
+
+    def shutdown(self) -> None:
+        """Disconnect and end every process of the cluster; idempotent.
+
+        Raises:
+            RuntimeError: Some process outlived SIGKILL.
+        """
+        if not self._folder:
+            return
+        folder = self._folder
+        try:
+            ray.shutdown()
+        finally:
+            left = session_guard.end_session(folder)
+            self._reap()
+            shutil.rmtree(folder, ignore_errors=True)
+            self._folder = ""
+            self._nodes.clear()
+        if left:
+            raise RuntimeError(f"processes of {folder} are left: {[p.pid for p in left]}")
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+    def _addresses(self) -> dict[str, str]:
+        """The next host's own loopback address and short socket names."""
+        self._started += 1
+        n = self._started
+        return {
+            "node_ip_address": f"127.10.0.{n}",
+            "raylet_socket_name": os.path.join(self._folder, f"raylet{n}"),
+            "plasma_store_socket_name": os.path.join(self._folder, f"plasma{n}"),
+        }
+
+    @contextlib.contextmanager
+    def _session_environment(self) -> Iterator[None]:
+        """What is started inside belongs to this session, and can be found by it.
+
+        Only what is started inside: a server that a test starts beside the cluster does not.
+        """
+        before = os.environ.get("RAY_TMPDIR")
+        os.environ["RAY_TMPDIR"] = self._folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["RAY_TMPDIR"]
+            else:
+                os.environ["RAY_TMPDIR"] = before
+
+    def _start_guard(self) -> None:
+        self._guard = subprocess.Popen(
+            [sys.executable, session_guard.__file__, self._folder],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C in the terminal must not end it
+        )
+
+    def _reap(self) -> None:
+        """Wait for our own children, so that none stays behind as a zombie."""
+        nodes = self._cluster.list_all_nodes() if self._cluster is not None else []
+        children = [info.process for node in nodes for info in _process_infos(node)]
+        if self._guard is not None:
+            self._guard.kill()
+            if self._guard.stdin is not None:
+                self._guard.stdin.close()
+            children.append(self._guard)
+        deadline_s = time.monotonic() + 5.0
+        for child in children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=max(0.0, deadline_s - time.monotonic()))
+
+
+def _process_infos(node: Any) -> list[Any]:
+    return [info for infos in node.all_processes.values() for info in infos]
+
+
+def _raylet(node: Any) -> "subprocess.Popen[bytes]":
+    process: subprocess.Popen[bytes] = node.all_processes["raylet"][0].process
+    return process

@@ -1,0 +1,457 @@
+"""The core of a holder: what it holds, what it owes its buddies, and what it refuses.
+
+Rules:
+    1. A shard is immutable and has one writer; staging or offering the same chunk again changes
+       nothing (every call may be repeated).
+    2. A chunk is hashed once, on the host where it was staged, and the checksum travels with it.
+       Nothing counts as held before every chunk of the shard is here and hashed or verified:
+       then the shard is sealed, and reported.
+    3. Writes, and requests to collect, of a generation older than the fence are refused. A write of
+       a newer one raises the fence.
+    4. What is not sealed is invisible to everybody else. What is below the watermark goes, and the
+       watermark never moves back.
+    5. The budget is checked before any byte is pinned.
+
+`handle` takes an event and returns commands; it does no I/O, knows no clock but `now_s`, and
+keeps no bytes: the shell (`replication.holder`) pins those and carries the commands out, feeding
+each outcome back as an event.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from replication.errors import FencedError, MemoryBudgetError, ShardNotHeldError
+from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
+
+OFFER_BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+# --- events -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkStaged:
+    """A trainer on this host put a chunk, and the shell has pinned it."""
+
+    key: ShardKey
+    plan: ShardPlan
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkHashed:
+    """The checksum of a chunk staged here is known."""
+
+    key: ShardKey
+    index: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkFetched:
+    """A chunk that a peer offered is here, verified against `digest`, and pinned."""
+
+    key: ShardKey
+    plan: ShardPlan
+    index: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkTaken:
+    """A peer has verified and pinned a chunk that was offered to it."""
+
+    peer: HolderId
+    key: ShardKey
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkNotTaken:
+    """An offer failed, or its answer did not come in time; it will be repeated."""
+
+    peer: HolderId
+    key: ShardKey
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class BuddiesChanged:
+    """From now on shards of `job` staged here are replicated to `buddies`."""
+
+    job: str
+    buddies: tuple[HolderId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicationRequested:
+    """The coordinator wants one more copy of a shard, whoever staged it (repair)."""
+
+    key: ShardKey
+    to: HolderId
+
+
+@dataclass(frozen=True, slots=True)
+class FenceRaised:
+    """Generation `generation` of `job` has begun; older ones write no more."""
+
+    job: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class WatermarkRaised:
+    """Generation `generation` of `job` says that nothing below `below` is needed any more."""
+
+    job: str
+    generation: int
+    below: Version
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkFoundCorrupt:
+    """A re-read chunk does not have its checksum: the whole copy stops counting."""
+
+    key: ShardKey
+
+
+@dataclass(frozen=True, slots=True)
+class JobForgotten:
+    """Everything of a job goes."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time passed; offers whose pause is over are repeated."""
+
+
+Event = (
+    ChunkStaged
+    | ChunkHashed
+    | ChunkFetched
+    | ChunkTaken
+    | ChunkNotTaken
+    | BuddiesChanged
+    | ReplicationRequested
+    | FenceRaised
+    | WatermarkRaised
+    | ChunkFoundCorrupt
+    | JobForgotten
+    | Ticked
+)
+
+
+# --- commands -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HashChunk:
+    """Compute a chunk's checksum; answer with ChunkHashed."""
+
+    key: ShardKey
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class OfferChunk:
+    """Ask `to` to fetch a chunk from here; answer with ChunkTaken or ChunkNotTaken."""
+
+    to: HolderId
+    key: ShardKey
+    plan: ShardPlan
+    index: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReportShard:
+    """Tell the coordinator that this shard is held here, whole and verified."""
+
+    record: ShardRecord
+
+
+@dataclass(frozen=True, slots=True)
+class DropShard:
+    """Let go of a shard's bytes."""
+
+    key: ShardKey
+
+
+Command = HashChunk | OfferChunk | ReportShard | DropShard
+
+
+# --- state --------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class HeldShard:
+    """One shard here, sealed or still arriving."""
+
+    plan: ShardPlan
+    staged_here: bool
+    present: set[int] = field(default_factory=set)
+    digests: dict[int, bytes] = field(default_factory=dict)
+    quarantined: bool = False
+    extra_peers: set[HolderId] = field(default_factory=set)
+    offered: set[tuple[HolderId, int]] = field(default_factory=set)
+    taken: set[tuple[HolderId, int]] = field(default_factory=set)
+
+    @property
+    def is_sealed(self) -> bool:
+        """Every chunk is here with its checksum, and none was found corrupt."""
+        return not self.quarantined and len(self.digests) == len(self.plan.chunk_sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What one rank on this host declared that it will need here."""
+
+    generation: int
+    need_bytes: int
+    detail: str
+
+
+class Inventory:
+    """What one holder holds. Not thread-safe: the shell serialises its calls."""
+
+    def __init__(self, holder: HolderId, capacity_bytes: int) -> None:
+        self.holder = holder
+        self.capacity_bytes = capacity_bytes
+        self.shards: dict[ShardKey, HeldShard] = {}
+        self.fences: dict[str, int] = {}
+        self.watermarks: dict[str, Version] = {}
+        self.buddies: dict[str, tuple[HolderId, ...]] = {}
+        self.reservations: dict[tuple[str, int], Reservation] = {}
+        self._retries: dict[tuple[HolderId, ShardKey, int], tuple[int, float]] = {}
+
+    # -- questions ---------------------------------------------------------------------------
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of every shard here, arriving ones at their full size."""
+        return sum(shard.plan.size_bytes for shard in self.shards.values())
+
+    def records(self, job: str | None = None) -> list[ShardRecord]:
+        """Every sealed shard, of one job or of all."""
+        return [
+            self.record(key)
+            for key, shard in sorted(self.shards.items())
+            if shard.is_sealed and job in (None, key.job)
+        ]
+
+    def record(self, key: ShardKey) -> ShardRecord:
+        """The record of a sealed shard.
+
+        Raises:
+            ShardNotHeldError: It is not here, not whole, or was found corrupt.
+        """
+        shard = self.shards.get(key)
+        if shard is None or not shard.is_sealed:
+            raise ShardNotHeldError(self.holder.node_id, str(key))
+        digests = tuple(shard.digests[i] for i in range(len(shard.plan.chunk_sizes)))
+        return ShardRecord(key, shard.plan, digests)
+
+    def has_chunk(self, key: ShardKey, index: int) -> bool:
+        """Whether this chunk is already pinned here."""
+        shard = self.shards.get(key)
+        return shard is not None and index in shard.present
+
+    def is_collected(self, key: ShardKey) -> bool:
+        """Whether the watermark has passed this shard: a late copy of it is not wanted."""
+        watermark = self.watermarks.get(key.job)
+        return watermark is not None and key.version < watermark
+
+    def check_generation(self, job: str, generation: int) -> None:
+        """Refuse what a fenced-off generation asks for.
+
+        Raises:
+            FencedError: A newer generation has taken over.
+        """
+        fence = self.fences.get(job, 0)
+        if generation < fence:
+            raise FencedError(job, generation, fence)
+
+    def check_write(self, key: ShardKey, plan: ShardPlan) -> None:
+        """Refuse a write before any byte of it is pinned.
+
+        Raises:
+            FencedError: Its generation is fenced off.
+            MemoryBudgetError: It does not fit.
+        """
+        self.check_generation(key.job, key.version.generation)
+        if key in self.shards:
+            return
+        need = self.used_bytes + plan.size_bytes
+        if need > self.capacity_bytes:
+            detail = f"{self.used_bytes:,} held and {plan.size_bytes:,} for {key}"
+            raise MemoryBudgetError(self.holder.node_id, need, self.capacity_bytes, detail)
+
+    def reserve(self, job: str, rank: int, reservation: Reservation) -> None:
+        """Declare what `rank` will need on this host, before it sends a byte; idempotent.
+
+        Raises:
+            FencedError: The generation is fenced off.
+            MemoryBudgetError: With what other ranks declared it exceeds the budget.
+        """
+        self.check_generation(job, reservation.generation)
+        others = sum(r.need_bytes for k, r in self.reservations.items() if k != (job, rank))
+        need = others + reservation.need_bytes
+        if need > self.capacity_bytes:
+            detail = reservation.detail
+            if others:
+                detail += f"; {others:,} are declared by other ranks of this host"
+            raise MemoryBudgetError(self.holder.node_id, need, self.capacity_bytes, detail)
+        self.reservations[job, rank] = reservation
+
+    # -- events ------------------------------------------------------------------------------
+
+    def handle(self, event: Event, now_s: float) -> list[Command]:
+        """Take one event; return what has to be done because of it."""
+        match event:
+            case ChunkStaged():
+                return self._staged(event)
+            case ChunkHashed():
+                return self._hashed(event)
+            case ChunkFetched():
+                return self._fetched(event)
+            case ChunkTaken():
+                self._retries.pop((event.peer, event.key, event.index), None)
+                if shard := self.shards.get(event.key):
+                    shard.taken.add((event.peer, event.index))
+                return []
+            case ChunkNotTaken():
+                self._schedule_retry(event, now_s)
+                return []
+            case BuddiesChanged():
+                self.buddies[event.job] = event.buddies
+                return self._offers(event.job)
+            case ReplicationRequested():
+                if (shard := self.shards.get(event.key)) is None or not shard.is_sealed:
+                    return []
+                shard.extra_peers.add(event.to)
+                # The peer may have lost what it once took: offer every chunk again.
+                for index in range(len(shard.plan.chunk_sizes)):
+                    shard.taken.discard((event.to, index))
+                    shard.offered.discard((event.to, index))
+                return self._offers(event.key.job, only=event.key)
+            case FenceRaised():
+                self._raise_fence(event.job, event.generation)
+                return []
+            case WatermarkRaised():
+                return self._collect(event)
+            case ChunkFoundCorrupt():
+                if shard := self.shards.get(event.key):
+                    shard.quarantined = True
+                return []
+            case JobForgotten():
+                return self._forget(event.job)
+            case Ticked():
+                return self._repeat_offers(now_s)
+            case _:
+                assert_never(event)
+
+    def _staged(self, event: ChunkStaged) -> list[Command]:
+        if self.is_collected(event.key):
+            return [DropShard(event.key)]
+        self._raise_fence(event.key.job, event.key.version.generation)
+        shard = self.shards.setdefault(event.key, HeldShard(event.plan, staged_here=True))
+        if event.index in shard.present:
+            return []
+        shard.present.add(event.index)
+        return [HashChunk(event.key, event.index)]
+
+    def _hashed(self, event: ChunkHashed) -> list[Command]:
+        shard = self.shards.get(event.key)
+        if shard is None or event.index in shard.digests:
+            return []
+        shard.digests[event.index] = event.digest
+        return [*self._seal(event.key, shard), *self._offers(event.key.job, only=event.key)]
+
+    def _fetched(self, event: ChunkFetched) -> list[Command]:
+        if self.is_collected(event.key):
+            return [DropShard(event.key)]
+        self._raise_fence(event.key.job, event.key.version.generation)
+        shard = self.shards.setdefault(event.key, HeldShard(event.plan, staged_here=False))
+        if event.index in shard.digests:
+            return []
+        shard.present.add(event.index)
+        shard.digests[event.index] = event.digest
+        return self._seal(event.key, shard)
+
+    def _seal(self, key: ShardKey, shard: HeldShard) -> list[Command]:
+        return [ReportShard(self.record(key))] if shard.is_sealed else []
+
+    def _raise_fence(self, job: str, generation: int) -> None:
+        if generation > self.fences.get(job, 0):
+            self.fences[job] = generation
+            self.reservations = {
+                k: r
+                for k, r in self.reservations.items()
+                if k[0] != job or r.generation >= generation
+            }
+
+    def _collect(self, event: WatermarkRaised) -> list[Command]:
+        self.check_generation(event.job, event.generation)
+        below = max(event.below, self.watermarks.get(event.job, event.below))
+        self.watermarks[event.job] = below
+        gone = [k for k in self.shards if k.job == event.job and k.version < below]
+        return [self._drop(key) for key in gone]
+
+    def _forget(self, job: str) -> list[Command]:
+        self.reservations = {k: r for k, r in self.reservations.items() if k[0] != job}
+        self.buddies.pop(job, None)
+        return [self._drop(key) for key in [k for k in self.shards if k.job == job]]
+
+    def _drop(self, key: ShardKey) -> Command:
+        del self.shards[key]
+        self._retries = {k: v for k, v in self._retries.items() if k[1] != key}
+        return DropShard(key)
+
+    # -- offers ------------------------------------------------------------------------------
+
+    def _peers_of(self, key: ShardKey, shard: HeldShard) -> Iterator[HolderId]:
+        buddies = self.buddies.get(key.job, ()) if shard.staged_here else ()
+        seen = {self.holder}
+        for peer in (*buddies, *sorted(shard.extra_peers)):
+            if peer not in seen:
+                seen.add(peer)
+                yield peer
+
+    def _offers(self, job: str, only: ShardKey | None = None) -> list[Command]:
+        """Offer each hashed chunk to each peer that was not offered it yet."""
+        commands: list[Command] = []
+        keys = [only] if only is not None else sorted(k for k in self.shards if k.job == job)
+        for key in keys:
+            shard = self.shards[key]
+            if shard.quarantined:
+                continue
+            for peer in self._peers_of(key, shard):
+                for index, digest in sorted(shard.digests.items()):
+                    if (peer, index) in shard.offered:
+                        continue
+                    shard.offered.add((peer, index))
+                    commands.append(OfferChunk(peer, key, shard.plan, index, digest))
+        return commands
+
+    def _schedule_retry(self, event: ChunkNotTaken, now_s: float) -> None:
+        slot = (event.peer, event.key, event.index)
+        tries = self._retries.get(slot, (0, 0.0))[0]
+        pause_s = OFFER_BACKOFF_S[min(tries, len(OFFER_BACKOFF_S) - 1)]
+        self._retries[slot] = (tries + 1, now_s + pause_s)
+
+    def _repeat_offers(self, now_s: float) -> list[Command]:
+        commands: list[Command] = []
+        for slot, (tries, due_s) in sorted(self._retries.items()):
+            peer, key, index = slot
+            shard = self.shards.get(key)
+            if shard is None or peer not in set(self._peers_of(key, shard)):
+                del self._retries[slot]  # no longer wanted
+                if shard is not None:
+                    shard.offered.discard((peer, index))
+            elif due_s <= now_s:
+                self._retries[slot] = (tries, float("inf"))  # under way again
+                commands.append(OfferChunk(peer, key, shard.plan, index, shard.digests[index]))
+        return commands

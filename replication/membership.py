@@ -1,0 +1,168 @@
+"""The core that knows which hosts have a live holder.
+
+A host is believed dead after `MISSES` unanswered heartbeats in a row, or at once when Ray says
+that the holder's process died; Ray's own detection of a lost node takes 12 s or more and is not
+waited for. A holder that answers again with the same incarnation kept its data and is back; with a
+new one it has lost everything, so the old one is announced lost first.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import assert_never
+
+from replication.records import HolderId
+
+MISSES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A host that should have a holder.
+
+    Attributes:
+        node_id: Ray's node id.
+        domain: Failure domain, empty for one of its own.
+        capacity_bytes: What its holder may use of the object store.
+    """
+
+    node_id: str
+    domain: str
+    capacity_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodesSeen:
+    """These hosts are in the cluster now."""
+
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The holder on a host answered a heartbeat."""
+
+    holder: HolderId
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """A heartbeat was not answered in time; `is_dead` when the process is known to be gone."""
+
+    node_id: str
+    is_dead: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StartHolder:
+    """Start a holder on this host, or find the one that is there."""
+
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class HolderJoined:
+    """A holder is there (again)."""
+
+    holder: HolderId
+    domain: str
+
+
+@dataclass(frozen=True, slots=True)
+class HolderLost:
+    """A holder is gone, or not to be reached."""
+
+    holder: HolderId
+
+
+Event = NodesSeen | Answered | Missed
+Command = StartHolder | HolderJoined | HolderLost
+
+
+@dataclass(slots=True)
+class _State:
+    node: Node
+    holder: HolderId | None = None
+    is_started: bool = False
+    is_up: bool = False
+    misses: int = 0
+
+
+class Membership:
+    """Which hosts there are and which holders answer. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, _State] = {}
+
+    @property
+    def up(self) -> dict[HolderId, str]:
+        """Live holders and their failure domains."""
+        states = self._states.values()
+        return {s.holder: s.node.domain for s in states if s.is_up and s.holder is not None}
+
+    @property
+    def started(self) -> list[str]:
+        """Hosts whose holder is to be sent heartbeats."""
+        return [node_id for node_id, s in self._states.items() if s.is_started]
+
+    @property
+    def is_settled(self) -> bool:
+        """Every host in the cluster has a live holder."""
+        return bool(self._states) and all(s.is_up for s in self._states.values())
+
+    def holder_on(self, node_id: str) -> HolderId | None:
+        """The live holder on a host, if there is one."""
+        state = self._states.get(node_id)
+        return state.holder if state is not None and state.is_up else None
+
+    def handle(self, event: Event) -> list[Command]:
+        """Take one event; return what has to be done because of it."""
+        match event:
+            case NodesSeen():
+                return [*self._gone(event.nodes), *self._seen(event.nodes)]
+            case Answered():
+                return self._answered(event.holder)
+            case Missed():
+                return self._missed(event)
+            case _:
+                assert_never(event)
+
+    def _gone(self, nodes: Iterable[Node]) -> list[Command]:
+        present = {node.node_id for node in nodes}
+        gone = [s for node_id, s in self._states.items() if node_id not in present]
+        self._states = {n: s for n, s in self._states.items() if n in present}
+        return [HolderLost(s.holder) for s in gone if s.is_up and s.holder is not None]
+
+    def _seen(self, nodes: Iterable[Node]) -> list[Command]:
+        commands: list[Command] = []
+        for node in nodes:
+            state = self._states.setdefault(node.node_id, _State(node))
+            if not state.is_started:
+                state.is_started = True
+                commands.append(StartHolder(node))
+        return commands
+
+    def _answered(self, holder: HolderId) -> list[Command]:
+        state = self._states.get(holder.node_id)
+        if state is None:
+            return []
+        state.misses = 0
+        if state.is_up and state.holder == holder:
+            return []
+        commands: list[Command] = []
+        if state.is_up and state.holder is not None:
+            commands.append(HolderLost(state.holder))
+        state.holder, state.is_up = holder, True
+        return [*commands, HolderJoined(holder, state.node.domain)]
+
+    def _missed(self, event: Missed) -> list[Command]:
+        state = self._states.get(event.node_id)
+        if state is None:
+            return []
+        state.misses += 1
+        if event.is_dead:
+            state.is_started = False  # start another one when the host is next seen
+        if (event.is_dead or state.misses >= MISSES) and state.is_up:
+            state.is_up = False
+            assert state.holder is not None
+            return [HolderLost(state.holder)]
+        return []

@@ -1,0 +1,470 @@
+"""The checkpointer: what a training loop holds.
+
+A save's way:
+    1. `save` takes the state apart (`tiered.state`) and lays its image out (`tiered.image`); the
+       layout is kept, so only the first save plans, and no rank talks to another.
+    2. Each chunk goes with one copy from the tensors into the object store, and the holder of this
+       host pins it (`replication.holder.Holder.stage_chunk`). Then `save` returns: *staged*.
+    3. The holder hashes the chunks and has its buddies take them (`Holder.take_chunk`).
+    4. The coordinator commits the step when every rank's shard is whole everywhere: *replicated*.
+       If the step is due for S3, holders then upload it: *durable*. A background thread here waits
+       for the news and tells the save's handle.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from replication.errors import (
+    DeadlineError,
+    FencedError,
+    HolderUnavailableError,
+    MemoryBudgetError,
+    TieredError,
+)
+from replication.holder import NAMESPACE, holder_name
+from replication.inventory import Reservation
+from replication.records import ActorRef, HolderId, ShardKey, ShardPlan, Version
+from replication.transport import fetch_timeout_s
+from tiered import cluster
+from tiered.config import S3, JobSettings, Memory, check_job_name, check_step
+from tiered.coordinator import BEGIN_TIMEOUT_S, START_TIMEOUT_S, Progress
+from tiered.errors import ConfigError, WorldSizeError
+from tiered.fetch import ShardReader, tiers_of
+from tiered.handle import SaveHandle
+from tiered.history import Resolution
+from tiered.image import Layout, chunk_sizes, data_chunk, front, lay_out, signature_of
+from tiered.messages import Level
+from tiered.restore import restore_into
+from tiered.s3 import S3Store
+from tiered.state import Captured, capture
+from tiered.worker import find_worker, new_life
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 5.0  # how long one question for news stays open
+HOLDER_TIMEOUT_S = 10.0
+IN_FLIGHT = 1  # saves on their way to `replicated` before the next one waits
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What `restore` did on this rank.
+
+    Attributes:
+        step: The step that was restored.
+        generation: The generation that had saved it.
+        source: Where most of this rank's bytes came from: "own host's RAM", "a buddy's RAM", "S3".
+        bytes_by_source: Bytes from each.
+        size_bytes: Of this rank's shard.
+        seconds: Fetching, verifying and filling.
+        passed_over: One line for each newer step that was not taken.
+    """
+
+    step: int
+    generation: int
+    source: str
+    bytes_by_source: Mapping[str, int]
+    size_bytes: int
+    seconds: float
+    passed_over: tuple[str, ...]
+
+
+class Checkpointer:
+    """Saves a training state into the RAM of the cluster's hosts, and restores it from there.
+
+    Every rank makes one, with the same arguments. `restore` and the first `save` are collective
+    (they agree on a beginning through the process group); later saves talk to no other rank.
+    """
+
+    def __init__(
+        self,
+        job: str,
+        memory: Memory | None = None,
+        s3: S3 | None = None,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        allow_pickle: bool = False,
+    ) -> None:
+        """Connect to the Ray cluster (start a local one if there is none) and to its holders.
+
+        Args:
+            job: Name of the job; the next run under the same name resumes it.
+            memory: The memory tier's cadence and policy.
+            s3: The last-resort tier, if any. S3 is never on the way of a save.
+            rank: This process' rank; by default found from Ray Train, torch.distributed, or the
+                launcher's environment.
+            world_size: The number of ranks.
+            allow_pickle: Save and restore what is no number, string, container or tensor by
+                pickling it. Only for checkpoints that you trust.
+
+        Raises:
+            ConfigError: A setting is wrong.
+            HolderUnavailableError, DeadlineError: This host's holder does not start.
+        """
+        self.job = check_job_name(job)
+        self.settings = JobSettings(memory or Memory(), s3)
+        self.restored: Restored | None = None
+        self._worker = find_worker(rank, world_size)
+        self._allow_pickle = allow_pickle
+        self._is_local = cluster.connect()
+        self._node_id: str = ray.get_runtime_context().get_node_id()
+        self._coordinator = cluster.coordinator()
+        self._holder: ActorRef = self._find_holder()
+        self._generation = 0
+        self._layout: Layout | None = None
+        self._declared_bytes = 0
+        self._handles: dict[int, SaveHandle] = {}
+        self._last: SaveHandle | None = None
+        self._fenced: FencedError | None = None
+        self._news = threading.Condition()
+        self._closing = False
+        self._watcher: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:  # what is in memory is needed now: leave everything as it is
+            self._stop_watching()
+
+    # -- restore --------------------------------------------------------------------------------
+
+    def restore(
+        self,
+        state: MutableMapping[str, Any],
+        *,
+        step: int | None = None,
+        before: int | None = None,
+    ) -> int:
+        """Begin a generation and fill `state` in place from the latest consistent step.
+
+        Every rank gets the same step. Older lives of the job are fenced off: what is left of them
+        cannot save any more.
+
+        Args:
+            state: Names to tensors, numbers, containers, and objects with state_dict() and
+                load_state_dict(); the keys of the saved one.
+            step: Resume from just this step, on any branch.
+            before: Resume from the latest one less than this step, if what followed is poisoned.
+
+        Returns:
+            The next step to run: one more than the restored one, 0 on a fresh start.
+
+        Raises:
+            StepNotFoundError: `step` or `before` was given and there is no such step.
+            StateError: The state does not fit the saved one.
+            WorldSizeError: The step was saved by another number of ranks.
+            PlacementError: `Memory.replicas` is not less than the number of hosts.
+            DurableStoreError: Nothing is in memory and S3 does not answer, so that it is not known
+                whether this is a fresh start.
+            DeadlineError: The cluster did not answer in time.
+        """
+        resolution = self._begin(step, before)
+        if resolution.version is None:
+            self.restored = None
+            logger.info("%s fresh start", self._tag())
+            return 0
+        if len(resolution.shards) != self._worker.world_size:
+            where = f"{resolution.version} of job {self.job!r}"
+            raise WorldSizeError(self._worker.world_size, len(resolution.shards), where)
+        began_s = time.monotonic()
+        sources = resolution.shards[self._worker.rank]
+        s3 = self.settings.s3
+        store = S3Store(s3, self.job) if s3 is not None else None
+        reader = ShardReader(sources, tiers_of(sources, self._node_id, store))
+        restore_into(state, reader, allow_pickle=self._allow_pickle)
+        self.restored = Restored(
+            step=resolution.version.step,
+            generation=resolution.version.generation,
+            source=reader.label,
+            bytes_by_source=dict(reader.bytes_by_label),
+            size_bytes=sources.record.plan.size_bytes,
+            seconds=time.monotonic() - began_s,
+            passed_over=resolution.passed_over,
+        )
+        self._log_restored(self.restored)
+        return resolution.version.step + 1
+
+    def _begin(self, step: int | None = None, before: int | None = None) -> Resolution:
+        worker = self._worker
+        life = new_life(worker)
+        resolution: Resolution = cluster.ask(
+            self._coordinator, "begin",
+            self.job, life, worker.rank, worker.world_size, self.settings, step, before,
+            timeout_s=BEGIN_TIMEOUT_S + START_TIMEOUT_S,
+        )  # fmt: skip
+        with self._news:
+            self._generation = resolution.generation
+            self._handles.clear()
+            self._fenced = None
+        self._declared_bytes = 0
+        return resolution
+
+    # -- save -----------------------------------------------------------------------------------
+
+    def save(
+        self, step: int, state: Mapping[str, Any], *, force: bool = False
+    ) -> SaveHandle | None:
+        """Copy `state` into this host's memory if `step` is due; return once it is safe there.
+
+        Returns after one memory copy. Replication, commit and flush go on in the background; an
+        operating failure (a holder that died, say) fails the handle and is logged, and training
+        goes on.
+
+        Args:
+            step: The step that was just run; every rank saves the same ones.
+            state: As for `restore`.
+            force: Save although the step is not due (the last one, or before a preemption).
+
+        Returns:
+            The handle, or None when the step is not due.
+
+        Raises:
+            StateError: The state holds something that cannot be saved; nothing was copied.
+            MemoryBudgetError: The object store is too small for the policy; nothing was copied.
+            FencedError: A newer life of the job has taken over: end this process.
+        """
+        check_step(step)
+        if not force and not self.settings.is_due(step):
+            return None
+        if self._generation == 0:
+            logger.warning("%s save() without restore(): beginning from scratch", self._tag())
+            self._begin()
+        if self._fenced is not None:
+            raise self._fenced
+        began_s = time.monotonic()
+        handle = SaveHandle(step, is_due_for_s3=self.settings.is_due_for_s3(step))
+        self._wait_for_room(step)
+        captured = capture(state, allow_pickle=self._allow_pickle)
+        try:
+            self._stage(handle, captured)
+        except (FencedError, MemoryBudgetError):
+            raise
+        except TieredError as error:
+            handle._fail(error)
+            logger.warning("%s not saved: %s", self._tag(step), error)
+        else:
+            handle._reach("staged")
+            self._watch(handle)
+        handle.stall_s = time.monotonic() - began_s
+        self._last = handle
+        return handle
+
+    def _stage(self, handle: SaveHandle, captured: Captured) -> None:
+        """Put the state's image into the object store, chunk by chunk, and have it pinned."""
+        if self._layout is None or self._layout.signature != signature_of(captured):
+            self._layout = lay_out(captured)
+        layout, memory, worker = self._layout, self.settings.memory, self._worker
+        key = ShardKey(self.job, Version(self._generation, handle.step), worker.rank)
+        first = front(layout, key, worker.world_size, captured.tree)
+        sizes = chunk_sizes(layout, len(first), memory.chunk_bytes)
+        plan = ShardPlan(worker.world_size, sizes)
+        handle.size_bytes = plan.size_bytes
+        self._declare(plan.size_bytes)
+        pending, start = [], 0
+        for index, size in enumerate(sizes):
+            if index == 0:
+                chunk = [np.frombuffer(first, dtype=np.uint8)]
+            else:
+                chunk = data_chunk(layout, captured.tensors, start, start + size)
+                start += size
+            pending.append(self._holder.stage_chunk.remote(key, plan, index, ray.put(chunk)))
+        self._answers(pending, fetch_timeout_s(plan.size_bytes))
+
+    def _declare(self, shard_bytes: int) -> None:
+        """Before the first byte moves: does what the policy asks for fit this host's memory?"""
+        if shard_bytes <= self._declared_bytes:
+            return
+        memory = self.settings.memory
+        replicas = 1 if memory.replicas is None else memory.replicas
+        steps = memory.keep + 1 + (self.settings.s3 is not None)
+        flushing = " and one being flushed" if self.settings.s3 is not None else ""
+        detail = (
+            f"{steps} steps: keep={memory.keep}, one being saved{flushing}; times "
+            f"{1 + replicas} copies of {shard_bytes:,} bytes for rank {self._worker.rank}"
+        )
+        need = steps * (1 + replicas) * shard_bytes
+        reservation = Reservation(self._generation, need, detail)
+        answer = self._holder.reserve.remote(self.job, self._worker.rank, reservation)
+        self._answers([answer], HOLDER_TIMEOUT_S)
+        self._declared_bytes = shard_bytes
+
+    def _answers(self, pending: list[Any], timeout_s: float) -> None:
+        """Wait until this host's holder has answered; find its successor if it died."""
+        try:
+            ray.get(pending, timeout=timeout_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, TieredError):
+                raise error.cause from None
+            raise
+        except GetTimeoutError:
+            raise HolderUnavailableError(self._node_id, f"silent for {timeout_s:g} s") from None
+        except RayActorError as error:
+            self._holder = self._find_holder()
+            self._declared_bytes = 0
+            reason = f"it died ({type(error).__name__})"
+            raise HolderUnavailableError(self._node_id, reason) from error
+
+    def _find_holder(self) -> ActorRef:
+        holder: HolderId = cluster.ask(
+            self._coordinator, "ensure_holder", self._node_id, timeout_s=2 * START_TIMEOUT_S
+        )
+        handle: ActorRef = ray.get_actor(holder_name(holder.node_id), NAMESPACE)
+        return handle
+
+    def _wait_for_room(self, step: int) -> None:
+        """Let the save before the last one be replicated first: memory is bounded."""
+        timeout_s = fetch_timeout_s(2 * self._declared_bytes)
+        with self._news:
+            is_free = self._news.wait_for(lambda: len(self._unreplicated()) <= IN_FLIGHT, timeout_s)
+        if not is_free:
+            logger.warning(
+                "%s step %s is still not replicated after %.0f s",
+                self._tag(step), self._unreplicated(), timeout_s,
+            )  # fmt: skip
+
+    def _unreplicated(self) -> list[int]:
+        return [s for s, h in self._handles.items() if "replicated" not in h.levels and not h.error]
+
+    # -- wait and close -------------------------------------------------------------------------
+
+    def wait(
+        self, step: int | None = None, level: Level = "replicated", timeout_s: float = 60.0
+    ) -> None:
+        """Return when the save of `step`, or the last one, has reached `level`.
+
+        Raises:
+            ConfigError: No save of that step is known.
+            DeadlineError, TieredError: As `SaveHandle.wait`.
+        """
+        if step is None:
+            handle = self._last
+        else:
+            with self._news:
+                handle = self._handles.get(step)
+            if handle is None and self._last is not None and self._last.step == step:
+                handle = self._last
+            if handle is None:
+                raise ConfigError(f"step={step}: no save of it is on its way on this rank")
+        if handle is not None:
+            handle.wait(level, timeout_s)
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        """Wait for the saves on their way (and for their flush to S3), then stop watching.
+
+        The committed steps stay in the cluster's memory, for the next run or `tiered.recover`; a
+        local Ray cluster that Tiered started is ended, and its memory with it.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._news:
+            pending = [h for h in self._handles.values() if not h.is_final]
+        for handle in pending:
+            level: Level = "durable" if handle._is_due_for_s3 else "replicated"
+            try:
+                handle.wait(level, max(0.0, deadline - time.monotonic()))
+            except DeadlineError as error:
+                logger.warning("%s %s", self._tag(handle.step), error)
+            except TieredError:
+                continue  # it was logged when it happened
+        self._stop_watching()
+        if self._is_local and self._worker.rank == 0:
+            cluster.stop_local()
+
+    # -- news from the coordinator --------------------------------------------------------------
+
+    def _watch(self, handle: SaveHandle) -> None:
+        with self._news:
+            finished = [s for s, h in self._handles.items() if h.is_final]
+            for step in finished:
+                del self._handles[step]
+            self._handles[handle.step] = handle
+            self._news.notify_all()
+        if self._watcher is None:
+            self._watcher = threading.Thread(
+                target=self._watch_forever, name="tiered-watch", daemon=True
+            )
+            self._watcher.start()
+
+    def _stop_watching(self) -> None:
+        with self._news:
+            self._closing = True
+            self._news.notify_all()
+        if self._watcher is not None:
+            self._watcher.join(timeout=2 * POLL_S)
+
+    def _watch_forever(self) -> None:
+        known: Progress = {}
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._closing or self._pending(), POLL_S)
+                if self._closing:
+                    return
+                generation, pending = self._generation, self._pending()
+                known = {step: known.get(step, (None, "")) for step in pending}
+            if not known:
+                continue
+            try:
+                news: Progress = cluster.ask(
+                    self._coordinator, "progress", self.job, generation, known, POLL_S / 5,
+                    timeout_s=POLL_S,
+                )  # fmt: skip
+            except DeadlineError as error:
+                logger.warning("%s no news of saves: %s", self._tag(), error)
+                continue
+            known.update(news)
+            self._tell(news, pending)
+
+    def _pending(self) -> dict[int, SaveHandle]:
+        return {step: h for step, h in self._handles.items() if not h.is_final}
+
+    def _tell(self, news: Progress, pending: Mapping[int, SaveHandle]) -> None:
+        for step, (level, problem) in sorted(news.items()):
+            handle = pending[step]
+            if level is not None:
+                handle._reach(level)
+                self._log_level(handle, level)
+            if problem and not handle.is_final:
+                handle._fail(problem)
+                logger.warning("%s %s", self._tag(step), problem)
+        with self._news:
+            self._news.notify_all()
+
+    # -- logging --------------------------------------------------------------------------------
+
+    def _tag(self, step: int | None = None) -> str:
+        tail = "" if step is None else f" step={step}"
+        return f"[{self.job} gen={self._generation} rank={self._worker.rank}{tail}]"
+
+    def _log_level(self, handle: SaveHandle, level: Level) -> None:
+        seconds = handle.levels[level]
+        logger.info(
+            "%s %s: %.1f MB in %.3f s, %.2f GB/s",
+            self._tag(handle.step), level, handle.size_bytes / 1e6, seconds,
+            handle.size_bytes / max(seconds, 1e-9) / 1e9,
+        )  # fmt: skip
+
+    def _log_restored(self, restored: Restored) -> None:
+        for line in restored.passed_over:
+            logger.warning("%s passed over: %s", self._tag(), line)
+        logger.info(
+            "%s restored step %d from %s: %.1f MB in %.3f s",
+            self._tag(), restored.step, restored.source, restored.size_bytes / 1e6,
+            restored.seconds,
+        )  # fmt: skip

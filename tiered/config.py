@@ -1,0 +1,192 @@
+"""What a user sets for a job, checked when it is set, before any byte moves."""
+
+import math
+import re
+from dataclasses import KW_ONLY, dataclass
+
+from tiered.errors import ConfigError
+
+MIB = 1 << 20
+
+# Suffixes that S3 reserves (-s3alias, --ol-s3, --x-s3) are names of access points and directory
+# buckets, which are used like bucket names; the prefixes can never be a bucket of the user's.
+_BUCKET = re.compile(
+    r"(?!xn--|sthree-|amzn-s3-demo-)(?!(\d+\.){3}\d+$)(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+)
+_UNREADABLE_CLASSES = ("GLACIER", "DEEP_ARCHIVE")  # hours until such an object can be read
+_JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The memory tier: how often, how many steps, how many copies.
+
+    Attributes:
+        every_steps: A save is due when the step is a multiple of this.
+        keep: Committed steps kept in memory; at least 2, so that losing a host in the middle of a
+            save leaves one.
+        replicas: Copies on other hosts, beside the own host's. None: 1 where the cluster has
+            another host, 0 (with a warning) where it has not.
+        chunk_bytes: Unit of storage and transfer.
+    """
+
+    every_steps: int = 10
+    keep: int = 2
+    replicas: int | None = None
+    chunk_bytes: int = 64 * MIB
+
+    def __post_init__(self) -> None:
+        _at_least("Memory.every_steps", self.every_steps, 1)
+        _at_least("Memory.keep", self.keep, 2)
+        _at_least("Memory.chunk_bytes", self.chunk_bytes, 4096)
+        if self.replicas is not None:
+            _at_least("Memory.replicas", self.replicas, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class S3:
+    """Settings of the S3 tier: where, how often, how many steps are kept.
+
+    Attributes:
+        uri: `s3://bucket` or `s3://bucket/prefix`.
+        every_steps: A step that is a multiple of this is flushed to S3 after its commit.
+        keep: Steps kept on S3.
+        endpoint_url: Of a store that is not AWS; None: boto3's own choice (AWS_ENDPOINT_URL).
+        region: None: boto3's own choice (AWS_REGION, the profile).
+        profile: A profile of the AWS configuration files of the hosts; None: boto3's own choice.
+        path_style: `endpoint/bucket/key` rather than `bucket.endpoint/key`; None: only when
+            `endpoint_url`, AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL is given.
+        storage_class: Of the shards, such as STANDARD_IA; None: the bucket's default.
+        expected_bucket_owner: A 12-digit account; every call to a bucket of another is refused.
+        connect_timeout_s: Until a connection is open.
+        read_timeout_s: Without a byte of the answer.
+        max_attempts: Of one request, the first included.
+
+    Raises:
+        ConfigError: A setting is wrong; says which, and what it may be.
+    """
+
+    uri: str
+    _: KW_ONLY
+    every_steps: int = 500
+    keep: int = 5
+    endpoint_url: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    path_style: bool | None = None
+    storage_class: str | None = None
+    expected_bucket_owner: str | None = None
+    connect_timeout_s: float = 5.0
+    read_timeout_s: float = 30.0
+    max_attempts: int = 5
+
+    def __post_init__(self) -> None:
+        self._check_uri()
+        for name in ("every_steps", "keep", "max_attempts"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise _wrong(name, value, "an int of at least 1")
+        for name in ("connect_timeout_s", "read_timeout_s"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise _wrong(name, value, "a finite number of seconds above 0")
+        if type(self.path_style) not in (bool, type(None)):
+            raise _wrong("path_style", self.path_style, "True, False or None")
+        for name, pattern, allowed in (
+            ("endpoint_url", r"https?://[^\s/]+(/\S*)?", "http://host[:port] or https://host"),
+            ("region", r"[A-Za-z0-9-]+", "the name of a region, such as us-east-1"),
+            ("profile", r"\S(.*\S)?", "the name of a profile in the AWS configuration"),
+            ("storage_class", r"[A-Z0-9_]+", "a storage class, such as STANDARD_IA"),
+            ("expected_bucket_owner", r"[0-9]{12}", "an account number of 12 digits"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and re.fullmatch(pattern, value)):
+                raise _wrong(name, value, f"{allowed}, or None")
+        if self.storage_class in _UNREADABLE_CLASSES:
+            raise _wrong("storage_class", self.storage_class, "a class that is readable at once")
+
+    def _check_uri(self) -> None:
+        uri = self.uri
+        if not isinstance(uri, str) or not uri.startswith("s3://"):
+            raise _wrong("uri", uri, "s3://bucket or s3://bucket/prefix")
+        if not _BUCKET.fullmatch(self.bucket):
+            allowed = (
+                "s3://bucket or s3://bucket/prefix, the bucket's name being 3 to 63 of a-z, 0-9, "
+                "'-' and single '.', with a letter or digit at both ends, not an IP address, and "
+                "not beginning with xn--, sthree- or amzn-s3-demo-"
+            )
+            raise _wrong("uri", uri, allowed)
+        if self.prefix and (problem := path_problem(self.prefix)):
+            raise _wrong("uri", uri, f"s3://bucket/prefix, but the prefix {problem}")
+
+    @property
+    def bucket(self) -> str:
+        """The bucket that `uri` names."""
+        return self.uri.removeprefix("s3://").partition("/")[0]
+
+    @property
+    def prefix(self) -> str:
+        """What `uri` names inside the bucket, without a slash at the end; may be empty."""
+        return self.uri.removeprefix("s3://").partition("/")[2].removesuffix("/")
+
+
+@dataclass(frozen=True, slots=True)
+class JobSettings:
+    """Everything that must be the same on every rank of a job."""
+
+    memory: Memory
+    s3: S3 | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a save of `step` is due in any tier."""
+        return step % self.memory.every_steps == 0 or self.is_due_for_s3(step)
+
+    def is_due_for_s3(self, step: int) -> bool:
+        """Whether `step`, once committed, is to be flushed to S3."""
+        return self.s3 is not None and step % self.s3.every_steps == 0
+
+
+def check_job_name(job: str) -> str:
+    """Return `job` if it can be a name, an S3 prefix and a metric label at once.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if not isinstance(job, str) or not _JOB_NAME.fullmatch(job):
+        raise ConfigError(
+            f"job={job!r} cannot name a job: use 1 to 128 letters, digits, '.', '_' or '-', "
+            "starting with a letter or digit (it becomes a prefix on S3)"
+        )
+    return job
+
+
+def check_step(step: int) -> int:
+    """Return `step` if it can be one.
+
+    Raises:
+        ConfigError: It is negative or no whole number.
+    """
+    return _at_least("step", step, 0)
+
+
+def _at_least(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
+    return value
+
+
+def _wrong(name: str, value: object, allowed: str) -> ConfigError:
+    return ConfigError(f"S3({name}={value!r}): {name} must be {allowed}")
+
+
+def path_problem(path: str) -> str | None:
+    """What is wrong with a slash-separated path below a bucket; None when it is sound.
+
+    Stores that keep objects in a file system resolve "..", and drop empty segments.
+    """
+    segments = path.split("/")
+    if "" in segments:
+        return "has an empty path segment"
+    if "." in segments or ".." in segments:
+        return "has a path segment '.' or '..'"
+    return None if path.isprintable() else "has a character that cannot be printed"

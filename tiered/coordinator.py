@@ -1,0 +1,608 @@
+"""The coordinator: the detached actor around the cores that answers which step.
+
+It owns no data. `tiered.job` decides for each job, `replication.membership` which holders live;
+this shell carries their commands out on Ray, the register and S3, and feeds each outcome back. It
+may die at any time: Ray restarts it, and it rebuilds itself from the register (generations and
+parents), the holders' inventories, and one listing of S3.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar, assert_never
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnschedulableError
+
+from replication import membership
+from replication.errors import DeadlineError, FencedError, HolderUnavailableError, TieredError
+from replication.fleet import cluster_nodes, start_holder
+from replication.holder import NAMESPACE, HolderInfo, holder_name
+from replication.membership import Membership, Node
+from replication.placement import explain_placement
+from replication.records import ActorRef, HolderId, Life, ShardKey, ShardRecord, Version
+from tiered import messages as m
+from tiered import register
+from tiered.config import S3, JobSettings
+from tiered.errors import DurableStoreError, StepNotFoundError
+from tiered.history import Resolution
+from tiered.job import Job
+from tiered.s3 import S3Store
+
+logger = logging.getLogger(__name__)
+
+COORDINATOR_NAME = "coordinator"
+HEARTBEAT_S = 1.0
+HEARTBEAT_TIMEOUT_S = 2.0
+CALL_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 60.0
+VERIFY_TIMEOUT_S = 60.0
+UPLOAD_TIMEOUT_S = 3600.0
+S3_INDEX_TIMEOUT_S = 15.0
+SETTLE_TIMEOUT_S = 30.0
+BEGIN_TIMEOUT_S = 150.0
+
+T = TypeVar("T")
+Progress = dict[int, tuple[m.Level | None, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """What is known of a job now.
+
+    Attributes:
+        generation: The newest, 0 before the first.
+        hosts: Node ids with a live holder.
+        buddies: For each host, the hosts that its shards are replicated to.
+        hosts_with_copies: Hosts that hold any whole shard of the job.
+        committed: Steps committed in this generation and kept in memory, oldest first.
+        degraded: Those of them with fewer copies than the policy asks for.
+        durable: Steps on S3, oldest first.
+        placement: The placement explained, for a person.
+    """
+
+    generation: int
+    hosts: tuple[str, ...]
+    buddies: dict[str, tuple[str, ...]]
+    hosts_with_copies: frozenset[str]
+    committed: tuple[int, ...]
+    degraded: tuple[int, ...]
+    durable: tuple[int, ...]
+    placement: str
+
+
+class Coordinator:
+    """One for a cluster. Every method may be called again with the same arguments."""
+
+    def __init__(self) -> None:
+        self._members = Membership()
+        self._handles: dict[str, ActorRef] = {}
+        self._trainer_nodes: set[str] = set()
+        self._jobs: dict[str, Job] = {}
+        self._opening = asyncio.Lock()
+        self._started: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._changed = asyncio.Event()
+        self._answers: dict[tuple[str, Life], asyncio.Future[TieredError | None]] = {}
+
+    # -- called by trainers, holders and tools --------------------------------------------------
+
+    async def hello(self) -> int:
+        """Answer once holders run on every host (or a deadline passed): how many do."""
+        await self._ready()
+        await self._until(lambda: self._members.is_settled, SETTLE_TIMEOUT_S)
+        return len(self._members.up)
+
+    async def ensure_holder(self, node_id: str) -> HolderId:
+        """Return the live holder of a trainer's host, starting it if need be.
+
+        Raises:
+            HolderUnavailableError: It did not start in time.
+        """
+        await self._ready()
+        self._trainer_nodes.add(node_id)
+        if await self._until(lambda: self._members.holder_on(node_id) is not None, START_TIMEOUT_S):
+            holder = self._members.holder_on(node_id)
+            assert holder is not None
+            return holder
+        raise HolderUnavailableError(node_id, f"it did not start within {START_TIMEOUT_S:g} s")
+
+    async def begin(
+        self,
+        job_name: str,
+        life: Life,
+        rank: int,
+        world_size: int,
+        settings: JobSettings,
+        step: int | None = None,
+        before: int | None = None,
+    ) -> Resolution:
+        """Begin a generation: fence older ones and answer from where to go on.
+
+        Every rank of a life calls this; all get the same answer, also when they ask again.
+
+        Raises:
+            FencedError: A newer life has begun since.
+            PlacementError, WorldSizeError, ConfigError, StepNotFoundError, DurableStoreError:
+                The generation cannot begin; the message says what to change.
+            DeadlineError: It took too long.
+        """
+        await self.hello()
+        job = await self._job(job_name)
+        answer = self._answers.setdefault(
+            (job_name, life), asyncio.get_running_loop().create_future()
+        )
+        self._feed(job, m.BeginAsked(life, rank, world_size, settings, step, before))
+        try:
+            error = await asyncio.wait_for(asyncio.shield(answer), BEGIN_TIMEOUT_S)
+        except TimeoutError:
+            raise DeadlineError("beginning a generation", BEGIN_TIMEOUT_S) from None
+        if error is not None:
+            raise error
+        generations = [c.generation for c in job.claims.values() if c.life == life]
+        if generations[0] < job.generation:
+            raise FencedError(job_name, generations[0], job.generation)
+        return job.resolution(generations[0])
+
+    async def resolve(
+        self, job_name: str, step: int | None = None, before: int | None = None
+    ) -> Resolution:
+        """The latest consistent step and where its shards are, without beginning anything.
+
+        Raises:
+            StepNotFoundError: There is none; says what was looked at.
+        """
+        await self.hello()
+        job = await self._job(job_name)
+        if job.settings is not None and job.settings.s3 is not None and not job.durable:
+            self._feed(job, await self._list_durable(job, job.settings))
+        choice = job.resolve(step, before)
+        if choice.version is None:
+            wanted = "any step" if step is None else f"step {step}"
+            raise StepNotFoundError(job_name, wanted, choice.passed_over)
+        problem = await self._load_manifest(job, choice.version)
+        if problem:
+            raise StepNotFoundError(job_name, str(choice.version), (problem,))
+        sources = job.sources(choice.version)
+        generation = choice.version.generation
+        return Resolution(generation, choice.version, sources, choice.passed_over)
+
+    async def report_shards(self, holder: HolderId, records: list[ShardRecord]) -> None:
+        """A holder has these shards whole and verified.
+
+        Raises:
+            HolderUnavailableError: The holder is not believed to be up. Report again.
+        """
+        await self._ready()
+        for record in records:
+            job = await self._job(record.key.job)
+            if holder not in job.holders:  # its inventory may have been read before it had this
+                raise HolderUnavailableError(holder.node_id, "not known to be up yet; report again")
+            self._feed(job, m.ShardReported(holder, record))
+
+    async def progress(
+        self, job_name: str, generation: int, known: Progress, timeout_s: float
+    ) -> Progress:
+        """Wait until any of these steps is safer than `known`; return those that changed."""
+        await self._ready()
+        job = await self._job(job_name)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            now = {step: job.level(Version(generation, step)) for step in known}
+            news = {step: state for step, state in now.items() if state != known[step]}
+            left_s = deadline - time.monotonic()
+            if news or left_s <= 0:
+                return news
+            await self._change(left_s)
+
+    async def status(self, job_name: str) -> JobStatus:
+        """What is known of a job now."""
+        await self.hello()
+        job = await self._job(job_name)
+        holders = {h for ranks in job.copies.values() for held in ranks.values() for h in held}
+        committed = sorted(v for v in job.commits if v.generation == job.generation)
+        placement, hosts = job.placement, job.placed_hosts
+        return JobStatus(
+            generation=job.generation,
+            hosts=tuple(sorted(h.node_id for h in job.holders)),
+            buddies={h.node_id: tuple(b.node_id for b in bs) for h, bs in job.buddies.items()},
+            hosts_with_copies=frozenset(h.node_id for h in holders if h in job.holders),
+            committed=tuple(v.step for v in committed),
+            degraded=tuple(v.step for v in committed if job.commits[v]),
+            durable=tuple(v.step for v in sorted(job.durable)),
+            placement="" if placement is None else explain_placement(placement, hosts),
+        )
+
+    async def durable_settings(self, job_name: str) -> S3 | None:
+        """Where the job's durable steps are, as its newest generation said."""
+        await self._ready()
+        settings = (await self._job(job_name)).settings
+        return None if settings is None else settings.s3
+
+    # -- membership -----------------------------------------------------------------------------
+
+    async def _ready(self) -> None:
+        """Start the background work, once, and open the jobs that the register knows."""
+        if self._started is None:
+            self._started = self._spawn(self._start())
+        await asyncio.shield(self._started)
+
+    async def _start(self) -> None:
+        await self._heartbeat()
+        await self._until(lambda: self._members.is_settled, SETTLE_TIMEOUT_S, beat=True)
+        for name in await asyncio.to_thread(register.known_jobs):
+            await self._job(name)
+        self._spawn(self._heartbeat_forever())
+
+    async def _heartbeat_forever(self) -> None:
+        while True:
+            try:
+                await self._heartbeat()
+            except Exception:  # the next beat may work; without beats nothing would
+                logger.exception("heartbeat failed")
+            for job in list(self._jobs.values()):
+                self._feed(job, m.Ticked())
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _heartbeat(self) -> None:
+        nodes = await asyncio.to_thread(cluster_nodes, frozenset(self._trainer_nodes))
+        await self._member_event(membership.NodesSeen(nodes))
+        await asyncio.gather(*(self._ping(node_id) for node_id in self._members.started))
+
+    async def _ping(self, node_id: str) -> None:
+        handle = self._handles.get(node_id)
+        if handle is None:
+            return
+        event: membership.Event
+        try:
+            info: HolderInfo = await asyncio.wait_for(handle.hello.remote(), HEARTBEAT_TIMEOUT_S)
+            event = membership.Answered(info.holder)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the holder did not answer
+            is_dead = isinstance(error, ActorDiedError | ActorUnschedulableError)
+            event = membership.Missed(node_id, is_dead)
+        await self._member_event(event)
+
+    async def _member_event(self, event: membership.Event) -> None:
+        for command in self._members.handle(event):
+            match command:
+                case membership.StartHolder():
+                    self._spawn(self._start_holder(command.node))
+                case membership.HolderJoined():
+                    await self._joined(command.holder, command.domain)
+                case membership.HolderLost():
+                    logger.warning("holder %s is lost", command.holder)
+                    for job in self._jobs.values():
+                        self._feed(job, m.HolderDown(command.holder))
+                case _:
+                    assert_never(command)
+        self._wake()
+
+    async def _start_holder(self, node: Node) -> None:
+        try:
+            handle = await asyncio.to_thread(start_holder, node, COORDINATOR_NAME)
+        except Exception as error:  # noqa: BLE001 - the node may be gone; try when next seen
+            logger.warning("cannot start a holder on host %s: %s", node.node_id[:8], error)
+            await self._member_event(membership.Missed(node.node_id, is_dead=True))
+            return
+        self._handles[node.node_id] = handle
+        await self._ping(node.node_id)
+
+    async def _joined(self, holder: HolderId, domain: str) -> None:
+        logger.info("holder %s is up", holder)
+        for job in list(self._jobs.values()):
+            await self._holder_up(job, holder, domain)
+
+    async def _holder_up(self, job: Job, holder: HolderId, domain: str) -> None:
+        """Tell a job's core of a holder and what it has; again later if it does not answer."""
+        try:
+            records = await self._call(holder, "list_shards", CALL_TIMEOUT_S)
+        except Exception as error:  # noqa: BLE001 - heartbeats will say if it is lost
+            logger.warning("no inventory from holder %s yet: %s", holder, _first_line(error))
+            await asyncio.sleep(HEARTBEAT_S)
+            if holder in self._members.up:
+                self._spawn(self._holder_up(job, holder, domain))
+            return
+        mine = tuple(r for r in records if r.key.job == job.name)
+        if holder in self._members.up:
+            self._feed(job, m.HolderUp(holder, domain, mine))
+
+    async def _call(self, holder: HolderId, method: str, timeout_s: float, *args: Any) -> Any:
+        handle = self._handles.get(holder.node_id)
+        if handle is None:
+            handle = await asyncio.to_thread(ray.get_actor, holder_name(holder.node_id), NAMESPACE)
+        return await asyncio.wait_for(getattr(handle, method).remote(*args), timeout_s)
+
+    # -- jobs -----------------------------------------------------------------------------------
+
+    async def _job(self, name: str) -> Job:
+        if name in self._jobs:
+            return self._jobs[name]
+        async with self._opening:
+            if name in self._jobs:
+                return self._jobs[name]
+            job = Job(name)
+            self._feed(job, await asyncio.to_thread(_recall, name))
+            up = self._members.up
+            await asyncio.gather(*(self._holder_up(job, h, domain) for h, domain in up.items()))
+            self._jobs[name] = job
+            for holder, domain in self._members.up.items():  # who came meanwhile
+                if holder not in job.holders:
+                    self._spawn(self._holder_up(job, holder, domain))
+            for holder in set(job.holders) - set(self._members.up):  # and who went
+                self._feed(job, m.HolderDown(holder))
+        return job
+
+    def _feed(self, job: Job, event: m.Event) -> None:
+        for command in job.handle(event, time.monotonic()):
+            self._run(job, command)
+        self._wake()
+
+    def _run(self, job: Job, command: m.Command) -> None:
+        match command:
+            case m.AnswerBegin():
+                self._answer(job, command)
+            case m.StepCommitted():
+                _log_commit(job, command)
+            case m.FlushGivenUp():
+                version = command.version
+                logger.warning("%s not flushed to S3: %s", _tag(job, version), command.reason)
+            case m.ClaimGeneration():
+                self._follow(job, self._claim(job, command.claim))
+            case m.ListDurable():
+                self._follow(job, self._list_durable(job, command.settings))
+            case m.FenceHolders():
+                self._follow(job, self._fence(job, command))
+            case m.VerifyShards():
+                self._follow(job, self._verify(job, command))
+            case m.RecordParent():
+                self._follow(job, self._record_parent(job, command))
+            case m.UploadShard():
+                self._follow(job, self._upload(job, command))
+            case m.PublishManifest():
+                self._follow(job, self._publish(job, command))
+            case m.FenceNewHolder():
+                self._tell(command.holder, "fence", job.name, command.generation)
+            case m.SetBuddies():
+                self._tell(command.holder, "set_buddies", job.name, command.buddies)
+            case m.ReplicateShard():
+                self._tell(command.source, "replicate", command.key, command.to)
+            case m.CollectBelow():
+                for holder in command.holders:
+                    args = (job.name, command.generation, command.below)
+                    self._tell(holder, "collect", *args)
+            case m.DeleteDurable():
+                self._spawn(self._delete_durable(job, command.versions))
+            case _:
+                assert_never(command)
+
+    def _answer(self, job: Job, command: m.AnswerBegin) -> None:
+        answer = self._answers.pop((job.name, command.life), None)
+        if answer is not None and not answer.done():
+            answer.set_result(command.error)
+
+    # -- commands with an outcome ---------------------------------------------------------------
+
+    async def _claim(self, job: Job, claim: m.Claim) -> m.Event:
+        """Claim in the cluster, then on S3; S3's silence does not stop a job from training."""
+        key, data = register.claim_key(claim.generation), register.encode_claim(claim)
+        is_ours = await asyncio.to_thread(register.GcsIndex(job.name).create, key, data)
+        if is_ours and claim.settings.s3 is not None:
+            store = S3Store(claim.settings.s3, job.name)
+            try:
+                is_ours = await _within(S3_INDEX_TIMEOUT_S, store.create, key, data)
+            except (DurableStoreError, TimeoutError) as error:
+                logger.warning("[%s] generation not claimed on S3 yet: %s", job.name, error)
+        return m.GenerationClaimed(claim.generation, is_ours)
+
+    async def _list_durable(self, job: Job, settings: JobSettings) -> m.DurableListed:
+        assert settings.s3 is not None
+        store = S3Store(settings.s3, job.name)
+        try:
+            keys = await _within(S3_INDEX_TIMEOUT_S, store.keys, "index/")
+        except TimeoutError:
+            return m.DurableListed(problem=f"no answer within {S3_INDEX_TIMEOUT_S:g} s")
+        except DurableStoreError as error:
+            return m.DurableListed(problem=error.problem)
+        return register.read_listing(keys)
+
+    async def _fence(self, job: Job, command: m.FenceHolders) -> m.Event:
+        calls = [
+            self._call(holder, "fence", HEARTBEAT_TIMEOUT_S, job.name, command.generation)
+            for holder in command.holders
+        ]
+        for holder, outcome in zip(
+            command.holders, await asyncio.gather(*calls, return_exceptions=True), strict=True
+        ):
+            if isinstance(outcome, BaseException):
+                logger.warning("holder %s could not be fenced: %s", holder, outcome)
+        return m.HoldersFenced(command.generation)
+
+    async def _verify(self, job: Job, command: m.VerifyShards) -> m.Event:
+        async def check(holder: HolderId, keys: tuple[ShardKey, ...]) -> list[ShardKey]:
+            try:
+                bad: list[ShardKey] = await self._call(holder, "verify", VERIFY_TIMEOUT_S, keys)
+            except Exception as error:  # noqa: BLE001 - a copy that cannot be read does not count
+                logger.warning("holder %s could not verify: %s", holder, error)
+                return list(keys)
+            return bad
+
+        answers = await asyncio.gather(*(check(h, keys) for h, keys in command.copies))
+        pairs = zip(command.copies, answers, strict=True)
+        bad = tuple((holder, key) for (holder, _), keys in pairs for key in keys)
+        problem = ""
+        if command.needs_manifest or bad:
+            problem = await self._load_manifest(job, command.version)
+        manifest = job.manifests.get(command.version)
+        return m.ShardsVerified(command.generation, command.version, bad, manifest, problem)
+
+    async def _load_manifest(self, job: Job, version: Version) -> str:
+        """Read a durable step's manifest into the job; return what is wrong with it, or nothing."""
+        if version not in job.durable or version in job.manifests:
+            return ""
+        settings = job.begin.claim.settings if job.begin is not None else job.settings
+        assert settings is not None
+        assert settings.s3 is not None
+        store = S3Store(settings.s3, job.name)
+        try:
+            data = await _within(S3_INDEX_TIMEOUT_S, store.get, register.manifest_key(version))
+            if data is None:
+                return "its manifest is gone"
+            job.manifests[version] = register.decode_manifest(job.name, version, data)
+        except (DurableStoreError, TimeoutError, ValueError) as error:
+            return f"its manifest cannot be used: {error}"
+        return ""
+
+    async def _record_parent(self, job: Job, command: m.RecordParent) -> m.Event:
+        key = register.parent_key(command.generation, command.parent)
+        await asyncio.to_thread(register.GcsIndex(job.name).create, key, b"")
+        settings = job.settings
+        if settings is not None and settings.s3 is not None:
+            try:
+                store = S3Store(settings.s3, job.name)
+                await _within(S3_INDEX_TIMEOUT_S, store.create, key, b"")
+            except (DurableStoreError, TimeoutError) as error:
+                logger.warning("[%s] parent not recorded on S3 yet: %s", job.name, error)
+        return m.ParentRecorded(command.generation)
+
+    async def _upload(self, job: Job, command: m.UploadShard) -> m.Event:
+        assert job.settings is not None
+        assert job.settings.s3 is not None
+        version, rank, holder = command.version, command.rank, command.holder
+        store = S3Store(job.settings.s3, job.name)
+        key = ShardKey(job.name, version, rank)
+        object_key = register.shard_key(version, rank)
+        try:
+            record = await self._call(holder, "upload", UPLOAD_TIMEOUT_S, key, store, object_key)
+        except Exception as error:  # noqa: BLE001 - the core decides who tries next
+            return m.UploadFailed(version, rank, holder, _first_line(error))
+        return m.ShardUploaded(version, rank, record)
+
+    async def _publish(self, job: Job, command: m.PublishManifest) -> m.Event:
+        """Write the manifest last, and only while no newer generation is known to S3."""
+        assert job.settings is not None
+        assert job.settings.s3 is not None
+        store = S3Store(job.settings.s3, job.name)
+        version = command.version
+
+        def publish() -> str:
+            index = register.GcsIndex(job.name)
+            newest = register.read_listing(store.keys("index/generation/")).newest_generation
+            if newest > job.generation:
+                return str(FencedError(job.name, job.generation, newest))
+            for key in index.keys("index/generation/"):  # what S3 missed while it was away
+                if not store.create(key, index.get(key) or b""):
+                    return f"another cluster has claimed {key} of this job"
+            manifest = register.encode_manifest(job.name, version, command.records)
+            if not store.create(register.manifest_key(version), manifest):
+                return "another manifest of this step is there"
+            return ""
+
+        try:
+            refused = await asyncio.to_thread(publish)
+        except DurableStoreError as error:
+            return m.PublishFailed(version, str(error), is_final=False)
+        if refused:
+            return m.PublishFailed(version, refused, is_final=True)
+        logger.info("%s durable on %s", _tag(job, version), job.settings.s3.uri)
+        return m.ManifestPublished(version, command.records)
+
+    async def _delete_durable(self, job: Job, versions: tuple[Version, ...]) -> None:
+        assert job.settings is not None
+        assert job.settings.s3 is not None
+        store = S3Store(job.settings.s3, job.name)
+
+        def delete() -> None:
+            store.delete([register.manifest_key(v) for v in versions])
+            for version in versions:
+                store.delete(store.keys(register.data_prefix(version)))
+
+        try:
+            await asyncio.to_thread(delete)
+        except DurableStoreError as error:
+            logger.warning("[%s] old steps not deleted from S3: %s", job.name, error)
+
+    # -- the shell ------------------------------------------------------------------------------
+
+    def _follow(self, job: Job, work: Coroutine[Any, Any, m.Event]) -> None:
+        async def run() -> None:
+            self._feed(job, await work)
+
+        self._spawn(run())
+
+    def _tell(self, holder: HolderId, method: str, *args: Any) -> None:
+        """Send what needs no answer: it is idempotent, and told again when the holder is back."""
+
+        async def send() -> None:
+            try:
+                await self._call(holder, method, CALL_TIMEOUT_S, *args)
+            except Exception as error:  # noqa: BLE001 - a lost holder is told again when it joins
+                logger.warning("holder %s did not take %s: %s", holder, method, _first_line(error))
+
+        self._spawn(send())
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("coordinator: background work failed", exc_info=error)
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _change(self, timeout_s: float) -> None:
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        except TimeoutError:
+            return
+
+    async def _until(self, condition: Any, timeout_s: float, *, beat: bool = False) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                return False
+            await self._change(min(left_s, HEARTBEAT_S))
+            if beat and not condition():
+                await self._heartbeat()
+        return True
+
+
+async def _within(timeout_s: float, call: Any, *args: Any) -> Any:
+    """Run a blocking call in a thread; give up waiting for it after `timeout_s`."""
+    work: Awaitable[Any] = asyncio.to_thread(call, *args)
+    return await asyncio.wait_for(work, timeout_s)
+
+
+def _recall(name: str) -> m.Recalled:
+    index = register.GcsIndex(name)
+    keys = index.keys("index/generation/")
+    claims = []
+    for key in keys:
+        if key.endswith("/claim") and (data := index.get(key)) is not None:
+            claims.append(register.decode_claim(data))
+    return m.Recalled(tuple(claims), register.read_parents(keys))
+
+
+def _tag(job: Job, version: Version) -> str:
+    return f"[{job.name} gen={version.generation} step={version.step}]"
+
+
+def _log_commit(job: Job, event: m.StepCommitted) -> None:
+    logger.info(
+        "%s committed: %.1f MB, %d copies of each shard%s",
+        _tag(job, event.version), event.size_bytes / 1e6, event.copies,
+        " (degraded: too few hosts for the policy)" if event.is_degraded else "",
+    )  # fmt: skip
+
+
+def _first_line(error: BaseException) -> str:
+    cause = getattr(error, "cause", None) or error
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]

@@ -1,0 +1,198 @@
+"""A shard's image: one safetensors file, the same bytes in memory and on S3.
+
+    8 bytes       length of the header, little endian
+    header        JSON, padded with spaces so that the data starts at a multiple of 64
+    data          the state's tree first (a U8 tensor named `__tree__`), then the tensors, widest
+                  dtype first, each at the offset that the header gives
+
+Any safetensors reader opens it. The image is cut into chunks: chunk 0 is the header and the tree,
+which change with every step; the others are `chunk_bytes` of tensor data each, so that tensors
+that did not change make the same chunks again. docs/FORMAT.md has the details.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from replication.records import Buffer, Chunk, ShardKey, ShardPlan
+from tiered.errors import StateError
+from tiered.state import Captured
+
+ALIGNMENT = 64
+TREE_NAME = "__tree__"
+TREE_PADDING = 4096  # so that a tree that grows a little does not move every tensor
+MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
+
+# dtypes as safetensors names them; what it has no name for is stored as bytes (U8, one more
+# dimension), and the tree says what it really is
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a tensor's bytes are, counted from the start of the image's tensor data."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything goes; depends on names, dtypes and shapes alone, so it is kept and reused.
+
+    Attributes:
+        signature: What it was made for.
+        spans: In image order.
+        data_bytes: Of all tensors.
+        entries: Each tensor's header entry, without its offsets.
+    """
+
+    signature: tuple[tuple[str, torch.dtype, torch.Size], ...]
+    spans: tuple[Span, ...]
+    data_bytes: int
+    entries: tuple[dict[str, Any], ...]
+
+
+def signature_of(captured: Captured) -> tuple[tuple[str, torch.dtype, torch.Size], ...]:
+    """What a layout depends on."""
+    return tuple((name, t.dtype, t.shape) for name, t in captured.tensors.items())
+
+
+def lay_out(captured: Captured) -> Layout:
+    """Plan the image of a state."""
+    spans, entries, offset = [], [], 0
+    ordered = sorted(captured.tensors.items(), key=lambda kv: (-kv[1].element_size(), kv[0]))
+    for name, tensor in ordered:
+        if name == TREE_NAME:
+            raise StateError(name, "this name is reserved; rename the tensor")
+        size = tensor.numel() * tensor.element_size()
+        shape = list(tensor.shape)
+        dtype = _NAMES.get(tensor.dtype)
+        if dtype is None:
+            dtype, shape = "U8", [*shape, tensor.element_size()]
+        entries.append({"dtype": dtype, "shape": shape})
+        spans.append(Span(name, offset, offset + size))
+        offset += size
+    return Layout(signature_of(captured), tuple(spans), offset, tuple(entries))
+
+
+def chunk_sizes(layout: Layout, first_bytes: int, chunk_bytes: int) -> tuple[int, ...]:
+    """Sizes of the chunks: the header and tree, then the data in equal cuts and a remainder."""
+    whole, rest = divmod(layout.data_bytes, chunk_bytes)
+    return (first_bytes, *[chunk_bytes] * whole, *([rest] if rest else []))
+
+
+def front(layout: Layout, key: ShardKey, world_size: int, tree: bytes) -> bytes:
+    """The image's first chunk: length, header, tree."""
+    padded = -(-max(1, len(tree)) // TREE_PADDING) * TREE_PADDING
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": "pt",
+            "tiered.format": "1",
+            "tiered.job": key.job,
+            "tiered.generation": str(key.version.generation),
+            "tiered.step": str(key.version.step),
+            "tiered.rank": str(key.rank),
+            "tiered.world_size": str(world_size),
+            "tiered.tree_bytes": str(len(tree)),
+        },
+        TREE_NAME: {"dtype": "U8", "shape": [padded], "data_offsets": [0, padded]},
+    }
+    for span, entry in zip(layout.spans, layout.entries, strict=True):
+        header[span.name] = {**entry, "data_offsets": [padded + span.start, padded + span.stop]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text + tree + bytes(padded - len(tree))
+
+
+def bytes_of(tensor: torch.Tensor) -> Buffer:
+    """A tensor's bytes, [n] uint8; a view of a contiguous CPU tensor, a copy of any other."""
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+    return np.asarray(flat.numpy())
+
+
+def data_chunk(layout: Layout, tensors: Mapping[str, torch.Tensor], start: int, stop: int) -> Chunk:
+    """The buffers that make bytes `start` to `stop` of the tensor data."""
+    chunk = []
+    for span in overlapping(layout.spans, start, stop):
+        raw = bytes_of(tensors[span.name])
+        chunk.append(raw[max(0, start - span.start) : min(span.stop, stop) - span.start])
+    return chunk
+
+
+def overlapping(spans: Sequence[Span], start: int, stop: int) -> Iterator[Span]:
+    """The non-empty spans that share bytes with `start` to `stop`; `spans` are in order."""
+    low, high = 0, len(spans)
+    while low < high:
+        middle = (low + high) // 2
+        if spans[middle].stop <= start:
+            low = middle + 1
+        else:
+            high = middle
+    for span in spans[low:]:
+        if span.start >= stop:
+            return
+        if span.stop > span.start:
+            yield span
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """What the first chunk of an image says.
+
+    Attributes:
+        tree: The state's msgpack document.
+        spans: Of every tensor, in image order, counted from the start of the tensor data.
+    """
+
+    tree: bytes
+    spans: tuple[Span, ...]
+
+
+def read_front(data: bytes, plan: ShardPlan) -> Front:
+    """Read an image's first chunk, believing nothing.
+
+    Raises:
+        StateError: It is not the front of an image of this size.
+    """
+    try:
+        return _read_front(data, plan)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StateError("", f"not a shard's image: {error}") from error
+
+
+def _read_front(data: bytes, plan: ShardPlan) -> Front:
+    length = int.from_bytes(data[:8], "little")
+    if not 2 <= length <= min(MAX_HEADER_BYTES, len(data) - 8):
+        raise ValueError(f"header of {length} bytes in a first chunk of {len(data)}")
+    header = json.loads(data[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    _, padded = header.pop(TREE_NAME)["data_offsets"]
+    tree_bytes = int(metadata["tiered.tree_bytes"])
+    data_bytes = plan.size_bytes - len(data)
+    if 8 + length + padded != len(data) or not 0 <= tree_bytes <= padded:
+        raise ValueError("the tree does not fill the first chunk")
+    spans = []
+    for name, entry in header.items():
+        start, stop = (int(n) - padded for n in entry["data_offsets"])
+        if not 0 <= start <= stop <= data_bytes:
+            raise ValueError(f"tensor {name!r} lies outside of the image")
+        spans.append(Span(name, start, stop))
+    spans.sort(key=lambda s: (s.start, s.stop))
+    if any(a.stop > b.start for a, b in itertools.pairwise(spans)):
+        raise ValueError("tensors overlap")
+    tree = data[8 + length : 8 + length + tree_bytes]
+    return Front(tree, tuple(spans))

@@ -1,0 +1,517 @@
+"""The core of the coordinator, one per job: generations, commit, resolve, retention.
+
+Rules (the specification's names in brackets; docs/ARCHITECTURE.md tells the story):
+    1. A generation is claimed in the register before it is used [F1], holders are fenced [F2], and
+       its parent is recorded before any rank is answered [F3]. All ranks of one life get that one
+       answer, however often and however late they ask.
+    2. A step is committed when every rank's shard is whole on its own host and on as many others
+       as the policy asks for, by the holders' own word, with the same checksum everywhere. With
+       fewer hosts alive than that, what there is counts, and the step is marked degraded.
+    3. Memory below the `keep`-th newest step committed *in this generation* is collected; a mark
+       that only rises, so order does not matter. A step being flushed holds the mark down.
+    4. Holders' inventories are the truth about memory, manifests about S3; this is a cache of
+       both, rebuilt from them after the coordinator's death.
+    5. A shard of a step that is still needed with fewer copies than the policy asks for is
+       copied again, from whichever holder has it.
+
+`handle` takes an event and returns commands; no I/O, no clock but `now_s`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import assert_never
+
+from replication.errors import FencedError, PlacementError, TieredError
+from replication.placement import Host, Placement, place
+from replication.records import HolderId, ShardKey, ShardRecord, Version
+from tiered import messages as m
+from tiered.config import JobSettings
+from tiered.errors import ConfigError, DurableStoreError, StepNotFoundError, WorldSizeError
+from tiered.flush import FlushQueue
+from tiered.history import (
+    Candidate,
+    Choice,
+    Resolution,
+    ShardSources,
+    is_on_branch,
+    latest_consistent_step,
+)
+
+REPAIR_TIMEOUT_S = 60.0
+REPAIRS_AT_ONCE = 8
+
+
+@dataclass(slots=True)
+class Begin:
+    """A generation on its way from claim to answer."""
+
+    claim: m.Claim
+    step: int | None
+    before: int | None
+    is_claimed: bool = False
+    is_fenced: bool = False
+    is_listing: bool = False
+    verified: set[Version] = field(default_factory=set)
+    unreadable: list[str] = field(default_factory=list)
+    choice: Choice | None = None
+
+
+class Job:
+    """What the coordinator knows and decides about one job. Not thread-safe."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.claims: dict[int, m.Claim] = {}
+        self.parents: dict[int, Version | None] = {}
+        self.passed_over: dict[int, tuple[str, ...]] = {}
+        self.holders: dict[HolderId, str] = {}
+        self.copies: dict[Version, dict[int, dict[HolderId, ShardRecord]]] = {}
+        self.commits: dict[Version, bool] = {}  # -> is_degraded
+        self.durable: set[Version] = set()
+        self.manifests: dict[Version, tuple[ShardRecord, ...]] = {}
+        self.watermark = Version(0, 0)
+        self.buddies: dict[HolderId, tuple[HolderId, ...]] = {}
+        self.flushes = FlushQueue()
+        self.begin: Begin | None = None
+        self.placement: Placement | None = None
+        self._durable_problem: str | None = "S3 was not listed yet"
+        self._oldest_claimable = 1
+        self._repairs: dict[tuple[ShardKey, HolderId], float] = {}
+
+    # -- questions ---------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> int:
+        """The newest claimed generation, 0 before the first."""
+        return max(self.claims, default=0)
+
+    @property
+    def settings(self) -> JobSettings | None:
+        """The settings of the newest claimed generation."""
+        return self.claims[self.generation].settings if self.claims else None
+
+    @property
+    def hosts(self) -> int:
+        """Live hosts with a holder."""
+        return len({h.node_id for h in self.holders})
+
+    @property
+    def placed_hosts(self) -> list[Host]:
+        """Live hosts with their failure domains."""
+        return [Host(h.node_id, domain) for h, domain in sorted(self.holders.items())]
+
+    @property
+    def replicas(self) -> int:
+        """Copies on other hosts that the policy asks for; resolves the default."""
+        settings = self.settings
+        if settings is None or settings.memory.replicas is None:
+            return min(1, max(0, self.hosts - 1))
+        return settings.memory.replicas
+
+    @property
+    def copies_needed(self) -> int:
+        """Copies that commit a shard: what the policy asks for, or as many as hosts live."""
+        return 1 + min(self.replicas, max(0, self.hosts - 1))
+
+    def intact(self, version: Version, rank: int) -> dict[HolderId, ShardRecord]:
+        """The copies of a shard that count: on live holders, all with the same checksum."""
+        records = self.copies.get(version, {}).get(rank, {})
+        return {h: r for h, r in sorted(records.items()) if h in self.holders}
+
+    def candidates(self) -> list[Candidate]:
+        """Everything that any tier knows of."""
+        found = []
+        for version in self.copies.keys() | self.durable:
+            ranks = self.copies.get(version, {})
+            worlds = {r.plan.world_size for rs in ranks.values() for r in rs.values()}
+            problem = ""
+            if len(worlds) > 1:
+                problem = f"its shards disagree on the world size ({sorted(worlds)})"
+            in_memory = frozenset(rank for rank in ranks if self.intact(version, rank))
+            is_durable = version in self.durable
+            world_size = max(worlds, default=0)
+            found.append(Candidate(version, world_size, in_memory, is_durable, problem))
+        return found
+
+    def resolve(self, step: int | None = None, before: int | None = None) -> Choice:
+        """The latest consistent step as far as is known now; changes nothing."""
+        return latest_consistent_step(self.candidates(), self.parents, step=step, before=before)
+
+    def resolution(self, generation: int | None = None) -> Resolution:
+        """The answer of a generation that has begun; its sources are as of now."""
+        generation = self.generation if generation is None else generation
+        version = self.parents[generation]
+        passed_over = self.passed_over.get(generation, ())
+        shards = self.sources(version) if version is not None else ()
+        return Resolution(generation, version, shards, passed_over)
+
+    def sources(self, version: Version) -> tuple[ShardSources, ...]:
+        """Where each rank's shard of `version` can be read, in rank order."""
+        manifest = {r.key.rank: r for r in self.manifests.get(version, ())}
+        sources = []
+        for rank in sorted(self.copies.get(version, {}).keys() | manifest.keys()):
+            held = self.intact(version, rank)
+            record = manifest.get(rank) or next(iter(held.values()), None)
+            if record is not None:
+                is_durable = version in self.durable
+                sources.append(ShardSources(record, tuple(held), is_durable))
+        return tuple(sources)
+
+    def level(self, version: Version) -> tuple[m.Level | None, str]:
+        """How safe a step is, and why it will get no safer (empty while it still may)."""
+        if version in self.durable:
+            return "durable", ""
+        if version.generation < self.generation:
+            reached: m.Level | None = "replicated" if version in self.commits else None
+            return reached, str(FencedError(self.name, version.generation, self.generation))
+        if version in self.commits:
+            return "replicated", self.flushes.given_up.get(version, "")
+        if version < self.watermark:
+            return None, "newer steps were committed before every shard of it was replicated"
+        return None, ""
+
+    # -- events ------------------------------------------------------------------------------
+
+    def handle(self, event: m.Event, now_s: float) -> list[m.Command]:
+        """Take one event; return what has to be done because of it."""
+        match event:
+            case m.Recalled():
+                self.claims.update({c.generation: c for c in event.claims})
+                self.parents.update(event.parents)
+                return []
+            case m.HolderUp():
+                return self._holder_up(event, now_s)
+            case m.HolderDown():
+                self.holders.pop(event.holder, None)
+                return [*self._rearrange(), *self._review(now_s)]
+            case m.BeginAsked():
+                return self._begin_asked(event)
+            case m.GenerationClaimed():
+                return self._claimed(event)
+            case m.DurableListed():
+                return self._durable_listed(event)
+            case m.HoldersFenced():
+                if self.begin is None or event.generation != self.begin.claim.generation:
+                    return []
+                self.begin.is_fenced = True
+                return self._choose()
+            case m.ShardsVerified():
+                return self._verified(event)
+            case m.ParentRecorded():
+                return self._started(event, now_s)
+            case m.ShardReported():
+                return self._reported(event, now_s)
+            case m.ShardUploaded() | m.UploadFailed() | m.ManifestPublished() | m.PublishFailed():
+                return self._flush_event(event, now_s)
+            case m.Ticked():
+                return [*self._repair(now_s), *self.flushes.handle(event, now_s, self._holders_of)]
+            case _:
+                assert_never(event)
+
+    # -- begin: claim, fence, list, choose, verify, record, answer ---------------------------
+
+    def _begin_asked(self, event: m.BeginAsked) -> list[m.Command]:
+        lives = {claim.life: claim for claim in self.claims.values()}
+        if self.begin is not None:
+            lives[self.begin.claim.life] = self.begin.claim
+        known = lives.get(event.life)
+        if known is not None:
+            if error := self._disagreement(known, event):
+                return [m.AnswerBegin(event.life, error)]
+            if self.begin is not None and self.begin.claim.life == event.life:
+                return []  # on its way
+            if known.generation < self.generation:
+                error = FencedError(self.name, known.generation, self.generation)
+                return [m.AnswerBegin(event.life, error)]
+            if known.generation in self.parents:
+                return [m.AnswerBegin(event.life)]
+            # Claimed by a coordinator that died before it could answer: go on from there.
+            self.begin = Begin(known, event.step, event.before, is_claimed=True)
+            return [*self._list_durable(), *self._fence()]
+        replicas = event.settings.memory.replicas
+        if not self.claims and replicas is not None and replicas >= self.hosts:
+            return [m.AnswerBegin(event.life, PlacementError(replicas, self.hosts))]
+        overtaken = self.begin
+        generation = max(self.generation + 1, self._oldest_claimable)
+        claim = m.Claim(generation, event.life, event.world_size, event.settings)
+        self.begin = Begin(claim, event.step, event.before)
+        commands: list[m.Command] = []
+        if overtaken is not None:
+            old = overtaken.claim
+            fenced = FencedError(self.name, old.generation, claim.generation)
+            commands.append(m.AnswerBegin(old.life, fenced))
+        listing = self._list_durable()
+        return [*commands, *(listing or [m.ClaimGeneration(claim)])]
+
+    def _list_durable(self) -> list[m.Command]:
+        """Have S3 listed, unless it was: it may know newer steps, and newer generations."""
+        assert self.begin is not None
+        settings = self.begin.claim.settings
+        if settings.s3 is None or self._durable_problem is None:
+            return []
+        self.begin.is_listing = True
+        return [m.ListDurable(settings)]
+
+    def _disagreement(self, known: m.Claim, event: m.BeginAsked) -> TieredError | None:
+        if event.world_size != known.world_size:
+            where = f"generation {known.generation} of job {self.name!r}"
+            return WorldSizeError(event.world_size, known.world_size, where)
+        if event.settings != known.settings:
+            return ConfigError(
+                f"rank {event.rank} has other settings than the rank that began generation "
+                f"{known.generation} of job {self.name!r}: {event.settings} and {known.settings}; "
+                "give every rank the same"
+            )
+        return None
+
+    def _durable_listed(self, event: m.DurableListed) -> list[m.Command]:
+        self._durable_problem = event.problem or None
+        self.durable |= set(event.versions)
+        self.parents = {**event.parents, **self.parents}
+        self._oldest_claimable = max(self._oldest_claimable, event.newest_generation + 1)
+        begin = self.begin
+        if begin is None or not begin.is_listing:
+            return []
+        begin.is_listing = False
+        if begin.is_claimed:
+            return self._choose()
+        generation = max(begin.claim.generation, self._oldest_claimable)
+        begin.claim = replace(begin.claim, generation=generation)
+        return [m.ClaimGeneration(begin.claim)]
+
+    def _claimed(self, event: m.GenerationClaimed) -> list[m.Command]:
+        begin = self.begin
+        if begin is None or event.generation != begin.claim.generation:
+            return []
+        claim = begin.claim
+        if not event.is_ours:  # another coordinator's: take the next one
+            self._oldest_claimable = event.generation + 1
+            begin.claim = m.Claim(
+                event.generation + 1, claim.life, claim.world_size, claim.settings
+            )
+            return [m.ClaimGeneration(begin.claim)]
+        begin.is_claimed = True
+        self.claims[claim.generation] = claim
+        return self._fence()
+
+    def _fence(self) -> list[m.Command]:
+        assert self.begin is not None
+        generation = self.begin.claim.generation
+        return [m.FenceHolders(generation, tuple(sorted(self.holders)))]
+
+    def _choose(self) -> list[m.Command]:
+        """Take the newest consistent step; have it verified before it is believed."""
+        begin = self.begin
+        if begin is None or not begin.is_claimed or not begin.is_fenced or begin.is_listing:
+            return []
+        choice = self.resolve(begin.step, begin.before)
+        generation, version = begin.claim.generation, choice.version
+        notes = [*begin.unreadable, *choice.passed_over]
+        s3 = begin.claim.settings.s3
+        if s3 is not None and self._durable_problem is not None:
+            if version is None:  # it may well have a step: starting afresh would abandon it
+                return self._refuse(DurableStoreError(s3.uri, "listing", self._durable_problem))
+            notes.append(f"steps on S3: {self._durable_problem}")
+        begin.choice = Choice(version, tuple(notes))
+        if version is None and (begin.step is not None or begin.before is not None):
+            wanted = f"a step before {begin.before}" if begin.step is None else f"step {begin.step}"
+            return self._refuse(StepNotFoundError(self.name, wanted, tuple(notes)))
+        if version is None or version in begin.verified:
+            return [m.RecordParent(generation, version)]
+        copies: dict[HolderId, list[ShardKey]] = {}
+        ranks = self.copies.get(version, {})
+        for rank in sorted(ranks):
+            for holder in self.intact(version, rank):
+                copies.setdefault(holder, []).append(ShardKey(self.name, version, rank))
+        candidate = next(c for c in self.candidates() if c.version == version)
+        in_memory = candidate.world_size and len(candidate.in_memory) == candidate.world_size
+        needs_manifest = version in self.durable and not in_memory
+        by_holder = tuple((h, tuple(keys)) for h, keys in sorted(copies.items()))
+        return [m.VerifyShards(generation, version, by_holder, needs_manifest)]
+
+    def _refuse(self, error: TieredError) -> list[m.Command]:
+        assert self.begin is not None
+        life, self.begin = self.begin.claim.life, None
+        return [m.AnswerBegin(life, error)]
+
+    def _verified(self, event: m.ShardsVerified) -> list[m.Command]:
+        begin = self.begin
+        if begin is None or event.generation != begin.claim.generation:
+            return []
+        for holder, key in event.bad:
+            self.copies.get(key.version, {}).get(key.rank, {}).pop(holder, None)
+            begin.unreadable.append(f"{key}: the copy on host {holder.node_id[:8]} is corrupt")
+        if event.manifest is not None:
+            self.manifests[event.version] = event.manifest
+        elif event.problem:  # S3 cannot serve the step; memory still may. Nothing is deleted.
+            self.durable.discard(event.version)
+            begin.unreadable.append(f"{event.version} on S3: {event.problem}")
+        begin.verified.add(event.version)
+        return self._choose()
+
+    def _started(self, event: m.ParentRecorded, now_s: float) -> list[m.Command]:
+        begin = self.begin
+        if begin is None or begin.claim.generation != event.generation or begin.choice is None:
+            return []
+        self.begin = None
+        self.parents[event.generation] = begin.choice.version
+        self.passed_over[event.generation] = begin.choice.passed_over
+        return [*self._rearrange(), *self._repair(now_s), m.AnswerBegin(begin.claim.life)]
+
+    # -- holders and placement ---------------------------------------------------------------
+
+    def _holder_up(self, event: m.HolderUp, now_s: float) -> list[m.Command]:
+        self.holders[event.holder] = event.domain
+        for ranks in self.copies.values():
+            for holders in ranks.values():
+                holders.pop(event.holder, None)
+        for record in event.records:
+            self._add_copy(event.holder, record)
+        commands: list[m.Command] = []
+        if self.claims:
+            commands.append(m.FenceNewHolder(self.generation, event.holder))
+            if self.watermark > Version(0, 0):
+                generation = self.generation
+                commands.append(m.CollectBelow(generation, self.watermark, (event.holder,)))
+        self.buddies.pop(event.holder, None)  # whatever it was told, tell it again
+        return [*commands, *self._rearrange(), *self._review(now_s)]
+
+    def _rearrange(self) -> list[m.Command]:
+        """Choose buddies anew; tell those holders whose buddies changed."""
+        if not self.claims:
+            return []
+        by_node = {h.node_id: h for h in self.holders}
+        self.placement = place(self.placed_hosts, self.replicas, self.placement)
+        commands: list[m.Command] = []
+        buddies = {
+            holder: tuple(by_node[n] for n in self.placement.buddies(node_id))
+            for node_id, holder in by_node.items()
+        }
+        for holder, mates in sorted(buddies.items()):
+            if self.buddies.get(holder) != mates:
+                commands.append(m.SetBuddies(holder, mates))
+        self.buddies = buddies
+        return commands
+
+    # -- commit, collect, flush, repair ------------------------------------------------------
+
+    def _add_copy(self, holder: HolderId, record: ShardRecord) -> None:
+        key = record.key
+        held = self.copies.setdefault(key.version, {}).setdefault(key.rank, {})
+        others = [r for h, r in held.items() if h in self.holders]
+        if not others or others[0].digest == record.digest:
+            held[holder] = record
+
+    def _reported(self, event: m.ShardReported, now_s: float) -> list[m.Command]:
+        if event.holder not in self.holders:
+            return []  # its inventory will tell when it is back
+        self._add_copy(event.holder, event.record)
+        return self._review(now_s, only=event.record.key.version)
+
+    def _review(self, now_s: float, only: Version | None = None) -> list[m.Command]:
+        """Commit what has become whole, and move on what waited for it."""
+        commands: list[m.Command] = []
+        versions = [only] if only is not None else sorted(self.copies)
+        for version in versions:
+            is_current = version.generation == self.generation
+            if is_current and version not in self.commits and self._is_replicated(version):
+                commands += self._commit(version, now_s)
+        commands += self._collect()
+        if only is None:
+            commands += self._repair(now_s)
+            commands += self.flushes.review(now_s, self._holders_of)
+        return commands
+
+    def _is_replicated(self, version: Version) -> bool:
+        ranks = self.copies.get(version, {})
+        record = next((r for rs in ranks.values() for r in rs.values()), None)
+        if record is None:
+            return False
+        need = self.copies_needed
+        return all(
+            len({h.node_id for h in self.intact(version, rank)}) >= need
+            for rank in range(record.plan.world_size)
+        )
+
+    def _commit(self, version: Version, now_s: float) -> list[m.Command]:
+        is_degraded = self.copies_needed < 1 + self.replicas
+        self.commits[version] = is_degraded
+        size = sum(s.record.plan.size_bytes for s in self.sources(version))
+        commands: list[m.Command] = [
+            m.StepCommitted(version, size, self.copies_needed, is_degraded)
+        ]
+        settings = self.settings
+        if version not in self.durable and settings and settings.is_due_for_s3(version.step):
+            ranks = range(len(self.copies[version]))
+            commands += self.flushes.add(version, ranks, now_s, self._holders_of)
+        return commands
+
+    def _collect(self) -> list[m.Command]:
+        settings = self.settings
+        committed = sorted(v for v in self.commits if v.generation == self.generation)
+        if settings is None or len(committed) < settings.memory.keep:
+            return []
+        mark = min([committed[-settings.memory.keep], *self.flushes.versions])
+        if mark <= self.watermark:
+            return []
+        self.watermark = mark
+        self.copies = {v: ranks for v, ranks in self.copies.items() if v >= mark}
+        self.commits = {v: d for v, d in self.commits.items() if v >= mark}
+        return [m.CollectBelow(self.generation, mark, tuple(sorted(self.holders)))]
+
+    def _holders_of(self, version: Version, rank: int) -> tuple[HolderId, ...]:
+        return tuple(self.intact(version, rank))
+
+    def _flush_event(self, event: m.FlushEvent, now_s: float) -> list[m.Command]:
+        commands: list[m.Command] = []
+        if isinstance(event, m.ManifestPublished):
+            self.durable.add(event.version)
+            self.manifests[event.version] = event.records
+            commands += self._collect_durable()
+        commands += self.flushes.handle(event, now_s, self._holders_of)
+        return [*commands, *self._collect()]
+
+    def _collect_durable(self) -> list[m.Command]:
+        """On S3, too, what is older than the `keep`-th newest step of the branch goes."""
+        settings = self.settings
+        if settings is None or settings.s3 is None:
+            return []
+        on_branch = sorted(v for v in self.durable if is_on_branch(v, self.parents))
+        if len(on_branch) <= settings.s3.keep:
+            return []
+        mark = on_branch[-settings.s3.keep]
+        gone = tuple(sorted(v for v in self.durable if v < mark))
+        self.durable -= set(gone)
+        for version in gone:
+            self.manifests.pop(version, None)
+        return [m.DeleteDurable(gone)]
+
+    def needed_versions(self) -> Iterable[Version]:
+        """Versions whose shards are worth repairing: committed ones, and the branch's newest."""
+        parent = self.parents.get(self.generation)
+        kept = {v for v in self.commits if v.generation == self.generation}
+        return sorted(kept | ({parent} if parent is not None else set()), reverse=True)
+
+    def _repair(self, now_s: float) -> list[m.Command]:
+        """Ask for one more copy of each shard that has too few, newest step first."""
+        commands: list[m.Command] = []
+        self._repairs = {k: due for k, due in self._repairs.items() if due > now_s}
+        for version in self.needed_versions():
+            for rank in sorted(self.copies.get(version, {})):
+                held = self.intact(version, rank)
+                nodes = {h.node_id for h in held}
+                key = ShardKey(self.name, version, rank)
+                under_way = {to.node_id for k, to in self._repairs if k == key}
+                missing = self.copies_needed - len(nodes | under_way)
+                if not held or missing <= 0:
+                    continue
+                source = next(iter(held))
+                mates = [*self.buddies.get(source, ()), *sorted(self.holders)]
+                targets = [m for m in mates if m.node_id not in nodes | under_way]
+                for target in dict.fromkeys(targets):
+                    if missing <= 0 or len(self._repairs) >= REPAIRS_AT_ONCE:
+                        break
+                    self._repairs[key, target] = now_s + REPAIR_TIMEOUT_S
+                    commands.append(m.ReplicateShard(source, key, target))
+                    missing -= 1
+        return commands

@@ -1,0 +1,328 @@
+"""What the coordinator's core is told (events) and what it asks for (commands).
+
+`tiered.coordinator` carries each command out and feeds its outcome back as an event; a command's
+docstring names the event that answers it. Outcomes, failures included, are values.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from replication.errors import TieredError
+from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
+from tiered.config import JobSettings
+
+Level = Literal["staged", "replicated", "durable"]
+
+
+# --- events -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What the register remembers of a generation."""
+
+    generation: int
+    life: Life
+    world_size: int
+    settings: JobSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """What the register knew when the coordinator first heard of the job."""
+
+    claims: tuple[Claim, ...]
+    parents: Mapping[int, Version | None]
+
+
+@dataclass(frozen=True, slots=True)
+class HolderUp:
+    """A holder answers, and this is what it has of the job."""
+
+    holder: HolderId
+    domain: str
+    records: tuple[ShardRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HolderDown:
+    """A holder is dead or does not answer; its copies do not count."""
+
+    holder: HolderId
+
+
+@dataclass(frozen=True, slots=True)
+class BeginAsked:
+    """A rank of a new life asks from where to go on."""
+
+    life: Life
+    rank: int
+    world_size: int
+    settings: JobSettings
+    step: int | None = None
+    before: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationClaimed:
+    """The register answered: the generation is ours, or somebody else's."""
+
+    generation: int
+    is_ours: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DurableListed:
+    """S3 was listed once, or could not be (`problem`).
+
+    Attributes:
+        versions: Steps with a manifest.
+        parents: Parents of generations that S3 remembers and the cluster may not.
+        newest_generation: The greatest generation that S3 knows of, 0 if none.
+    """
+
+    versions: tuple[Version, ...] = ()
+    parents: Mapping[int, Version | None] = field(default_factory=dict)
+    newest_generation: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldersFenced:
+    """Every holder that could be reached in time refuses older generations."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardsVerified:
+    """The copies of a version were read end to end; its manifest was read if it was needed."""
+
+    generation: int
+    version: Version
+    bad: tuple[tuple[HolderId, ShardKey], ...]
+    manifest: tuple[ShardRecord, ...] | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ParentRecorded:
+    """The register holds this generation's parent; its trainers may start."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReported:
+    """A holder has a shard whole and verified."""
+
+    holder: HolderId
+    record: ShardRecord
+
+
+@dataclass(frozen=True, slots=True)
+class ShardUploaded:
+    """A rank's shard is on S3, whole."""
+
+    version: Version
+    rank: int
+    record: ShardRecord
+
+
+@dataclass(frozen=True, slots=True)
+class UploadFailed:
+    """A holder could not upload a shard."""
+
+    version: Version
+    rank: int
+    holder: HolderId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestPublished:
+    """The step's manifest is on S3: the step is durable."""
+
+    version: Version
+    records: tuple[ShardRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PublishFailed:
+    """The manifest could not be published; `is_final` when another try cannot help."""
+
+    version: Version
+    reason: str
+    is_final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time passed."""
+
+
+Event = (
+    Recalled
+    | HolderUp
+    | HolderDown
+    | BeginAsked
+    | GenerationClaimed
+    | DurableListed
+    | HoldersFenced
+    | ShardsVerified
+    | ParentRecorded
+    | ShardReported
+    | ShardUploaded
+    | UploadFailed
+    | ManifestPublished
+    | PublishFailed
+    | Ticked
+)
+
+
+# --- commands -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimGeneration:
+    """Create the generation in the register; answer with GenerationClaimed."""
+
+    claim: Claim
+
+
+@dataclass(frozen=True, slots=True)
+class ListDurable:
+    """List S3 once; answer with DurableListed."""
+
+    settings: JobSettings
+
+
+@dataclass(frozen=True, slots=True)
+class FenceHolders:
+    """Tell these holders to refuse older generations; answer with HoldersFenced."""
+
+    generation: int
+    holders: tuple[HolderId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FenceNewHolder:
+    """Tell a holder that has just come to refuse generations older than this one."""
+
+    generation: int
+    holder: HolderId
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyShards:
+    """Have these copies read end to end, and the manifest too if asked; answer ShardsVerified."""
+
+    generation: int
+    version: Version
+    copies: tuple[tuple[HolderId, tuple[ShardKey, ...]], ...]
+    needs_manifest: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RecordParent:
+    """Record the parent in the register; answer with ParentRecorded."""
+
+    generation: int
+    parent: Version | None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerBegin:
+    """The life has its answer: `Job.resolution`, or `error`."""
+
+    life: Life
+    error: TieredError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SetBuddies:
+    """Tell a holder where to replicate."""
+
+    holder: HolderId
+    buddies: tuple[HolderId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CollectBelow:
+    """Tell these holders to let go of what is older than `below`."""
+
+    generation: int
+    below: Version
+    holders: tuple[HolderId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicateShard:
+    """Tell `source` to make one more copy on `to`."""
+
+    source: HolderId
+    key: ShardKey
+    to: HolderId
+
+
+@dataclass(frozen=True, slots=True)
+class StepCommitted:
+    """A step is committed: log it, wake whoever waits."""
+
+    version: Version
+    size_bytes: int
+    copies: int
+    is_degraded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UploadShard:
+    """Tell `holder` to upload a shard; answer with ShardUploaded or UploadFailed."""
+
+    holder: HolderId
+    version: Version
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class PublishManifest:
+    """Publish the step; answer with ManifestPublished or PublishFailed."""
+
+    version: Version
+    records: tuple[ShardRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FlushGivenUp:
+    """A step will not become durable; log why."""
+
+    version: Version
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteDurable:
+    """Delete these steps from S3, manifests first."""
+
+    versions: tuple[Version, ...]
+
+
+FlushEvent = ShardUploaded | UploadFailed | ManifestPublished | PublishFailed
+Command = (
+    ClaimGeneration
+    | ListDurable
+    | FenceHolders
+    | VerifyShards
+    | RecordParent
+    | AnswerBegin
+    | SetBuddies
+    | CollectBelow
+    | ReplicateShard
+    | StepCommitted
+    | FenceNewHolder
+    | UploadShard
+    | PublishManifest
+    | FlushGivenUp
+    | DeleteDurable
+)

@@ -1,0 +1,189 @@
+"""`tiered.recover`: the newest consistent step of a job, from outside of any trainer."""
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from replication.records import Version
+from tiered import cluster, register
+from tiered.config import S3, check_job_name
+from tiered.coordinator import CALL_TIMEOUT_S, SETTLE_TIMEOUT_S, JobStatus
+from tiered.errors import ConfigError, StepNotFoundError, WorldSizeError
+from tiered.fetch import ShardReader, tiers_of
+from tiered.history import Candidate, Resolution, ShardSources, latest_consistent_step
+from tiered.restore import read_state, restore_into
+from tiered.s3 import S3Store
+
+ASK_TIMEOUT_S = SETTLE_TIMEOUT_S + 3 * CALL_TIMEOUT_S
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """A consistent step that can be read; nothing was read yet.
+
+    Attributes:
+        job: The job.
+        step: The step.
+        generation: The generation that saved it.
+        world_size: Ranks that saved it.
+        size_bytes: Of all shards.
+        passed_over: One line for each newer step that was not taken.
+    """
+
+    job: str
+    step: int
+    generation: int
+    world_size: int
+    size_bytes: int
+    passed_over: tuple[str, ...]
+    _shards: tuple[ShardSources, ...]
+    _store: S3Store | None
+    _allow_pickle: bool
+
+    @property
+    def sources(self) -> dict[int, tuple[str, ...]]:
+        """For each rank, the places that have its shard, nearest first."""
+        return {rank: tuple(t.name for t in self._reader(rank).tiers) for rank in self._ranks}
+
+    def state(self, rank: int = 0) -> dict[Any, Any]:
+        """Return one rank's state in memory of its own: containers, numbers, CPU tensors.
+
+        Raises:
+            StepNotFoundError: A chunk has no intact copy any more.
+        """
+        return read_state(self._reader(rank), allow_pickle=self._allow_pickle)
+
+    def load_into(self, state: MutableMapping[str, Any], rank: int = 0) -> None:
+        """Fill `state` in place with one rank's; see `Checkpointer.restore`."""
+        restore_into(state, self._reader(rank), allow_pickle=self._allow_pickle)
+
+    def export(self, directory: str | Path) -> list[Path]:
+        """Write every shard's safetensors file into `directory`, chunk by chunk; return the paths.
+
+        A file appears under its name only when it is whole.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for rank in self._ranks:
+            path = folder / f"rank-{rank:05d}.safetensors"
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as out:
+                for chunk in self._reader(rank).chunks():
+                    for buffer in chunk:
+                        out.write(buffer.data)
+            partial.replace(path)
+            paths.append(path)
+        return paths
+
+    @property
+    def _ranks(self) -> range:
+        return range(self.world_size)
+
+    def _reader(self, rank: int) -> ShardReader:
+        if rank not in self._ranks:
+            raise WorldSizeError(rank + 1, self.world_size, f"step {self.step} of {self.job!r}")
+        sources = self._shards[rank]
+        return ShardReader(sources, tiers_of(sources, None, self._store))
+
+
+def recover(
+    job: str,
+    *,
+    s3: S3 | None = None,
+    step: int | None = None,
+    before: int | None = None,
+    allow_pickle: bool = False,
+) -> Recovered:
+    """Find the newest consistent step of `job`, from any process.
+
+    It asks the coordinator of the running Ray cluster. With `s3` and no cluster running it looks at
+    S3 alone, and starts nothing. The job, if it is running, is not disturbed.
+
+    Args:
+        job: Its name.
+        s3: Where its durable steps are; needed only when the cluster is gone.
+        step: Just this step.
+        before: The newest one less than this step.
+        allow_pickle: Unpickle values that were saved so. Only if you trust who saved them.
+
+    Raises:
+        StepNotFoundError: There is none; says what was looked at and why it was passed over.
+        ConfigError: No cluster is running and no S3 was given.
+        DurableStoreError: S3 did not answer.
+    """
+    check_job_name(job)
+    store: S3Store | None
+    try:
+        cluster.attach()
+    except ConfigError:
+        if s3 is None:
+            raise
+        store = S3Store(s3, job)
+        resolution = _resolve_on_s3(job, store, step, before)
+    else:
+        actor = cluster.coordinator()
+        args = (job, step, before)
+        resolution = cluster.ask(actor, "resolve", *args, timeout_s=ASK_TIMEOUT_S)
+        known = s3 or cluster.ask(actor, "durable_settings", job, timeout_s=ASK_TIMEOUT_S)
+        store = None if known is None else S3Store(known, job)
+    assert resolution.version is not None
+    return Recovered(
+        job=job,
+        step=resolution.version.step,
+        generation=resolution.version.generation,
+        world_size=len(resolution.shards),
+        size_bytes=sum(s.record.plan.size_bytes for s in resolution.shards),
+        passed_over=resolution.passed_over,
+        _shards=resolution.shards,
+        _store=store,
+        _allow_pickle=allow_pickle,
+    )
+
+
+def status(job: str) -> JobStatus:
+    """What the running cluster knows of `job` now.
+
+    Raises:
+        ConfigError: No Ray cluster is running.
+    """
+    check_job_name(job)
+    cluster.attach()
+    answer: JobStatus = cluster.ask(cluster.coordinator(), "status", job, timeout_s=ASK_TIMEOUT_S)
+    return answer
+
+
+def _resolve_on_s3(job: str, store: S3Store, step: int | None, before: int | None) -> Resolution:
+    """The same decision as the coordinator's, over S3 alone: one LIST, one manifest."""
+    listing = register.read_listing(store.keys("index/"))
+    parents = dict(listing.parents)
+    if listing.versions and listing.versions[-1].generation not in parents:
+        parents[listing.versions[-1].generation] = None
+    left = {v: Candidate(v, 0, is_durable=True) for v in listing.versions}
+    unreadable: list[str] = []
+    while True:
+        choice = latest_consistent_step(left.values(), parents, step=step, before=before)
+        passed_over = (*unreadable, *choice.passed_over)
+        if choice.version is None:
+            wanted = "any step" if step is None else f"step {step}"
+            raise StepNotFoundError(job, f"{wanted} on {store!r}", passed_over)
+        problem, shards = _read_manifest(job, store, choice.version)
+        if not problem:
+            generation = choice.version.generation
+            return Resolution(generation, choice.version, shards, passed_over)
+        unreadable.append(f"{choice.version}: {problem}")
+        del left[choice.version]
+
+
+def _read_manifest(
+    job: str, store: S3Store, version: Version
+) -> tuple[str, tuple[ShardSources, ...]]:
+    data = store.get(register.manifest_key(version))
+    if data is None:
+        return "its manifest is gone", ()
+    try:
+        records = register.decode_manifest(job, version, data)
+    except ValueError as error:
+        return f"its manifest cannot be used: {error}", ()
+    return "", tuple(ShardSources(record, (), is_durable=True) for record in records)

@@ -1,0 +1,186 @@
+"""What outlives the coordinator: generations and their parents, and the names of things on S3.
+
+One scheme of keys serves two places. The register of the running cluster is Ray's GCS: creating a
+key there either succeeds or somebody was first, and that is all the linearizability the protocol
+needs. S3, where there is one, holds the same keys under a job's prefix, so that one LIST of
+`index/` tells a new cluster every generation, its parent, and every durable step:
+
+    index/generation/00000003/claim                          who began it, with which settings
+    index/generation/00000003/parent-00000002-000000000040   where it resumed from (`parent-none`)
+    index/step/00000003-000000000060                         the step's manifest, written last
+    data/00000003-000000000060/rank-00001.safetensors        a shard's image
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from ray.experimental.internal_kv import (
+    _internal_kv_get,
+    _internal_kv_list,
+    _internal_kv_put,
+)
+
+from replication.holder import NAMESPACE
+from replication.records import Life, ShardRecord, Version, decode, encode
+from tiered.config import S3, JobSettings, Memory
+from tiered.messages import Claim, DurableListed
+
+_CLAIM = re.compile(r"index/generation/(\d+)/claim")
+_PARENT = re.compile(r"index/generation/(\d+)/parent-(?:none|(\d+)-(\d+))")
+_STEP = re.compile(r"index/step/(\d+)-(\d+)")
+
+
+def claim_key(generation: int) -> str:
+    """Where a generation's claim is."""
+    return f"index/generation/{generation:08d}/claim"
+
+
+def parent_key(generation: int, parent: Version | None) -> str:
+    """Where a generation's parent is: in the key's name, so that a listing is enough."""
+    name = "none" if parent is None else f"{parent.generation:08d}-{parent.step:012d}"
+    return f"index/generation/{generation:08d}/parent-{name}"
+
+
+def manifest_key(version: Version) -> str:
+    """Where a step's manifest is."""
+    return f"index/step/{version.generation:08d}-{version.step:012d}"
+
+
+def data_prefix(version: Version) -> str:
+    """Below what a step's shards are."""
+    return f"data/{version.generation:08d}-{version.step:012d}/"
+
+
+def shard_key(version: Version, rank: int) -> str:
+    """Where a shard's image is."""
+    return f"{data_prefix(version)}rank-{rank:05d}.safetensors"
+
+
+class Index(Protocol):
+    """Create-only keys; S3Store and GcsIndex have this shape."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Create `key`; True also when an earlier try of the same bytes did."""
+
+    def get(self, key: str) -> bytes | None:
+        """What is there, or None."""
+
+    def keys(self, prefix: str) -> list[str]:
+        """Keys below a prefix."""
+
+
+class GcsIndex:
+    """A job's keys in Ray's GCS; usable in any process that is connected to Ray."""
+
+    def __init__(self, job: str) -> None:
+        self._prefix = f"{job}/"
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See Index."""
+        existed = _internal_kv_put(self._prefix + key, data, overwrite=False, namespace=NAMESPACE)
+        return not existed or self.get(key) == data
+
+    def get(self, key: str) -> bytes | None:
+        """See Index."""
+        value: bytes | None = _internal_kv_get(self._prefix + key, namespace=NAMESPACE)
+        return value
+
+    def keys(self, prefix: str) -> list[str]:
+        """See Index."""
+        found = _internal_kv_list(self._prefix + prefix, namespace=NAMESPACE)
+        return sorted(k.decode().removeprefix(self._prefix) for k in found)
+
+
+def known_jobs() -> list[str]:
+    """Every job that the running cluster's register has heard of."""
+    found = _internal_kv_list("", namespace=NAMESPACE)
+    return sorted({k.decode().split("/", 1)[0] for k in found})
+
+
+# --- claims -------------------------------------------------------------------------------------
+
+
+def encode_claim(claim: Claim) -> bytes:
+    """A claim as a versioned msgpack record."""
+    settings = claim.settings
+    return encode(
+        "claim",
+        {
+            "generation": claim.generation,
+            "life": claim.life,
+            "world_size": claim.world_size,
+            "memory": asdict(settings.memory),
+            "s3": None if settings.s3 is None else asdict(settings.s3),
+        },
+    )
+
+
+def decode_claim(data: bytes) -> Claim:
+    """Read what `encode_claim` wrote; raises ValueError or TypeError on anything else."""
+    body = decode("claim", data)
+    s3 = None if body["s3"] is None else S3(**body["s3"])
+    settings = JobSettings(Memory(**body["memory"]), s3)
+    return Claim(body["generation"], Life(body["life"]), body["world_size"], settings)
+
+
+def read_parents(keys: Iterable[str]) -> dict[int, Version | None]:
+    """The parents that a listing of `index/` tells."""
+    parents: dict[int, Version | None] = {}
+    for key in keys:
+        if match := _PARENT.fullmatch(key):
+            generation, of, step = match.groups()
+            parents[int(generation)] = None if of is None else Version(int(of), int(step))
+    return parents
+
+
+def read_listing(keys: Iterable[str]) -> DurableListed:
+    """What a listing of S3's `index/` tells; foreign keys are passed over."""
+    keys = list(keys)
+    claimed = [int(match[1]) for key in keys if (match := _CLAIM.fullmatch(key))]
+    steps = [m for key in keys if (m := _STEP.fullmatch(key))]
+    versions = tuple(sorted(Version(int(m[1]), int(m[2])) for m in steps))
+    newest = max([*claimed, *(v.generation for v in versions)], default=0)
+    return DurableListed(versions, read_parents(keys), newest)
+
+
+# --- manifests ----------------------------------------------------------------------------------
+
+
+def encode_manifest(job: str, version: Version, records: Iterable[ShardRecord]) -> bytes:
+    """A step's manifest: the same bytes for the same shards, whoever writes it."""
+    ordered = sorted(records, key=lambda record: record.key.rank)
+    shards = [{**r.pack(), "object": shard_key(version, r.key.rank)} for r in ordered]
+    return encode(
+        "manifest",
+        {
+            "job": job,
+            "generation": version.generation,
+            "step": version.step,
+            "world_size": len(ordered),
+            "shards": shards,
+        },
+    )
+
+
+def decode_manifest(job: str, version: Version, data: bytes) -> tuple[ShardRecord, ...]:
+    """Read a manifest, believing nothing.
+
+    Raises:
+        ValueError: It is not the whole manifest of this version of this job.
+    """
+    body: Mapping[str, Any] = decode("manifest", data)
+    try:
+        records = tuple(ShardRecord.unpack(shard) for shard in body["shards"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"a shard's entry is malformed: {error}") from error
+    for rank, record in enumerate(records):
+        key = record.key
+        if (key.job, key.version, key.rank) != (job, version, rank):
+            raise ValueError(f"entry {rank} is for {key}")
+        if record.plan.world_size != len(records):
+            raise ValueError(f"{len(records)} shards of a world of {record.plan.world_size}")
+    if not records:
+        raise ValueError("it has no shards")
+    return records

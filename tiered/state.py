@@ -1,0 +1,330 @@
+"""A training state as tensors and a tree: taken apart for a save, put together for a restore.
+
+The tree is the state's structure with every tensor replaced by a reference to it by name, as one
+msgpack document; dicts, lists, tuples, ints of any size, floats, strings, bytes, None and numpy
+values keep their types. Nothing is pickled unless the user allows it, and then what was pickled is
+marked as such and refused by a reader that does not allow it too.
+
+A tensor's name is its path in the state joined with dots, which is what safetensors and Hugging
+Face tools expect. Tensors that are the same memory (tied weights) are saved once and referred to
+twice. Of a DTensor the local shard is saved, with its place in the global tensor.
+"""
+
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import msgpack
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from tiered.errors import StateError
+
+Path = tuple[str | int, ...]
+
+# msgpack extension types of the tree; docs/FORMAT.md describes them
+EXT_TENSOR, EXT_TUPLE, EXT_BIGINT, EXT_COMPLEX, EXT_NDARRAY = 1, 2, 3, 4, 5
+EXT_NUMPY_SCALAR, EXT_SET, EXT_TORCH_DTYPE, EXT_TORCH_SIZE, EXT_DEVICE, EXT_PICKLE = (
+    6, 7, 8, 9, 10, 11
+)  # fmt: skip
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What has a state of its own: modules, optimizers, schedulers, data loaders."""
+
+    def state_dict(self) -> Any:
+        """The state."""
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Take the state."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor in the tree.
+
+    Attributes:
+        name: Its key in the shard's image.
+        dtype: As torch spells it without the `torch.`, such as `bfloat16`.
+        shape: Of the saved (local) tensor.
+        offsets: Where the local shard starts in the global tensor, or None for a plain tensor.
+        global_shape: Of the DTensor it is a shard of, or None.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...] | None = None
+    global_shape: tuple[int, ...] | None = None
+
+    def pack(self) -> bytes:
+        """Msgpack of its fields, in order."""
+        fields = [self.name, self.dtype, self.shape, self.offsets, self.global_shape]
+        return bytes(msgpack.packb(fields))
+
+    @staticmethod
+    def unpack(data: bytes) -> "TensorRef":
+        """Read what `pack` wrote."""
+        name, dtype, shape, offsets, global_shape = msgpack.unpackb(data)
+        return TensorRef(
+            name,
+            dtype,
+            tuple(shape),
+            None if offsets is None else tuple(offsets),
+            None if global_shape is None else tuple(global_shape),
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's object."""
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise StateError(self.name, f"dtype {self.dtype!r} is not known to this torch")
+        return dtype
+
+
+@dataclass(slots=True)
+class Captured:
+    """A state taken apart.
+
+    Attributes:
+        tree: The msgpack document.
+        tensors: By name, detached, on the device where they are; not copied.
+    """
+
+    tree: bytes
+    tensors: dict[str, torch.Tensor]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+# --- taking apart -------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Capture:
+    allow_pickle: bool
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    aliases: dict[tuple[Any, ...], TensorRef] = field(default_factory=dict)
+
+    def encode(self, value: Any, path: Path) -> Any:
+        kind = type(value)
+        if value is None or kind in (bool, float, str, bytes):
+            return value
+        if kind is int:
+            if -(2**63) <= value < 2**64:
+                return value
+            size = value.bit_length() // 8 + 1
+            return msgpack.ExtType(EXT_BIGINT, value.to_bytes(size, "little", signed=True))
+        if isinstance(value, torch.Tensor):
+            return msgpack.ExtType(EXT_TENSOR, self.tensor(value, path).pack())
+        if kind is dict or kind is OrderedDict:
+            return {self.key(k, path): self.encode(v, (*path, k)) for k, v in value.items()}
+        if kind is list:
+            return [self.encode(v, (*path, i)) for i, v in enumerate(value)]
+        if kind is tuple:
+            return self.ext(EXT_TUPLE, [self.encode(v, (*path, i)) for i, v in enumerate(value)])
+        if isinstance(value, Stateful) and not isinstance(value, type):
+            return self.encode(value.state_dict(), path)
+        return self.encode_rare(value, path)
+
+    def encode_rare(self, value: Any, path: Path) -> Any:
+        kind = type(value)
+        if kind is np.ndarray and value.dtype.kind in "biufc":
+            return msgpack.ExtType(EXT_NDARRAY, self.array(value, path).pack())
+        if isinstance(value, np.generic) and value.dtype.kind in "biufc":
+            return self.ext(EXT_NUMPY_SCALAR, [value.dtype.str, value.tobytes()])
+        if kind is complex:
+            return self.ext(EXT_COMPLEX, [value.real, value.imag])
+        if kind is set:
+            return self.ext(EXT_SET, [self.encode(v, path) for v in sorted(value, key=repr)])
+        if kind is torch.dtype:
+            return self.ext(EXT_TORCH_DTYPE, dtype_name(value))
+        if kind is torch.Size:
+            return self.ext(EXT_TORCH_SIZE, list(value))
+        if kind is torch.device:
+            return self.ext(EXT_DEVICE, str(value))
+        if self.allow_pickle:
+            return msgpack.ExtType(EXT_PICKLE, pickle.dumps(value))
+        raise StateError(
+            dotted(path),
+            f"a {kind.__module__}.{kind.__qualname__} can only be saved by pickling it; make it "
+            "numbers, strings, lists, dicts or tensors, give its class state_dict() and "
+            "load_state_dict(), or pass allow_pickle=True to Checkpointer",
+        )
+
+    def ext(self, code: int, body: Any) -> msgpack.ExtType:
+        return msgpack.ExtType(code, msgpack.packb(body))
+
+    def key(self, key: Any, path: Path) -> Any:
+        if key is None or type(key) in (str, int, bool, float, bytes):
+            return key
+        raise StateError(dotted(path), f"dict key {key!r} is neither a string nor a number")
+
+    def array(self, value: np.ndarray[Any, Any], path: Path) -> TensorRef:
+        native = np.ascontiguousarray(value.astype(value.dtype.newbyteorder("="), copy=False))
+        if not native.flags.writeable:  # torch warns about views of what it could not write
+            native = native.copy()
+        return self.tensor(torch.from_numpy(native).reshape(value.shape), path)
+
+    def tensor(self, value: torch.Tensor, path: Path) -> TensorRef:
+        name = dotted(path)
+        offsets = global_shape = None
+        if isinstance(value, DTensor):
+            offsets, global_shape = _place(value), tuple(value.shape)
+            value = value.to_local()
+        value = value.detach()
+        check_tensor(name, value)
+        alias = (
+            value.device, value.data_ptr(), value.dtype, value.shape, value.stride(), offsets,
+        )  # fmt: skip
+        if value.numel() and (known := self.aliases.get(alias)):
+            return known
+        if name in self.tensors:
+            raise StateError(name, "two values have this name once their paths are joined by dots")
+        ref = TensorRef(name, dtype_name(value.dtype), tuple(value.shape), offsets, global_shape)
+        self.aliases[alias] = ref
+        self.tensors[name] = value
+        return ref
+
+
+def check_tensor(name: str, value: torch.Tensor) -> None:
+    """Refuse a tensor without plain bytes of its own.
+
+    Raises:
+        StateError: It is on the meta device, sparse, quantized, or an unknown subclass.
+    """
+    if value.device.type == "meta":
+        raise StateError(name, "it is on the meta device and has no data; materialise it first")
+    if value.layout != torch.strided:
+        raise StateError(name, f"layout {value.layout} is not supported; save a dense tensor")
+    if value.is_quantized:
+        raise StateError(name, "quantized tensors are not supported; save int_repr() and scales")
+    if type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        raise StateError(name, f"tensor subclass {type(value).__name__} is not supported")
+
+
+def _place(value: DTensor) -> tuple[int, ...]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(
+        value.shape, value.device_mesh, value.placements
+    )
+    return tuple(offsets)
+
+
+def dotted(path: Path) -> str:
+    """The path as a tensor's name: its parts joined by dots."""
+    return ".".join(str(part) for part in path)
+
+
+def capture(state: Mapping[str, Any], *, allow_pickle: bool = False) -> Captured:
+    """Take a state apart; copies no tensor.
+
+    Args:
+        state: Names to tensors, numbers, containers, or objects with state_dict().
+        allow_pickle: Pickle what is none of these, instead of refusing it.
+
+    Raises:
+        StateError: A value cannot be saved; names its key.
+    """
+    if not isinstance(state, Mapping):
+        raise StateError("", f"the state must be a dict, not a {type(state).__name__}")
+    work = _Capture(allow_pickle)
+    tree = {work.key(k, ()): work.encode(v, (k,)) for k, v in state.items()}
+    return Captured(bytes(msgpack.packb(tree)), work.tensors)
+
+
+# --- putting together ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """A numpy array in the tree; `ref` names its bytes."""
+
+    ref: TensorRef
+
+
+def read_tree(tree: bytes, *, allow_pickle: bool = False) -> dict[Any, Any]:
+    """Return the tree with a TensorRef (or an Array of one) where a tensor was.
+
+    Raises:
+        StateError: It holds pickled values and `allow_pickle` is off, or is no tree.
+    """
+
+    def unpack(data: bytes) -> Any:
+        return msgpack.unpackb(data, ext_hook=extension, strict_map_key=False)
+
+    def unpickle(data: bytes) -> Any:
+        if not allow_pickle:
+            raise StateError(
+                "", "the checkpoint holds pickled values; pass allow_pickle=True if you trust it"
+            )
+        return pickle.loads(data)  # noqa: S301 - only with the user's explicit allow_pickle
+
+    readers: dict[int, Callable[[bytes], Any]] = {
+        EXT_TENSOR: TensorRef.unpack,
+        EXT_TUPLE: lambda data: tuple(unpack(data)),
+        EXT_BIGINT: lambda data: int.from_bytes(data, "little", signed=True),
+        EXT_COMPLEX: lambda data: complex(*unpack(data)),
+        EXT_NDARRAY: lambda data: Array(TensorRef.unpack(data)),
+        EXT_NUMPY_SCALAR: lambda data: _numpy_scalar(*unpack(data)),
+        EXT_SET: lambda data: set(unpack(data)),
+        EXT_TORCH_DTYPE: lambda data: TensorRef("", unpack(data), ()).torch_dtype,
+        EXT_TORCH_SIZE: lambda data: torch.Size(unpack(data)),
+        EXT_DEVICE: lambda data: torch.device(unpack(data)),
+        EXT_PICKLE: unpickle,
+    }
+
+    def extension(code: int, data: bytes) -> Any:
+        if code not in readers:
+            raise StateError("", f"unknown value type {code} in the checkpoint's tree")
+        return readers[code](data)
+
+    try:
+        document = unpack(tree)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise StateError("", f"the checkpoint's tree cannot be read: {error}") from error
+    if not isinstance(document, dict):
+        raise StateError("", "the checkpoint's tree is not a dict")
+    return document
+
+
+def _numpy_scalar(dtype: str, data: bytes) -> Any:
+    return np.frombuffer(data, dtype=np.dtype(dtype))[0]
+
+
+def tensor_refs(tree: Any) -> Iterator[TensorRef]:
+    """Every reference in a tree, in order; a tied tensor more than once."""
+    if isinstance(tree, TensorRef):
+        yield tree
+    elif isinstance(tree, Array):
+        yield tree.ref
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from tensor_refs(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from tensor_refs(value)
+
+
+def materialise(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Return the tree with its tensors in place of the references."""
+    if isinstance(tree, TensorRef):
+        return tensors[tree.name]
+    if isinstance(tree, Array):
+        return tensors[tree.ref.name].numpy()
+    if isinstance(tree, dict):
+        return {k: materialise(v, tensors) for k, v in tree.items()}
+    if isinstance(tree, list):
+        return [materialise(v, tensors) for v in tree]
+    if type(tree) is tuple:
+        return tuple(materialise(v, tensors) for v in tree)
+    return tree

@@ -1,0 +1,78 @@
+"""Which rank this process is, of how many, and in which life of the job.
+
+Asked in this order: what the user passed, the Ray Train context, torch.distributed, the launcher's
+environment; else rank 0 of 1.
+"""
+
+import os
+import sys
+import uuid
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from replication.records import Life
+from tiered.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One trainer process.
+
+    Attributes:
+        rank: From 0.
+        world_size: Ranks of the job now.
+    """
+
+    rank: int
+    world_size: int
+
+
+def find_worker(rank: int | None, world_size: int | None) -> Worker:
+    """Find out who this process is.
+
+    Raises:
+        ConfigError: Only one of `rank` and `world_size` was given, or they do not fit.
+    """
+    if (rank is None) != (world_size is None):
+        raise ConfigError("pass both rank= and world_size=, or neither")
+    if rank is not None and world_size is not None:
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank={rank} must be at least 0 and less than {world_size=}")
+        return Worker(rank, world_size)
+    if worker := _from_ray_train():
+        return worker
+    if dist.is_available() and dist.is_initialized():
+        return Worker(dist.get_rank(), dist.get_world_size())
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return Worker(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    return Worker(0, 1)
+
+
+def _from_ray_train() -> Worker | None:
+    if "ray.train" not in sys.modules:
+        return None
+    import ray.train
+
+    try:
+        context = ray.train.get_context()
+        return Worker(context.get_world_rank(), context.get_world_size())
+    except RuntimeError:  # not inside of a training function
+        return None
+
+
+def new_life(worker: Worker) -> Life:
+    """Name a new life of the job; a collective, all ranks return the same name.
+
+    Raises:
+        ConfigError: There are several ranks and no process group to agree through.
+    """
+    names = [uuid.uuid4().hex]
+    if worker.world_size > 1:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ConfigError(
+                f"{worker.world_size} ranks have to agree on one beginning: call "
+                "torch.distributed.init_process_group() before restore() and save()"
+            )
+        dist.broadcast_object_list(names, src=0)
+    return Life(names[0])

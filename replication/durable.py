@@ -45,3 +45,6 @@ class DurableStore(Protocol):
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete `keys`; one that is not there is no error."""
+
+    def close(self) -> None:
+        """Let go of connections; a later call opens them again."""

@@ -5,16 +5,24 @@ be visible; whoever keeps the fleet (the coordinator) starts another one. `num_c
 slot from training.
 """
 
-from collections.abc import Collection
-from typing import Any
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Coroutine
+from typing import Any, assert_never
 
 import ray
+from ray.exceptions import ActorDiedError, ActorUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from replication.holder import NAMESPACE, Holder, holder_name
-from replication.membership import Node
-from replication.records import ActorRef
+from replication import membership
+from replication.holder import NAMESPACE, Holder, HolderInfo, holder_name
+from replication.membership import Membership, Node
+from replication.records import ActorRef, HolderId
 
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+HEARTBEAT_TIMEOUT_S = 2.0
 STORE_SHARE = 0.8  # of a host's object store; beyond it Ray starts to spill to disk
 DOMAIN_LABELS = ("tiered/domain", "rack", "ray.io/availability-zone")
 
@@ -57,3 +65,86 @@ def start_holder(node: Node, observer: str) -> ActorRef:
     }
     actor: ActorRef = ray.remote(Holder).options(**options)
     return actor.remote(node.node_id, node.capacity_bytes, observer)
+
+
+class Fleet:
+    """Keeps one holder on every host and knows which of them live; a shell of `Membership`.
+
+    Lives on its owner's event loop. The owner calls `beat` about every `HEARTBEAT_S`.
+    """
+
+    def __init__(
+        self,
+        observer: str,
+        joined: Callable[[HolderId, str], Coroutine[Any, Any, None]],
+        lost: Callable[[HolderId], None],
+    ) -> None:
+        """Start with no holders.
+
+        Args:
+            observer: Name of the actor that holders report to.
+            joined: Called with a holder that has come (back) and its failure domain.
+            lost: Called with a holder that is gone or silent.
+        """
+        self.members = Membership()
+        self._observer = observer
+        self._joined = joined
+        self._lost = lost
+        self._handles: dict[str, ActorRef] = {}
+        self._also: set[str] = set()
+
+    def require(self, node_id: str) -> None:
+        """Have a holder on this host even if it has neither CPUs nor GPUs."""
+        self._also.add(node_id)
+
+    async def beat(self) -> None:
+        """Look for hosts that came or went, start missing holders, send each a heartbeat."""
+        nodes = await asyncio.to_thread(cluster_nodes, frozenset(self._also))
+        await self._handle(membership.NodesSeen(nodes))
+        await asyncio.gather(*(self._ping(node_id) for node_id in self.members.started))
+
+    async def call(self, holder: HolderId, method: str, timeout_s: float, *args: Any) -> Any:
+        """Call a holder's method; whatever goes wrong is raised within `timeout_s`."""
+        handle = self._handles.get(holder.node_id)
+        if handle is None:
+            handle = await asyncio.to_thread(ray.get_actor, holder_name(holder.node_id), NAMESPACE)
+        return await asyncio.wait_for(getattr(handle, method).remote(*args), timeout_s)
+
+    async def _ping(self, node_id: str) -> None:
+        handle = self._handles.get(node_id)
+        if handle is None:
+            return
+        event: membership.Event
+        try:
+            info: HolderInfo = await asyncio.wait_for(handle.hello.remote(), HEARTBEAT_TIMEOUT_S)
+            event = membership.Answered(info.holder)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the holder did not answer
+            is_dead = isinstance(error, ActorDiedError | ActorUnschedulableError)
+            event = membership.Missed(node_id, is_dead)
+        await self._handle(event)
+
+    async def _handle(self, event: membership.Event) -> None:
+        starting = []
+        for command in self.members.handle(event):
+            match command:
+                case membership.StartHolder():
+                    starting.append(self._start(command.node))
+                case membership.HolderJoined():
+                    logger.info("holder %s is up", command.holder)
+                    await self._joined(command.holder, command.domain)
+                case membership.HolderLost():
+                    logger.warning("holder %s is lost", command.holder)
+                    self._lost(command.holder)
+                case _:
+                    assert_never(command)
+        await asyncio.gather(*starting)
+
+    async def _start(self, node: Node) -> None:
+        """Start a host's holder, or find it; heartbeats tell when it is up."""
+        try:
+            handle = await asyncio.to_thread(start_holder, node, self._observer)
+        except Exception as error:  # noqa: BLE001 - the host may be gone; try when next seen
+            logger.warning("cannot start a holder on host %s: %s", node.node_id[:8], error)
+            await self._handle(membership.Missed(node.node_id, is_dead=True))
+        else:
+            self._handles[node.node_id] = handle

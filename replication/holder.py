@@ -14,6 +14,7 @@ uploading run in threads.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "tiered"
 PROTOCOL = 1  # of the calls between trainers, holders and the coordinator
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 TICK_S = 0.2
 REPORT_TIMEOUT_S = 10.0
 OFFERS_AT_ONCE = 2  # per peer: one on the wire while the next is being verified
@@ -77,6 +79,7 @@ class Holder:
             capacity_bytes: Budget for all shards here.
             observer: Name of the actor that wants to know of sealed shards (`report_shards`).
         """
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)  # this process is ours
         self._core = Inventory(HolderId(node_id, uuid.uuid4().hex), capacity_bytes)
         self._observer = observer
         self._transport = RayTransport()
@@ -216,7 +219,8 @@ class Holder:
             Exception: Whatever the store raises.
         """
         record = self._core.record(key)
-        await asyncio.to_thread(store.upload, object_key, self._whole(record))
+        with contextlib.closing(store):
+            await asyncio.to_thread(store.upload, object_key, self._whole(record))
         return record
 
     # -- the shell ------------------------------------------------------------------------------

@@ -106,8 +106,9 @@ class Membership:
 
     @property
     def is_settled(self) -> bool:
-        """Every host in the cluster has a live holder."""
-        return bool(self._states) and all(s.is_up for s in self._states.values())
+        """Every host in the cluster has a holder that has answered at least once."""
+        states = self._states.values()
+        return bool(states) and all(s.holder is not None for s in states)
 
     def holder_on(self, node_id: str) -> HolderId | None:
         """The live holder on a host, if there is one."""

@@ -123,10 +123,10 @@ def place(hosts: Collection[Host], replicas: int, previous: Placement | None = N
     while len(groups) > count:
         loose += _dissolve(groups, _tally([*old_ring, *loose]))
     groups += [[] for _ in range(count - len(groups))]
-    changed = {i for i, group in enumerate(groups) if len(group) < k}
     shares = _ring_shares(_tally(hosts), _tally(old_ring), _tally(loose), count, k)
-    ring, loose = _draw_ring(shares, [*old_ring, *loose], groups, changed)
-    loose.sort(key=lambda host: (_domain(host), host.node_id))
+    ring, loose = _draw_ring(shares, [*old_ring, *loose], groups)
+    loose.sort(key=lambda host: (_domain(host), host.node_id))  # so dealt, new groups are even
+    changed = {i for i, group in enumerate(groups) if len(group) < k}
     holes = [i for have in range(k) for i, group in enumerate(groups) if len(group) <= have]
     for host, i in zip(loose, holes, strict=True):
         groups[i].append(host)
@@ -178,7 +178,7 @@ def _domain_cost(size: int, x: int, ring: int, count: int, k: int) -> tuple[int,
 
 
 def _draw_ring(
-    shares: Counter[_Domain], at_hand: list[Host], groups: list[list[Host]], changed: set[int]
+    shares: Counter[_Domain], at_hand: list[Host], groups: list[list[Host]]
 ) -> tuple[list[Host], list[Host]]:
     """Take the ring's hosts, from those at hand before any group; return it and who is left."""
     wanted, ring, left = shares.copy(), list[Host](), list[Host]()
@@ -188,9 +188,7 @@ def _draw_ring(
         (ring if chosen else left).append(host)
     for domain in sorted(wanted.elements()):
         have = [_tally(group)[domain] for group in groups]
-        i = max(range(len(groups)), key=lambda i: (have[i], i in changed))
-        ring.append(_take(groups[i], domain))
-        changed.add(i)
+        ring.append(_take(groups[have.index(max(have))], domain))
     return ring, left
 
 

@@ -11,6 +11,7 @@ A save's way:
        for the news and tells the save's handle.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -189,7 +190,8 @@ class Checkpointer:
         s3 = self.settings.s3
         store = S3Store(s3, self.job) if s3 is not None else None
         reader = ShardReader(sources, tiers_of(sources, self._node_id, store))
-        restore_into(state, reader, allow_pickle=self._allow_pickle)
+        with contextlib.closing(store) if store is not None else contextlib.nullcontext():
+            restore_into(state, reader, allow_pickle=self._allow_pickle)
         self.restored = Restored(
             step=resolution.version.step,
             generation=resolution.version.generation,

@@ -9,33 +9,26 @@ parents), the holders' inventories, and one listing of S3.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar, assert_never
 
-import ray
-from ray.exceptions import ActorDiedError, ActorUnschedulableError
-
-from replication import membership
 from replication.errors import DeadlineError, FencedError, HolderUnavailableError, TieredError
-from replication.fleet import cluster_nodes, start_holder
-from replication.holder import NAMESPACE, HolderInfo, holder_name
-from replication.membership import Membership, Node
+from replication.fleet import HEARTBEAT_S, HEARTBEAT_TIMEOUT_S, Fleet
+from replication.holder import LOG_FORMAT
 from replication.placement import explain_placement
-from replication.records import ActorRef, HolderId, Life, ShardKey, ShardRecord, Version
+from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
 from tiered import messages as m
 from tiered import register
 from tiered.config import S3, JobSettings
 from tiered.errors import DurableStoreError, StepNotFoundError
 from tiered.history import Resolution
 from tiered.job import Job
-from tiered.s3 import S3Store
+from tiered.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
 COORDINATOR_NAME = "coordinator"
-HEARTBEAT_S = 1.0
-HEARTBEAT_TIMEOUT_S = 2.0
 CALL_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 60.0
 VERIFY_TIMEOUT_S = 60.0
@@ -77,9 +70,9 @@ class Coordinator:
     """One for a cluster. Every method may be called again with the same arguments."""
 
     def __init__(self) -> None:
-        self._members = Membership()
-        self._handles: dict[str, ActorRef] = {}
-        self._trainer_nodes: set[str] = set()
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)  # this process is ours
+        self._fleet = Fleet(COORDINATOR_NAME, self._joined, self._lost)
+        self._ledgers: dict[str, Ledger] = {}
         self._jobs: dict[str, Job] = {}
         self._opening = asyncio.Lock()
         self._started: asyncio.Task[None] | None = None
@@ -92,8 +85,8 @@ class Coordinator:
     async def hello(self) -> int:
         """Answer once holders run on every host (or a deadline passed): how many do."""
         await self._ready()
-        await self._until(lambda: self._members.is_settled, SETTLE_TIMEOUT_S)
-        return len(self._members.up)
+        await self._until(lambda: self._fleet.members.is_settled, SETTLE_TIMEOUT_S)
+        return len(self._fleet.members.up)
 
     async def ensure_holder(self, node_id: str) -> HolderId:
         """Return the live holder of a trainer's host, starting it if need be.
@@ -102,10 +95,10 @@ class Coordinator:
             HolderUnavailableError: It did not start in time.
         """
         await self._ready()
-        self._trainer_nodes.add(node_id)
-        if await self._until(lambda: self._members.holder_on(node_id) is not None, START_TIMEOUT_S):
-            holder = self._members.holder_on(node_id)
-            assert holder is not None
+        self._fleet.require(node_id)
+        members = self._fleet.members
+        await self._until(lambda: members.holder_on(node_id) is not None, START_TIMEOUT_S)
+        if (holder := members.holder_on(node_id)) is not None:
             return holder
         raise HolderUnavailableError(node_id, f"it did not start within {START_TIMEOUT_S:g} s")
 
@@ -230,89 +223,46 @@ class Coordinator:
         await asyncio.shield(self._started)
 
     async def _start(self) -> None:
-        await self._heartbeat()
-        await self._until(lambda: self._members.is_settled, SETTLE_TIMEOUT_S, beat=True)
+        self._spawn(self._beat_forever())
+        await self._until(lambda: self._fleet.members.is_settled, SETTLE_TIMEOUT_S)
         for name in await asyncio.to_thread(register.known_jobs):
             await self._job(name)
-        self._spawn(self._heartbeat_forever())
 
-    async def _heartbeat_forever(self) -> None:
+    async def _beat_forever(self) -> None:
         while True:
-            try:
-                await self._heartbeat()
-            except Exception:  # the next beat may work; without beats nothing would
-                logger.exception("heartbeat failed")
+            await self._beat()
             for job in list(self._jobs.values()):
                 self._feed(job, m.Ticked())
             await asyncio.sleep(HEARTBEAT_S)
 
-    async def _heartbeat(self) -> None:
-        nodes = await asyncio.to_thread(cluster_nodes, frozenset(self._trainer_nodes))
-        await self._member_event(membership.NodesSeen(nodes))
-        await asyncio.gather(*(self._ping(node_id) for node_id in self._members.started))
-
-    async def _ping(self, node_id: str) -> None:
-        handle = self._handles.get(node_id)
-        if handle is None:
-            return
-        event: membership.Event
+    async def _beat(self) -> None:
         try:
-            info: HolderInfo = await asyncio.wait_for(handle.hello.remote(), HEARTBEAT_TIMEOUT_S)
-            event = membership.Answered(info.holder)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the holder did not answer
-            is_dead = isinstance(error, ActorDiedError | ActorUnschedulableError)
-            event = membership.Missed(node_id, is_dead)
-        await self._member_event(event)
-
-    async def _member_event(self, event: membership.Event) -> None:
-        for command in self._members.handle(event):
-            match command:
-                case membership.StartHolder():
-                    self._spawn(self._start_holder(command.node))
-                case membership.HolderJoined():
-                    await self._joined(command.holder, command.domain)
-                case membership.HolderLost():
-                    logger.warning("holder %s is lost", command.holder)
-                    for job in self._jobs.values():
-                        self._feed(job, m.HolderDown(command.holder))
-                case _:
-                    assert_never(command)
+            await self._fleet.beat()
+        except Exception:  # the next beat may work; without beats nothing would
+            logger.exception("heartbeat failed")
         self._wake()
 
-    async def _start_holder(self, node: Node) -> None:
-        try:
-            handle = await asyncio.to_thread(start_holder, node, COORDINATOR_NAME)
-        except Exception as error:  # noqa: BLE001 - the node may be gone; try when next seen
-            logger.warning("cannot start a holder on host %s: %s", node.node_id[:8], error)
-            await self._member_event(membership.Missed(node.node_id, is_dead=True))
-            return
-        self._handles[node.node_id] = handle
-        await self._ping(node.node_id)
-
     async def _joined(self, holder: HolderId, domain: str) -> None:
-        logger.info("holder %s is up", holder)
         for job in list(self._jobs.values()):
             await self._holder_up(job, holder, domain)
+
+    def _lost(self, holder: HolderId) -> None:
+        for job in self._jobs.values():
+            self._feed(job, m.HolderDown(holder))
 
     async def _holder_up(self, job: Job, holder: HolderId, domain: str) -> None:
         """Tell a job's core of a holder and what it has; again later if it does not answer."""
         try:
-            records = await self._call(holder, "list_shards", CALL_TIMEOUT_S)
+            records = await self._fleet.call(holder, "list_shards", CALL_TIMEOUT_S)
         except Exception as error:  # noqa: BLE001 - heartbeats will say if it is lost
             logger.warning("no inventory from holder %s yet: %s", holder, _first_line(error))
             await asyncio.sleep(HEARTBEAT_S)
-            if holder in self._members.up:
+            if holder in self._fleet.members.up:
                 self._spawn(self._holder_up(job, holder, domain))
             return
         mine = tuple(r for r in records if r.key.job == job.name)
-        if holder in self._members.up:
+        if holder in self._fleet.members.up:
             self._feed(job, m.HolderUp(holder, domain, mine))
-
-    async def _call(self, holder: HolderId, method: str, timeout_s: float, *args: Any) -> Any:
-        handle = self._handles.get(holder.node_id)
-        if handle is None:
-            handle = await asyncio.to_thread(ray.get_actor, holder_name(holder.node_id), NAMESPACE)
-        return await asyncio.wait_for(getattr(handle, method).remote(*args), timeout_s)
 
     # -- jobs -----------------------------------------------------------------------------------
 
@@ -323,14 +273,14 @@ class Coordinator:
             if name in self._jobs:
                 return self._jobs[name]
             job = Job(name)
-            self._feed(job, await asyncio.to_thread(_recall, name))
-            up = self._members.up
+            self._feed(job, await asyncio.to_thread(self._ledger(job).recall))
+            up = self._fleet.members.up
             await asyncio.gather(*(self._holder_up(job, h, domain) for h, domain in up.items()))
             self._jobs[name] = job
-            for holder, domain in self._members.up.items():  # who came meanwhile
+            for holder, domain in self._fleet.members.up.items():  # who came meanwhile
                 if holder not in job.holders:
                     self._spawn(self._holder_up(job, holder, domain))
-            for holder in set(job.holders) - set(self._members.up):  # and who went
+            for holder in set(job.holders) - set(self._fleet.members.up):  # and who went
                 self._feed(job, m.HolderDown(holder))
         return job
 
@@ -385,31 +335,20 @@ class Coordinator:
     # -- commands with an outcome ---------------------------------------------------------------
 
     async def _claim(self, job: Job, claim: m.Claim) -> m.Event:
-        """Claim in the cluster, then on S3; S3's silence does not stop a job from training."""
-        key, data = register.claim_key(claim.generation), register.encode_claim(claim)
-        is_ours = await asyncio.to_thread(register.GcsIndex(job.name).create, key, data)
-        if is_ours and claim.settings.s3 is not None:
-            store = S3Store(claim.settings.s3, job.name)
-            try:
-                is_ours = await _within(S3_INDEX_TIMEOUT_S, store.create, key, data)
-            except (DurableStoreError, TimeoutError) as error:
-                logger.warning("[%s] generation not claimed on S3 yet: %s", job.name, error)
-        return m.GenerationClaimed(claim.generation, is_ours)
+        return await asyncio.to_thread(self._ledger(job).claim, claim)
 
-    async def _list_durable(self, job: Job, settings: JobSettings) -> m.DurableListed:
-        assert settings.s3 is not None
-        store = S3Store(settings.s3, job.name)
+    async def _list_durable(self, job: Job, settings: JobSettings) -> m.Event:
         try:
-            keys = await _within(S3_INDEX_TIMEOUT_S, store.keys, "index/")
+            listing: m.DurableListed = await _within(
+                S3_INDEX_TIMEOUT_S, self._ledger(job).list_durable, settings
+            )
         except TimeoutError:
             return m.DurableListed(problem=f"no answer within {S3_INDEX_TIMEOUT_S:g} s")
-        except DurableStoreError as error:
-            return m.DurableListed(problem=error.problem)
-        return register.read_listing(keys)
+        return listing
 
     async def _fence(self, job: Job, command: m.FenceHolders) -> m.Event:
         calls = [
-            self._call(holder, "fence", HEARTBEAT_TIMEOUT_S, job.name, command.generation)
+            self._fleet.call(holder, "fence", HEARTBEAT_TIMEOUT_S, job.name, command.generation)
             for holder in command.holders
         ]
         for holder, outcome in zip(
@@ -422,7 +361,9 @@ class Coordinator:
     async def _verify(self, job: Job, command: m.VerifyShards) -> m.Event:
         async def check(holder: HolderId, keys: tuple[ShardKey, ...]) -> list[ShardKey]:
             try:
-                bad: list[ShardKey] = await self._call(holder, "verify", VERIFY_TIMEOUT_S, keys)
+                bad: list[ShardKey] = await self._fleet.call(
+                    holder, "verify", VERIFY_TIMEOUT_S, keys
+                )
             except Exception as error:  # noqa: BLE001 - a copy that cannot be read does not count
                 logger.warning("holder %s could not verify: %s", holder, error)
                 return list(keys)
@@ -441,87 +382,53 @@ class Coordinator:
         """Read a durable step's manifest into the job; return what is wrong with it, or nothing."""
         if version not in job.durable or version in job.manifests:
             return ""
-        settings = job.begin.claim.settings if job.begin is not None else job.settings
-        assert settings is not None
-        assert settings.s3 is not None
-        store = S3Store(settings.s3, job.name)
+        settings = job.begin.claim.settings if job.begin is not None else _settings(job)
+        read = self._ledger(job).manifest
         try:
-            data = await _within(S3_INDEX_TIMEOUT_S, store.get, register.manifest_key(version))
-            if data is None:
-                return "its manifest is gone"
-            job.manifests[version] = register.decode_manifest(job.name, version, data)
+            job.manifests[version] = await _within(S3_INDEX_TIMEOUT_S, read, version, settings)
         except (DurableStoreError, TimeoutError, ValueError) as error:
-            return f"its manifest cannot be used: {error}"
+            return f"its manifest cannot be used: {_first_line(error)}"
         return ""
 
     async def _record_parent(self, job: Job, command: m.RecordParent) -> m.Event:
-        key = register.parent_key(command.generation, command.parent)
-        await asyncio.to_thread(register.GcsIndex(job.name).create, key, b"")
-        settings = job.settings
-        if settings is not None and settings.s3 is not None:
-            try:
-                store = S3Store(settings.s3, job.name)
-                await _within(S3_INDEX_TIMEOUT_S, store.create, key, b"")
-            except (DurableStoreError, TimeoutError) as error:
-                logger.warning("[%s] parent not recorded on S3 yet: %s", job.name, error)
+        record = self._ledger(job).record_parent
+        await asyncio.to_thread(record, command.generation, command.parent, _settings(job))
         return m.ParentRecorded(command.generation)
 
     async def _upload(self, job: Job, command: m.UploadShard) -> m.Event:
-        assert job.settings is not None
-        assert job.settings.s3 is not None
         version, rank, holder = command.version, command.rank, command.holder
-        store = S3Store(job.settings.s3, job.name)
+        store = self._ledger(job).store(_settings(job))
         key = ShardKey(job.name, version, rank)
         object_key = register.shard_key(version, rank)
         try:
-            record = await self._call(holder, "upload", UPLOAD_TIMEOUT_S, key, store, object_key)
+            record = await self._fleet.call(
+                holder, "upload", UPLOAD_TIMEOUT_S, key, store, object_key
+            )
         except Exception as error:  # noqa: BLE001 - the core decides who tries next
             return m.UploadFailed(version, rank, holder, _first_line(error))
         return m.ShardUploaded(version, rank, record)
 
     async def _publish(self, job: Job, command: m.PublishManifest) -> m.Event:
-        """Write the manifest last, and only while no newer generation is known to S3."""
-        assert job.settings is not None
-        assert job.settings.s3 is not None
-        store = S3Store(job.settings.s3, job.name)
-        version = command.version
-
-        def publish() -> str:
-            index = register.GcsIndex(job.name)
-            newest = register.read_listing(store.keys("index/generation/")).newest_generation
-            if newest > job.generation:
-                return str(FencedError(job.name, job.generation, newest))
-            for key in index.keys("index/generation/"):  # what S3 missed while it was away
-                if not store.create(key, index.get(key) or b""):
-                    return f"another cluster has claimed {key} of this job"
-            manifest = register.encode_manifest(job.name, version, command.records)
-            if not store.create(register.manifest_key(version), manifest):
-                return "another manifest of this step is there"
-            return ""
-
+        ledger, settings, version = self._ledger(job), _settings(job), command.version
         try:
-            refused = await asyncio.to_thread(publish)
+            refused = await asyncio.to_thread(
+                ledger.publish, job.generation, version, command.records, settings
+            )
         except DurableStoreError as error:
             return m.PublishFailed(version, str(error), is_final=False)
         if refused:
             return m.PublishFailed(version, refused, is_final=True)
-        logger.info("%s durable on %s", _tag(job, version), job.settings.s3.uri)
+        logger.info("%s durable on %s", _tag(job, version), ledger.store(settings))
         return m.ManifestPublished(version, command.records)
 
     async def _delete_durable(self, job: Job, versions: tuple[Version, ...]) -> None:
-        assert job.settings is not None
-        assert job.settings.s3 is not None
-        store = S3Store(job.settings.s3, job.name)
-
-        def delete() -> None:
-            store.delete([register.manifest_key(v) for v in versions])
-            for version in versions:
-                store.delete(store.keys(register.data_prefix(version)))
-
         try:
-            await asyncio.to_thread(delete)
+            await asyncio.to_thread(self._ledger(job).delete, versions, _settings(job))
         except DurableStoreError as error:
             logger.warning("[%s] old steps not deleted from S3: %s", job.name, error)
+
+    def _ledger(self, job: Job) -> Ledger:
+        return self._ledgers.setdefault(job.name, Ledger(job.name))
 
     # -- the shell ------------------------------------------------------------------------------
 
@@ -536,7 +443,7 @@ class Coordinator:
 
         async def send() -> None:
             try:
-                await self._call(holder, method, CALL_TIMEOUT_S, *args)
+                await self._fleet.call(holder, method, CALL_TIMEOUT_S, *args)
             except Exception as error:  # noqa: BLE001 - a lost holder is told again when it joins
                 logger.warning("holder %s did not take %s: %s", holder, method, _first_line(error))
 
@@ -563,16 +470,11 @@ class Coordinator:
         except TimeoutError:
             return
 
-    async def _until(self, condition: Any, timeout_s: float, *, beat: bool = False) -> bool:
+    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        """Return when `condition` holds or the time is over."""
         deadline = time.monotonic() + timeout_s
-        while not condition():
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                return False
+        while not condition() and (left_s := deadline - time.monotonic()) > 0:
             await self._change(min(left_s, HEARTBEAT_S))
-            if beat and not condition():
-                await self._heartbeat()
-        return True
 
 
 async def _within(timeout_s: float, call: Any, *args: Any) -> Any:
@@ -581,14 +483,10 @@ async def _within(timeout_s: float, call: Any, *args: Any) -> Any:
     return await asyncio.wait_for(work, timeout_s)
 
 
-def _recall(name: str) -> m.Recalled:
-    index = register.GcsIndex(name)
-    keys = index.keys("index/generation/")
-    claims = []
-    for key in keys:
-        if key.endswith("/claim") and (data := index.get(key)) is not None:
-            claims.append(register.decode_claim(data))
-    return m.Recalled(tuple(claims), register.read_parents(keys))
+def _settings(job: Job) -> JobSettings:
+    """The settings of a job that has begun."""
+    assert job.settings is not None
+    return job.settings
 
 
 def _tag(job: Job, version: Version) -> str:

@@ -1,6 +1,7 @@
 """`tiered.recover`: the newest consistent step of a job, from outside of any trainer."""
 
-from collections.abc import MutableMapping
+import contextlib
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,13 @@ class Recovered:
         Raises:
             StepNotFoundError: A chunk has no intact copy any more.
         """
-        return read_state(self._reader(rank), allow_pickle=self._allow_pickle)
+        with self._reading(rank) as reader:
+            return read_state(reader, allow_pickle=self._allow_pickle)
 
     def load_into(self, state: MutableMapping[str, Any], rank: int = 0) -> None:
         """Fill `state` in place with one rank's; see `Checkpointer.restore`."""
-        restore_into(state, self._reader(rank), allow_pickle=self._allow_pickle)
+        with self._reading(rank) as reader:
+            restore_into(state, reader, allow_pickle=self._allow_pickle)
 
     def export(self, directory: str | Path) -> list[Path]:
         """Write every shard's safetensors file into `directory`, chunk by chunk; return the paths.
@@ -69,8 +72,8 @@ class Recovered:
         for rank in self._ranks:
             path = folder / f"rank-{rank:05d}.safetensors"
             partial = path.with_suffix(".partial")
-            with partial.open("wb") as out:
-                for chunk in self._reader(rank).chunks():
+            with partial.open("wb") as out, self._reading(rank) as reader:
+                for chunk in reader.chunks():
                     for buffer in chunk:
                         out.write(buffer.data)
             partial.replace(path)
@@ -80,6 +83,14 @@ class Recovered:
     @property
     def _ranks(self) -> range:
         return range(self.world_size)
+
+    @contextlib.contextmanager
+    def _reading(self, rank: int) -> Iterator[ShardReader]:
+        try:
+            yield self._reader(rank)
+        finally:
+            if self._store is not None:
+                self._store.close()
 
     def _reader(self, rank: int) -> ShardReader:
         if rank not in self._ranks:
@@ -121,7 +132,8 @@ def recover(
         if s3 is None:
             raise
         store = S3Store(s3, job)
-        resolution = _resolve_on_s3(job, store, step, before)
+        with contextlib.closing(store):
+            resolution = _resolve_on_s3(job, store, step, before)
     else:
         actor = cluster.coordinator()
         args = (job, step, before)

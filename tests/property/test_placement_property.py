@@ -109,6 +109,7 @@ def test_any_number_of_hosts_is_placed_once_balanced_and_deterministically(
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(DOMAINS, min_size=2, max_size=7).map(sorted), st.integers(1, 4))
+@example(list("aaaab"), 1)
 @example(list("aaaaabb"), 3)
 @example(list("aaaabcd"), 2)
 @example(list("aaaabcde"), 2)

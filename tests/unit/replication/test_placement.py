@@ -158,6 +158,7 @@ def test_values_cannot_be_changed() -> None:
         ("aaab", 1, ["aa", "ab", ""]),  # a third a has nowhere else to go
         ("aaabbc", 2, ["aab", "abc", ""]),  # never aaa: a's loss would lose it all
         ("aabb--", 2, ["-ab", "-ab", ""]),
+        ("-------aabb", 3, ["--ab", "-----ab"]),  # those without a label never count as alike
     ],
 )
 def test_groups_span_domains(domains: str, replicas: int, expected: list[str]) -> None:
@@ -222,6 +223,45 @@ def test_a_lost_host_is_replaced_from_the_ring() -> None:
     assert set(survivors) < set(after.groups[0])
     assert set(after.groups[0]) - set(survivors) < set(before.ring)
     assert list(after.ring) == [i for i in before.ring if i in after.ring]
+
+
+def test_a_ring_keeps_its_order_when_a_host_leaves_or_joins() -> None:
+    before = Placement(2, (), ("e", "b", "d", "a", "c"))
+
+    assert place([Host(i) for i in "abce"], 2, before).ring == ("e", "b", "a", "c")
+    four = Placement(2, (), ("e", "b", "d", "a"))
+    assert place([Host(i) for i in "abcde"], 2, four).ring == ("e", "b", "d", "a", "c")
+
+
+def test_the_group_that_becomes_a_ring_is_the_one_of_other_domains() -> None:
+    hosts = [Host(i, i[0]) for i in ("a1", "a2", "b2", "c1", "d1", "e1", "b3")]
+    before = Placement(1, (("a1", "gone"), ("a2", "b2"), ("c1", "d1"), ("e1", "b3")), ())
+
+    after = place(hosts, 1, before)
+
+    assert after.groups == (("a2", "b2"), ("e1", "b3"))
+    assert set(after.ring) == {"a1", "c1", "d1"}
+
+
+def test_groups_that_changed_anyway_exchange_hosts_before_others() -> None:
+    hosts = [Host(i, i[0]) for i in ("b1", "c1", "d1", "e1", "a1", "b2", "a2", "b3")]
+    before = Placement(1, (("b1", "c1"), ("d1", "e1"), ("a1", "x"), ("b2", "y")), ())
+    # a2 and b3 are new: whichever holes they are dealt to, the whole groups need not change.
+
+    after = place(hosts, 1, before)
+
+    assert after.groups[:2] == before.groups[:2]
+    assert domains_of(after, hosts) == ["ab", "ab", "bc", "de", ""]
+
+
+def test_of_two_groups_in_one_domain_the_one_that_changed_anyway_gives_a_host_away() -> None:
+    hosts = [Host(i, i[0]) for i in ("a1", "a2", "a3", "a4", "b1", "c1")]
+    before = Placement(1, (("a1", "a2"), ("a3", "x"), ("b1", "y")), ())
+
+    after = place(hosts, 1, before)
+
+    assert after.groups[0] == ("a1", "a2")
+    assert domains_of(after, hosts)[:2] == ["aa", "ab"]
 
 
 def test_a_group_in_one_domain_is_reopened_when_it_can_be_mended() -> None:

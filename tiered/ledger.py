@@ -1,0 +1,121 @@
+"""What a job has written down: in the cluster's register, and the same on S3 where there is one.
+
+Every method blocks (the coordinator calls them in threads) and may be repeated. The register of
+the running cluster decides who owns a generation here; S3's copy decides between clusters, and is
+all that a new cluster has to go by. S3 out of reach stops no job from training: what it missed is
+written when the next manifest is, and no manifest is published before.
+"""
+
+import logging
+from collections.abc import Sequence
+
+from replication.errors import FencedError
+from replication.records import ShardRecord, Version
+from tiered import register
+from tiered.config import JobSettings
+from tiered.errors import DurableStoreError
+from tiered.messages import Claim, DurableListed, GenerationClaimed, Recalled
+from tiered.s3 import S3Store
+
+logger = logging.getLogger(__name__)
+
+
+class Ledger:
+    """One job's generations, parents and manifests."""
+
+    def __init__(self, job: str) -> None:
+        self.job = job
+        self._gcs = register.GcsIndex(job)
+        self._store: S3Store | None = None
+
+    def store(self, settings: JobSettings) -> S3Store:
+        """The job's durable store; only for a job that has one."""
+        assert settings.s3 is not None
+        if self._store is None or self._store.settings != settings.s3:
+            self._store = S3Store(settings.s3, self.job)
+        return self._store
+
+    def recall(self) -> Recalled:
+        """What the cluster's register knows."""
+        keys = self._gcs.keys("index/generation/")
+        found = [self._gcs.get(key) for key in keys if key.endswith("/claim")]
+        claims = tuple(register.decode_claim(data) for data in found if data is not None)
+        return Recalled(claims, register.read_parents(keys))
+
+    def list_durable(self, settings: JobSettings) -> DurableListed:
+        """What S3 knows: one LIST."""
+        try:
+            return register.read_listing(self.store(settings).keys("index/"))
+        except DurableStoreError as error:
+            return DurableListed(problem=error.problem)
+
+    def claim(self, claim: Claim) -> GenerationClaimed:
+        """Claim a generation in the cluster, then on S3."""
+        key, data = register.claim_key(claim.generation), register.encode_claim(claim)
+        is_ours = self._gcs.create(key, data)
+        if is_ours and claim.settings.s3 is not None:
+            try:
+                is_ours = self.store(claim.settings).create(key, data)
+            except DurableStoreError as error:
+                logger.warning("[%s] generation not claimed on S3 yet: %s", self.job, error)
+        return GenerationClaimed(claim.generation, is_ours)
+
+    def record_parent(self, generation: int, parent: Version | None, settings: JobSettings) -> None:
+        """Write down where a generation resumed from."""
+        key = register.parent_key(generation, parent)
+        self._gcs.create(key, b"")
+        if settings.s3 is not None:
+            try:
+                self.store(settings).create(key, b"")
+            except DurableStoreError as error:
+                logger.warning("[%s] parent not recorded on S3 yet: %s", self.job, error)
+
+    def manifest(self, version: Version, settings: JobSettings) -> tuple[ShardRecord, ...]:
+        """Read a durable step's manifest.
+
+        Raises:
+            ValueError: It is gone, or not the whole manifest of this version.
+            DurableStoreError: S3 did not answer.
+        """
+        data = self.store(settings).get(register.manifest_key(version))
+        if data is None:
+            raise ValueError("it is gone")
+        return register.decode_manifest(self.job, version, data)
+
+    def publish(
+        self,
+        generation: int,
+        version: Version,
+        records: Sequence[ShardRecord],
+        settings: JobSettings,
+    ) -> str:
+        """Write a step's manifest, unless a newer generation is known to S3.
+
+        Returns:
+            Why it must not be published, or nothing when it was.
+
+        Raises:
+            DurableStoreError: S3 did not answer; try again.
+        """
+        store = self.store(settings)
+        newest = register.read_listing(store.keys("index/generation/")).newest_generation
+        if newest > generation:
+            return str(FencedError(self.job, generation, newest))
+        for key in self._gcs.keys("index/generation/"):  # what S3 missed while it was away
+            if not store.create(key, self._gcs.get(key) or b""):
+                return f"another cluster has written {key} of this job"
+        manifest = register.encode_manifest(self.job, version, records)
+        if not store.create(register.manifest_key(version), manifest):
+            return "another manifest of this step is there"
+        return ""
+
+    def delete(self, versions: Sequence[Version], settings: JobSettings) -> None:
+        """Delete steps from S3, manifests first, so that none is ever half there.
+
+        Raises:
+            DurableStoreError: S3 did not answer; what is left is no step any more.
+        """
+        store = self.store(settings)
+        store.delete([register.manifest_key(version) for version in versions])
+        for version in versions:
+            store.delete(store.keys(register.data_prefix(version)))

@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from tiered.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 LOCAL_START_TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S = 5.0
 RETRY_PAUSE_S = 0.2
 _LOCAL_PID = Path(tempfile.gettempdir()) / f"tiered-{os.getuid()}" / "local-ray.pid"
 
@@ -41,11 +43,11 @@ def connect() -> bool:
     """
     if ray.is_initialized():
         return False
-    if os.environ.get("RAY_ADDRESS") or not _attach("auto"):
-        if address := os.environ.get("RAY_ADDRESS"):
-            if not _attach(address):
-                raise ConfigError(f"RAY_ADDRESS={address!r}: no Ray cluster answers there")
-            return False
+    if address := os.environ.get("RAY_ADDRESS"):
+        if not _attach(address):
+            raise ConfigError(f"RAY_ADDRESS={address!r}: no Ray cluster answers there")
+        return False
+    if not _attach("auto"):
         with _local_lock():
             if not _attach("auto"):
                 _start_local()
@@ -67,13 +69,35 @@ def attach() -> None:
 
 
 def _attach(address: str) -> bool:
+    known = _last_started() if address == "auto" else address
+    if known is not None and not _answers(known):
+        return False  # Ray itself would try for minutes
     try:
-        ray.init(
-            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
-        )
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+        ray.init(address=address, namespace=NAMESPACE, **quiet)
     except ConnectionError:
         return False
     return True
+
+
+def _last_started() -> str | None:
+    """Where Ray wrote the address of the cluster that was last started on this machine."""
+    note = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray/ray_current_cluster"
+    try:
+        return note.read_text().strip()
+    except OSError:
+        return None
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return True  # not host:port; let Ray judge
+    try:
+        with socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
 
 
 # --- a local cluster of our own -----------------------------------------------------------------

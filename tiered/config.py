@@ -137,6 +137,12 @@ class JobSettings:
     memory: Memory
     s3: S3 | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.memory, Memory):
+            raise ConfigError(f"memory={self.memory!r} must be a tiered.Memory")
+        if not isinstance(self.s3, S3 | None):
+            raise ConfigError(f"s3={self.s3!r} must be a tiered.S3, such as S3('s3://bucket/ckpt')")
+
     def is_due(self, step: int) -> bool:
         """Whether a save of `step` is due in any tier."""
         return step % self.memory.every_steps == 0 or self.is_due_for_s3(step)

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 
 from replication.checksum import digest
 from replication.durable import DurableStore
@@ -57,7 +58,10 @@ class HolderTier:
         except ValueError as error:  # Ray's word for: no such actor
             raise HolderUnavailableError(node_id, "it is gone") from error
         timeout_s = fetch_timeout_s(self._record.plan.chunk_sizes[index])
-        return self._transport.fetch(handle, node_id, self._record.key, index, timeout_s)
+        try:
+            return self._transport.fetch(handle, node_id, self._record.key, index, timeout_s)
+        except RayError as error:  # the object was lost, the store is full, a bug: ask the next
+            raise HolderUnavailableError(node_id, f"{type(error).__name__}: {error}") from error
 
 
 class DurableTier:
@@ -143,8 +147,10 @@ class ShardReader:
             except TieredError as error:
                 logger.warning("%s %s; trying the next copy", record.key, error)
                 problems.append(str(error))
-                if len(self.tiers) > 1:
-                    self.tiers.remove(tier)  # not asked again for this shard
+                # Not asked again while another answers; but two copies that are damaged in
+                # different chunks still make a whole shard.
+                self.tiers.remove(tier)
+                self.tiers.append(tier)
                 continue
             size = record.plan.chunk_sizes[index]
             self.bytes_by_label[tier.label] = self.bytes_by_label.get(tier.label, 0) + size

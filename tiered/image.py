@@ -21,10 +21,9 @@ import torch
 
 from replication.records import Buffer, Chunk, ShardKey, ShardPlan
 from tiered.errors import StateError
-from tiered.state import Captured
+from tiered.state import TREE_NAME, Captured
 
 ALIGNMENT = 64
-TREE_NAME = "__tree__"
 TREE_PADDING = 4096  # so that a tree that grows a little does not move every tensor
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 
@@ -74,8 +73,6 @@ def lay_out(captured: Captured) -> Layout:
     spans, entries, offset = [], [], 0
     ordered = sorted(captured.tensors.items(), key=lambda kv: (-kv[1].element_size(), kv[0]))
     for name, tensor in ordered:
-        if name == TREE_NAME:
-            raise StateError(name, "this name is reserved; rename the tensor")
         size = tensor.numel() * tensor.element_size()
         shape = list(tensor.shape)
         dtype = _NAMES.get(tensor.dtype)
@@ -94,7 +91,11 @@ def chunk_sizes(layout: Layout, first_bytes: int, chunk_bytes: int) -> tuple[int
 
 
 def front(layout: Layout, key: ShardKey, world_size: int, tree: bytes) -> bytes:
-    """The image's first chunk: length, header, tree."""
+    """The image's first chunk: length, header, tree.
+
+    Raises:
+        StateError: There are more tensors than a header has room for.
+    """
     padded = -(-max(1, len(tree)) // TREE_PADDING) * TREE_PADDING
     header: dict[str, Any] = {
         "__metadata__": {
@@ -113,6 +114,12 @@ def front(layout: Layout, key: ShardKey, world_size: int, tree: bytes) -> bytes:
         header[span.name] = {**entry, "data_offsets": [padded + span.start, padded + span.stop]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    if len(text) > MAX_HEADER_BYTES:
+        raise StateError(
+            "",
+            f"the names of {len(layout.spans)} tensors make a header of {len(text)} bytes, and "
+            f"safetensors reads {MAX_HEADER_BYTES}; save fewer tensors, or give them shorter names",
+        )
     return len(text).to_bytes(8, "little") + text + tree + bytes(padded - len(tree))
 
 
@@ -128,9 +135,23 @@ def data_chunk(layout: Layout, tensors: Mapping[str, torch.Tensor], start: int, 
     """The buffers that make bytes `start` to `stop` of the tensor data."""
     chunk = []
     for span in overlapping(layout.spans, start, stop):
-        raw = bytes_of(tensors[span.name])
-        chunk.append(raw[max(0, start - span.start) : min(span.stop, stop) - span.start])
+        low, high = max(0, start - span.start), min(span.stop, stop) - span.start
+        chunk.append(_bytes_between(tensors[span.name], low, high))
     return chunk
+
+
+def _bytes_between(tensor: torch.Tensor, start: int, stop: int) -> Buffer:
+    """Bytes `start` to `stop` of a tensor; of one that has to be copied, only the rows they span.
+
+    A large tensor is in many chunks, and copying all of it for each would be quadratic.
+    """
+    while tensor.dim() > 1 and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    if tensor.dim() == 0:
+        return bytes_of(tensor)[start:stop]
+    row = tensor.element_size() * tensor[0].numel()
+    first = start // row
+    return bytes_of(tensor[first : -(-stop // row)])[start - first * row : stop - first * row]
 
 
 def overlapping(spans: Sequence[Span], start: int, stop: int) -> Iterator[Span]:
@@ -170,7 +191,9 @@ def read_front(data: bytes, plan: ShardPlan) -> Front:
     """
     try:
         return _read_front(data, plan)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError
+    ) as error:  # fmt: skip
         raise StateError("", f"not a shard's image: {error}") from error
 
 
@@ -187,7 +210,9 @@ def _read_front(data: bytes, plan: ShardPlan) -> Front:
         raise ValueError("the tree does not fill the first chunk")
     spans = []
     for name, entry in header.items():
-        start, stop = (int(n) - padded for n in entry["data_offsets"])
+        start, stop = (n - padded for n in entry["data_offsets"])
+        if type(start) is not int or type(stop) is not int:
+            raise ValueError(f"tensor {name!r} does not lie between whole numbers")
         if not 0 <= start <= stop <= data_bytes:
             raise ValueError(f"tensor {name!r} lies outside of the image")
         spans.append(Span(name, start, stop))

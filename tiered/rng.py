@@ -16,11 +16,10 @@ class RngState:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every global generator; of each CUDA device if CUDA is in use."""
-        name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
         state: dict[str, Any] = {
             "torch": torch.get_rng_state(),
             "python": random.getstate(),
-            "numpy": [str(name), keys, int(position), int(has_gauss), float(gauss)],
+            "numpy": np.random.get_state(legacy=False),
         }
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state_all()
@@ -30,7 +29,6 @@ class RngState:
         """Set every generator that was saved."""
         torch.set_rng_state(state_dict["torch"])
         random.setstate(state_dict["python"])
-        name, keys, *rest = state_dict["numpy"]
-        np.random.set_state((name, keys, *rest))
+        np.random.set_state(state_dict["numpy"])
         if "cuda" in state_dict and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state_dict["cuda"])

@@ -11,8 +11,9 @@ twice. Of a DTensor the local shard is saved, with its place in the global tenso
 """
 
 import pickle
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +21,7 @@ import msgpack
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from tiered.errors import StateError
 
@@ -30,6 +32,18 @@ EXT_TENSOR, EXT_TUPLE, EXT_BIGINT, EXT_COMPLEX, EXT_NDARRAY = 1, 2, 3, 4, 5
 EXT_NUMPY_SCALAR, EXT_SET, EXT_TORCH_DTYPE, EXT_TORCH_SIZE, EXT_DEVICE, EXT_PICKLE = (
     6, 7, 8, 9, 10, 11
 )  # fmt: skip
+EXT_COUNTER = 12
+
+TREE_NAME = "__tree__"  # the tree's own name in the image
+RESERVED_NAMES = frozenset({TREE_NAME, "__metadata__"})
+MAX_DEPTH = 64  # of containers in containers: msgpack takes 35 KB of stack for each tuple it reads
+
+# what torch can take from numpy and give back
+ARRAY_DTYPES = frozenset(
+    "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 "
+    "float16 float32 float64 complex64 complex128".split()
+)
+_NUMPY_SCALAR = re.compile(r"[<>|=]?[biufc][0-9]{1,2}")
 
 
 @runtime_checkable
@@ -68,23 +82,31 @@ class TensorRef:
 
     @staticmethod
     def unpack(data: bytes) -> "TensorRef":
-        """Read what `pack` wrote."""
+        """Read what `pack` wrote; raises ValueError or TypeError on anything else."""
         name, dtype, shape, offsets, global_shape = msgpack.unpackb(data)
+        if type(name) is not str or type(dtype) is not str:
+            raise TypeError(f"a tensor named {name!r} of dtype {dtype!r}")
         return TensorRef(
             name,
             dtype,
-            tuple(shape),
-            None if offsets is None else tuple(offsets),
-            None if global_shape is None else tuple(global_shape),
+            _sizes(shape),
+            None if offsets is None else _sizes(offsets),
+            None if global_shape is None else _sizes(global_shape),
         )
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch's object."""
         dtype = getattr(torch, self.dtype, None)
-        if not isinstance(dtype, torch.dtype):
+        if not isinstance(dtype, torch.dtype) or self.dtype.startswith("q"):  # quantized
             raise StateError(self.name, f"dtype {self.dtype!r} is not known to this torch")
         return dtype
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    if type(values) is not list or any(type(n) is not int or n < 0 for n in values):
+        raise TypeError(f"{values!r} is no list of sizes")
+    return tuple(values)
 
 
 @dataclass(slots=True)
@@ -111,11 +133,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 @dataclass(slots=True)
 class _Capture:
     allow_pickle: bool
+    is_target: bool = False
+    is_in_set: bool = False
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     aliases: dict[tuple[Any, ...], TensorRef] = field(default_factory=dict)
 
     def encode(self, value: Any, path: Path) -> Any:
         kind = type(value)
+        if len(path) > MAX_DEPTH:
+            raise StateError(
+                str(path[0]), f"is nested more than {MAX_DEPTH} deep, or contains itself"
+            )
         if value is None or kind in (bool, float, str, bytes):
             return value
         if kind is int:
@@ -123,6 +151,10 @@ class _Capture:
                 return value
             size = value.bit_length() // 8 + 1
             return msgpack.ExtType(EXT_BIGINT, value.to_bytes(size, "little", signed=True))
+        if self.is_in_set and isinstance(value, torch.Tensor | Stateful):
+            raise StateError(
+                dotted(path), f"a {kind.__name__} in a set has no name; use a list or a dict"
+            )
         if isinstance(value, torch.Tensor):
             return msgpack.ExtType(EXT_TENSOR, self.tensor(value, path).pack())
         if kind is dict or kind is OrderedDict:
@@ -131,41 +163,55 @@ class _Capture:
             return [self.encode(v, (*path, i)) for i, v in enumerate(value)]
         if kind is tuple:
             return self.ext(EXT_TUPLE, [self.encode(v, (*path, i)) for i, v in enumerate(value)])
-        if isinstance(value, Stateful) and not isinstance(value, type):
+        if is_stateful(value):
             return self.encode(value.state_dict(), path)
         return self.encode_rare(value, path)
 
     def encode_rare(self, value: Any, path: Path) -> Any:
         kind = type(value)
-        if kind is np.ndarray and value.dtype.kind in "biufc":
+        if kind is np.ndarray and value.dtype.name in ARRAY_DTYPES:
             return msgpack.ExtType(EXT_NDARRAY, self.array(value, path).pack())
         if isinstance(value, np.generic) and value.dtype.kind in "biufc":
             return self.ext(EXT_NUMPY_SCALAR, [value.dtype.str, value.tobytes()])
         if kind is complex:
             return self.ext(EXT_COMPLEX, [value.real, value.imag])
         if kind is set:
-            return self.ext(EXT_SET, [self.encode(v, path) for v in sorted(value, key=repr)])
+            return self.ext(EXT_SET, self.members(sorted(value, key=repr), path))
+        if kind is Counter:
+            return self.ext(EXT_COUNTER, [self.members(item, path) for item in value.items()])
         if kind is torch.dtype:
             return self.ext(EXT_TORCH_DTYPE, dtype_name(value))
         if kind is torch.Size:
             return self.ext(EXT_TORCH_SIZE, list(value))
         if kind is torch.device:
             return self.ext(EXT_DEVICE, str(value))
+        if self.is_target:
+            return None  # whatever it is, it will be replaced
+        what = f"{kind.__module__}.{kind.__qualname__}"
+        if kind is np.ndarray:
+            what += f" of dtype {value.dtype}"
         if self.allow_pickle:
-            return msgpack.ExtType(EXT_PICKLE, pickle.dumps(value))
+            try:
+                return msgpack.ExtType(EXT_PICKLE, pickle.dumps(value))
+            except Exception as error:  # noqa: BLE001 - the value's own code runs here
+                raise StateError(dotted(path), f"a {what} cannot be pickled: {error}") from error
         raise StateError(
             dotted(path),
-            f"a {kind.__module__}.{kind.__qualname__} can only be saved by pickling it; make it "
+            f"a {what} can only be saved by pickling it; make it "
             "numbers, strings, lists, dicts or tensors, give its class state_dict() and "
             "load_state_dict(), or pass allow_pickle=True to Checkpointer",
         )
 
     def ext(self, code: int, body: Any) -> msgpack.ExtType:
-        return msgpack.ExtType(code, msgpack.packb(body))
+        return msgpack.ExtType(code, _pack(body))
+
+    def members(self, values: Iterable[Any], path: Path) -> list[Any]:
+        inner = _Capture(self.allow_pickle, self.is_target, is_in_set=True)
+        return [inner.encode(v, (*path, "")) for v in values]
 
     def key(self, key: Any, path: Path) -> Any:
         if key is None or type(key) in (str, int, bool, float, bytes):
-            return key
+            return self.encode(key, ())
         raise StateError(dotted(path), f"dict key {key!r} is neither a string nor a number")
 
     def array(self, value: np.ndarray[Any, Any], path: Path) -> TensorRef:
@@ -177,16 +223,20 @@ class _Capture:
     def tensor(self, value: torch.Tensor, path: Path) -> TensorRef:
         name = dotted(path)
         offsets = global_shape = None
+        if is_lazy(value):
+            raise StateError(name, "it has no shape yet; run one batch through the lazy module")
         if isinstance(value, DTensor):
             offsets, global_shape = _place(value), tuple(value.shape)
             value = value.to_local()
         value = value.detach()
         check_tensor(name, value)
         alias = (
-            value.device, value.data_ptr(), value.dtype, value.shape, value.stride(), offsets,
+            value.device, value.data_ptr(), value.dtype, value.shape, value.stride(),
+            value.is_conj(), value.is_neg(), offsets, global_shape,
         )  # fmt: skip
         if value.numel() and (known := self.aliases.get(alias)):
             return known
+        _check_name(name)
         if name in self.tensors:
             raise StateError(name, "two values have this name once their paths are joined by dots")
         ref = TensorRef(name, dtype_name(value.dtype), tuple(value.shape), offsets, global_shape)
@@ -199,16 +249,30 @@ def check_tensor(name: str, value: torch.Tensor) -> None:
     """Refuse a tensor without plain bytes of its own.
 
     Raises:
-        StateError: It is on the meta device, sparse, quantized, or an unknown subclass.
+        StateError: It is on the meta device, sparse, nested, quantized, freed, or an unknown
+            subclass.
     """
+    if type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        raise StateError(name, f"tensor subclass {type(value).__name__} is not supported")
     if value.device.type == "meta":
         raise StateError(name, "it is on the meta device and has no data; materialise it first")
     if value.layout != torch.strided:
         raise StateError(name, f"layout {value.layout} is not supported; save a dense tensor")
+    if value.is_nested:
+        raise StateError(name, "nested tensors are not supported; save unbind() as a list")
     if value.is_quantized:
         raise StateError(name, "quantized tensors are not supported; save int_repr() and scales")
-    if type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        raise StateError(name, f"tensor subclass {type(value).__name__} is not supported")
+    if value.numel() and value.untyped_storage().nbytes() == 0:
+        raise StateError(name, "its memory has been freed (resharded?); gather it first")
+
+
+def _check_name(name: str) -> None:
+    if name in RESERVED_NAMES:
+        raise StateError(name, "this name is reserved; rename the tensor")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise StateError(name, f"this is no name for a tensor: {error}") from error
 
 
 def _place(value: DTensor) -> tuple[int, ...]:
@@ -225,21 +289,36 @@ def dotted(path: Path) -> str:
     return ".".join(str(part) for part in path)
 
 
-def capture(state: Mapping[str, Any], *, allow_pickle: bool = False) -> Captured:
+def is_stateful(value: Any) -> bool:
+    """Whether it is an object with a state of its own; a class is not."""
+    return isinstance(value, Stateful) and not isinstance(value, type)
+
+
+def _pack(body: Any) -> bytes:
+    try:  # surrogatepass: file names that are not UTF-8 reach Python as lone surrogates
+        return bytes(msgpack.packb(body, unicode_errors="surrogatepass"))
+    except (ValueError, OverflowError) as error:  # 4 GiB in one string, say
+        raise StateError("", f"a value cannot be packed: {error}") from error
+
+
+def capture(
+    state: Mapping[str, Any], *, allow_pickle: bool = False, is_target: bool = False
+) -> Captured:
     """Take a state apart; copies no tensor.
 
     Args:
         state: Names to tensors, numbers, containers, or objects with state_dict().
         allow_pickle: Pickle what is none of these, instead of refusing it.
+        is_target: The state is about to be filled: None stands for what is none of these.
 
     Raises:
         StateError: A value cannot be saved; names its key.
     """
     if not isinstance(state, Mapping):
         raise StateError("", f"the state must be a dict, not a {type(state).__name__}")
-    work = _Capture(allow_pickle)
+    work = _Capture(allow_pickle, is_target)
     tree = {work.key(k, ()): work.encode(v, (k,)) for k, v in state.items()}
-    return Captured(bytes(msgpack.packb(tree)), work.tensors)
+    return Captured(_pack(tree), work.tensors)
 
 
 # --- putting together ---------------------------------------------------------------------------
@@ -258,29 +337,43 @@ def read_tree(tree: bytes, *, allow_pickle: bool = False) -> dict[Any, Any]:
     Raises:
         StateError: It holds pickled values and `allow_pickle` is off, or is no tree.
     """
+    depth = 0
 
     def unpack(data: bytes) -> Any:
-        return msgpack.unpackb(data, ext_hook=extension, strict_map_key=False)
+        nonlocal depth
+        if depth > MAX_DEPTH + 1:
+            raise StateError("", f"the checkpoint's tree is more than {MAX_DEPTH} deep")
+        depth += 1
+        try:
+            return msgpack.unpackb(
+                data, ext_hook=extension, strict_map_key=False, unicode_errors="surrogatepass"
+            )
+        finally:
+            depth -= 1
 
     def unpickle(data: bytes) -> Any:
         if not allow_pickle:
             raise StateError(
                 "", "the checkpoint holds pickled values; pass allow_pickle=True if you trust it"
             )
-        return pickle.loads(data)  # noqa: S301 - only with the user's explicit allow_pickle
+        try:
+            return pickle.loads(data)  # noqa: S301 - only with the user's explicit allow_pickle
+        except Exception as error:  # noqa: BLE001 - the value's own code runs here
+            raise StateError("", f"a pickled value cannot be read: {error!r}") from error
 
     readers: dict[int, Callable[[bytes], Any]] = {
         EXT_TENSOR: TensorRef.unpack,
         EXT_TUPLE: lambda data: tuple(unpack(data)),
         EXT_BIGINT: lambda data: int.from_bytes(data, "little", signed=True),
         EXT_COMPLEX: lambda data: complex(*unpack(data)),
-        EXT_NDARRAY: lambda data: Array(TensorRef.unpack(data)),
+        EXT_NDARRAY: lambda data: _array(TensorRef.unpack(data)),
         EXT_NUMPY_SCALAR: lambda data: _numpy_scalar(*unpack(data)),
         EXT_SET: lambda data: set(unpack(data)),
         EXT_TORCH_DTYPE: lambda data: TensorRef("", unpack(data), ()).torch_dtype,
         EXT_TORCH_SIZE: lambda data: torch.Size(unpack(data)),
         EXT_DEVICE: lambda data: torch.device(unpack(data)),
         EXT_PICKLE: unpickle,
+        EXT_COUNTER: lambda data: Counter(dict(unpack(data))),
     }
 
     def extension(code: int, data: bytes) -> Any:
@@ -290,15 +383,39 @@ def read_tree(tree: bytes, *, allow_pickle: bool = False) -> dict[Any, Any]:
 
     try:
         document = unpack(tree)
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
+    except (
+        ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, msgpack.UnpackException
+    ) as error:  # fmt: skip
         raise StateError("", f"the checkpoint's tree cannot be read: {error}") from error
     if not isinstance(document, dict):
         raise StateError("", "the checkpoint's tree is not a dict")
+    _check_depth(document)
     return document
 
 
+def _check_depth(document: Any) -> None:
+    """Refuse what the functions that walk a tree could not walk to its end."""
+    waiting = [(document, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise StateError("", f"the checkpoint's tree is more than {MAX_DEPTH} deep")
+        if isinstance(value, dict | list | tuple):
+            children = value.values() if isinstance(value, dict) else value
+            waiting.extend((child, depth + 1) for child in children)
+
+
 def _numpy_scalar(dtype: str, data: bytes) -> Any:
-    return np.frombuffer(data, dtype=np.dtype(dtype))[0]
+    if not _NUMPY_SCALAR.fullmatch(dtype):
+        raise ValueError(f"a numpy scalar of dtype {dtype!r}")
+    (value,) = np.frombuffer(data, dtype=np.dtype(dtype))
+    return value
+
+
+def _array(ref: TensorRef) -> Array:
+    if ref.dtype not in ARRAY_DTYPES:
+        raise ValueError(f"a numpy array of dtype {ref.dtype!r}")
+    return Array(ref)
 
 
 def tensor_refs(tree: Any) -> Iterator[TensorRef]:
@@ -321,7 +438,7 @@ def materialise(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         return tensors[tree.name]
     if isinstance(tree, Array):
         return tensors[tree.ref.name].numpy()
-    if isinstance(tree, dict):
+    if type(tree) is dict:
         return {k: materialise(v, tensors) for k, v in tree.items()}
     if isinstance(tree, list):
         return [materialise(v, tensors) for v in tree]

@@ -33,20 +33,32 @@ def find_worker(rank: int | None, world_size: int | None) -> Worker:
 
     Raises:
         ConfigError: Only one of `rank` and `world_size` was given, or they do not fit.
+            Or RANK and WORLD_SIZE of the environment, where they are asked, do not fit.
     """
     if (rank is None) != (world_size is None):
         raise ConfigError("pass both rank= and world_size=, or neither")
     if rank is not None and world_size is not None:
-        if not 0 <= rank < world_size:
-            raise ConfigError(f"rank={rank} must be at least 0 and less than {world_size=}")
+        if type(rank) is not int or type(world_size) is not int or not 0 <= rank < world_size:
+            raise ConfigError(
+                f"{rank=} must be a whole number of at least 0 and less than {world_size=}"
+            )
         return Worker(rank, world_size)
     if worker := _from_ray_train():
         return worker
     if dist.is_available() and dist.is_initialized():
         return Worker(dist.get_rank(), dist.get_world_size())
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return Worker(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        return _from_environment(os.environ["RANK"], os.environ["WORLD_SIZE"])
     return Worker(0, 1)
+
+
+def _from_environment(rank: str, world_size: str) -> Worker:
+    if rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size):
+        return Worker(int(rank), int(world_size))
+    raise ConfigError(
+        f"the environment has RANK={rank!r} and WORLD_SIZE={world_size!r}: RANK must be a whole "
+        "number of at least 0 and less than WORLD_SIZE; unset both, or pass rank= and world_size="
+    )
 
 
 def _from_ray_train() -> Worker | None:

@@ -1,0 +1,36 @@
+import socket
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from chaos.local_cluster import LocalCluster
+from chaos.s3_server import S3Server
+
+
+@pytest.fixture
+def job() -> str:
+    return f"test-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[S3Server]:
+    with S3Server() as server, pytest.MonkeyPatch.context() as environment:
+        server.create_bucket("tests")
+        for name, value in server.environment().items():
+            environment.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def cluster(s3_server: S3Server) -> Iterator[LocalCluster]:
+    """Three hosts; a test that kills one adds another. Holders inherit the S3 credentials."""
+    with LocalCluster(hosts=3, object_store_bytes=200 << 20) as running:
+        yield running

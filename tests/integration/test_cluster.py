@@ -1,0 +1,306 @@
+"""The whole path on a real cluster: every kill is a SIGKILL, every byte is compared."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import tiered
+from chaos.local_cluster import LocalCluster
+from replication.holder import NAMESPACE
+from tests.integration.trainers import MIB, is_same, make_state, start_trainers
+from tiered.coordinator import COORDINATOR_NAME
+
+pytestmark = pytest.mark.cluster
+
+EVERY = tiered.Memory(every_steps=1, replicas=1, chunk_bytes=MIB)
+S3 = tiered.S3("s3://tests/ckpt", every_steps=20, keep=2)
+
+
+def every(actors: list[Any], method: str, *args: Any, **kwargs: Any) -> list[Any]:
+    """Call a method of each trainer at once; the rank is the seed's offset where one is asked."""
+    return ray.get([getattr(a, method).remote(*args, **kwargs) for a in actors], timeout=120)
+
+
+def begin(actors: list[Any], job: str, **settings: Any) -> list[Any]:
+    settings.setdefault("memory", EVERY)
+    return ray.get([a.start.remote(job, settings, 1000 + r) for r, a in enumerate(actors)])
+
+
+def save(actors: list[Any], step: int, level: str | None = "replicated") -> list[Any]:
+    """Rank r saves the state of seed 10 * step + r."""
+    calls = [a.save.remote(step, 10 * step + r, level) for r, a in enumerate(actors)]
+    return ray.get(calls, timeout=120)
+
+
+def assert_restored(actors: list[Any], step: int) -> None:
+    seen = ray.get([a.has.remote(10 * step + r) for r, a in enumerate(actors)], timeout=60)
+    assert seen == [True] * len(actors)
+
+
+def kill_actors(cluster: LocalCluster, actors: list[Any]) -> None:
+    for pid in every(actors, "pid"):
+        cluster.kill_process(pid)
+
+
+def test_levels_come_in_order_and_a_new_life_resumes_on_its_own_host(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    hosts = cluster.hosts[:2]
+    actors = start_trainers(hosts, port)
+    assert begin(actors, job) == [(0, None)] * 2
+    for levels in [save(actors, step) for step in (0, 1, 2)][-1]:
+        assert 0 < levels["staged"] <= levels["replicated"]
+        assert "durable" not in levels
+    kill_actors(cluster, actors)
+
+    again = start_trainers(hosts, port + 1)
+    for start, restored in begin(again, job):
+        assert start == 3
+        assert restored.step == 2
+        assert restored.source == "own host's RAM"
+        assert restored.passed_over == ()
+    assert_restored(again, 2)
+    save(again, 3)
+    every(again, "close")
+
+
+def test_state_survives_sigkill_of_its_trainer_right_after_save(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    (actor,) = start_trainers(cluster.hosts[:1], port)
+    begin([actor], job)
+    levels = save([actor], 7, level=None)[0]  # returns as soon as save() does
+    kill_actors(cluster, [actor])
+    assert levels.keys() == {"staged"}
+
+    recovered = tiered.recover(job)
+    assert recovered.step == 7
+    assert recovered.world_size == 1
+    assert is_same(recovered.state(), make_state(70))
+
+
+def test_every_byte_survives_all_workers_under_memory_pressure(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    """The conformance test of what pins bytes: a live view, after its owner's death."""
+    hosts = cluster.hosts[:2]
+    actors = start_trainers(hosts, port)
+    settings = {"memory": EVERY, "state_bytes": 8 * MIB}
+    ray.get([a.start.remote(job, dict(settings), 0) for a in actors])
+    save(actors, 1)
+    save(actors, 2)
+    kill_actors(cluster, actors)
+
+    @ray.remote(num_cpus=0)
+    def churn() -> None:
+        for _ in range(30):  # 300 MB through a store of 200 MB
+            ray.put(np.random.default_rng(0).integers(0, 255, 10 * MIB, dtype=np.uint8))
+
+    where = [NodeAffinitySchedulingStrategy(host, soft=False) for host in hosts]
+    ray.get([churn.options(scheduling_strategy=w).remote() for w in where], timeout=120)
+
+    recovered = tiered.recover(job)
+    assert recovered.step == 2
+    for rank in range(2):
+        assert is_same(recovered.state(rank), make_state(20 + rank, 8 * MIB))
+        assert len(recovered.sources[rank]) == 2, "both copies are still there"
+
+
+def test_a_lost_host_comes_back_from_its_buddy(cluster: LocalCluster, job: str, port: int) -> None:
+    victim, other, spare = cluster.hosts[:3]
+    actors = start_trainers([victim, other], port)
+    begin(actors, job)
+    save(actors, 4)
+    save(actors, 5)
+    cluster.kill_host(victim)
+    cluster.add_host()
+    for pid in every(actors[1:], "pid"):
+        cluster.kill_process(pid)
+
+    again = start_trainers([spare, other], port + 1)
+    answers = begin(again, job)
+    assert [start for start, _ in answers] == [6, 6]
+    assert answers[1][1].source == "own host's RAM"
+    sources = {restored.source for _, restored in answers}
+    assert "S3" not in sources
+    assert_restored(again, 5)
+    # The next save is whole again: the new placement has live buddies only.
+    save(again, 6)
+    assert tiered.status(job).degraded == ()
+    every(again, "close")
+
+
+def test_with_every_copy_lost_the_newest_durable_step_is_restored(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    hosts = cluster.hosts[:2]
+    actors = start_trainers(hosts, port)
+    begin(actors, job, s3=S3)
+    save(actors, 20, level="durable")
+    save(actors, 25)
+    for host in list(cluster.hosts):
+        cluster.kill_host(host)
+    fresh = [cluster.add_host() for _ in range(3)]
+
+    again = start_trainers(fresh[:2], port + 1)
+    for start, restored in begin(again, job, s3=S3):
+        assert start == 21
+        assert restored.source == "S3"
+        assert restored.generation == 1
+    assert_restored(again, 20)
+    levels = save(again, 40, level="durable")
+    assert all(set(level) == {"staged", "replicated", "durable"} for level in levels)
+    every(again, "close")
+
+
+def test_recover_from_s3_alone_starts_no_ray(cluster: LocalCluster, job: str, port: int) -> None:
+    actors = start_trainers(cluster.hosts[:1], port)
+    begin(actors, job, s3=S3)
+    save(actors, 20, level="durable")
+    script = f"""
+        import ray, tiered
+        from tests.integration.trainers import is_same, make_state
+        found = tiered.recover({job!r}, s3=tiered.S3("s3://tests/ckpt"))
+        assert found.step == 20, found
+        assert found.sources == {{0: ("S3",)}}, found.sources
+        assert is_same(found.state(), make_state(200))
+        assert not ray.is_initialized()
+        print("recovered", found.step)
+    """
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}  # nobody is there
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True, text=True, timeout=120, env=environment, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "recovered 20", done.stderr
+
+
+def test_export_writes_files_that_safetensors_opens(
+    cluster: LocalCluster, job: str, port: int, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    actors = start_trainers(cluster.hosts[:2], port)
+    begin(actors, job)
+    save(actors, 3)
+    paths = tiered.recover(job).export(tmp_path)
+    assert [p.name for p in paths] == ["rank-00000.safetensors", "rank-00001.safetensors"]
+    for rank, path in enumerate(paths):
+        tensors = load_file(path)
+        assert torch.equal(tensors["weight"], make_state(30 + rank)["weight"])
+        assert torch.equal(tensors["half"], make_state(30 + rank)["half"])
+
+
+def test_a_zombie_cannot_save_once_a_new_life_has_begun(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    hosts = cluster.hosts[:2]
+    (old,) = start_trainers(hosts[:1], port)
+    begin([old], job)
+    save([old], 1)
+    (new,) = start_trainers(hosts[1:], port)
+    assert begin([new], job)[0][0] == 2
+    with pytest.raises(tiered.FencedError, match="generation 2 has taken over"):
+        save([old], 9, level=None)
+    save([new], 2)
+    assert tiered.recover(job).step == 2
+
+
+def test_the_coordinators_death_loses_nothing(cluster: LocalCluster, job: str, port: int) -> None:
+    actors = start_trainers(cluster.hosts[:2], port)
+    begin(actors, job)
+    save(actors, 1)
+    coordinator = ray.get_actor(COORDINATOR_NAME, namespace=NAMESPACE)
+
+    def pid() -> int:
+        return os.getpid()
+
+    victim = ray.get(coordinator.__ray_call__.remote(lambda _: os.getpid()), timeout=30)
+    os.kill(victim, signal.SIGKILL)
+    save(actors, 2, level=None)  # on its way while nobody coordinates
+    every(actors, "wait", 2, "replicated")
+    assert tiered.recover(job).step == 2
+    every(actors, "close")
+
+
+def test_a_host_that_joins_later_gets_a_holder(cluster: LocalCluster, job: str, port: int) -> None:
+    late = cluster.add_host()
+    actors = start_trainers([late], port)
+    assert begin(actors, job)[0][0] == 0
+    save(actors, 1)
+    status = tiered.status(job)
+    assert late in status.hosts
+    assert late in status.hosts_with_copies
+    assert len(status.hosts_with_copies) == 2
+
+
+def test_unsafe_resumption_points_can_be_chosen_on_purpose(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    memory = tiered.Memory(every_steps=1, keep=4, replicas=1)
+    (first,) = start_trainers(cluster.hosts[:1], port)
+    begin([first], job, memory=memory)
+    for step in (1, 2, 3):
+        save([first], step)
+    (second,) = start_trainers(cluster.hosts[:1], port)
+    settings = {"memory": memory}
+    start, restored = ray.get(second.start.remote(job, dict(settings), 0, before=3))
+    assert (start, restored.step) == (3, 2)
+    assert "not before step 3" in restored.passed_over[0]
+    save([second], 3)  # the new branch's step 3
+    assert tiered.recover(job).generation == 2
+    assert tiered.recover(job, step=3).generation == 2
+    (third,) = start_trainers(cluster.hosts[:1], port)
+    with pytest.raises(tiered.StepNotFoundError, match="step 99"):
+        ray.get(third.start.remote(job, dict(settings), 0, step=99))
+
+
+# --- bad input: a clear error before any byte moves ----------------------------------------------
+
+
+def test_more_replicas_than_hosts(cluster: LocalCluster, job: str, port: int) -> None:
+    actors = start_trainers(cluster.hosts[:1], port)
+    hosts = len(cluster.hosts)
+    with pytest.raises(tiered.PlacementError, match=f"the cluster has {hosts}; add hosts or set"):
+        begin(actors, job, memory=tiered.Memory(replicas=hosts))
+
+
+def test_an_object_store_too_small_for_the_policy(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    actors = start_trainers(cluster.hosts[:1], port)
+    settings = {"memory": EVERY, "state_bytes": 60 * MIB}
+    ray.get(actors[0].start.remote(job, settings, 0))
+    with pytest.raises(tiered.MemoryBudgetError) as refusal:
+        save(actors, 1)
+    text = str(refusal.value)
+    assert "--object-store-memory" in text
+    assert "keep=2" in text
+    assert f"{refusal.value.need_bytes:,}" in text
+    assert f"{refusal.value.have_bytes:,}" in text
+    assert tiered.status(job).hosts_with_copies == frozenset()
+
+
+def test_ranks_of_one_generation_that_disagree_on_their_number(
+    cluster: LocalCluster, job: str
+) -> None:
+    from replication.records import Life
+    from tiered import cluster as tiered_cluster
+    from tiered.config import JobSettings
+
+    tiered_cluster.attach()
+    coordinator = tiered_cluster.coordinator()
+    life, settings = Life("one life"), JobSettings(EVERY)
+    ray.get(coordinator.begin.remote(job, life, 0, 2, settings), timeout=60)
+    with pytest.raises(tiered.WorldSizeError, match="world size 3, but generation 1"):
+        tiered_cluster.ask(coordinator, "begin", job, life, 1, 3, settings, timeout_s=60)

@@ -1,0 +1,97 @@
+"""Trainers as actors on chosen hosts, so that a test decides who runs and dies where."""
+
+import os
+from typing import Any
+
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import tiered
+
+MIB = 1 << 20
+
+
+def make_state(seed: int, size_bytes: int = 3 * MIB) -> dict[str, Any]:
+    """Tensors of several dtypes and some values, different for each seed."""
+    generator = torch.Generator().manual_seed(seed)
+    floats = size_bytes // 8
+    return {
+        "weight": torch.randn(floats, generator=generator),
+        "half": torch.randn(floats // 2, 2, generator=generator).to(torch.bfloat16),
+        "count": torch.tensor(seed),
+        "nested": {"lr": seed / 3, "name": f"seed {seed}", "betas": (0.9, [seed])},
+    }
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Bit-equal, structure and types included."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(is_same(v, other[k]) for k, v in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    return bool(one == other)
+
+
+class Trainer:
+    """One rank. Each method runs in the actor's process."""
+
+    def __init__(self, rank: int, world_size: int, port: int) -> None:
+        if world_size > 1:
+            address = f"tcp://127.0.0.1:{port}"
+            torch.distributed.init_process_group(
+                "gloo", init_method=address, rank=rank, world_size=world_size
+            )
+        self.rank = rank
+        self.world_size = world_size
+        self.state: dict[str, Any] = {}
+        self.handles: dict[int, tiered.SaveHandle] = {}
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def start(
+        self, job: str, settings: dict[str, Any], seed: int, **wanted: Any
+    ) -> tuple[int, tiered.Restored | None]:
+        """Make a checkpointer and restore; returns what restore did."""
+        state_bytes = settings.pop("state_bytes", 3 * MIB)
+        self.state_bytes = state_bytes
+        self.state = make_state(seed, state_bytes)
+        self.checkpointer = tiered.Checkpointer(
+            job, rank=self.rank, world_size=self.world_size, **settings
+        )
+        return self.checkpointer.restore(self.state, **wanted), self.checkpointer.restored
+
+    def save(self, step: int, seed: int, level: str | None = "replicated") -> dict[str, float]:
+        """Save the state of `seed` as `step`; returns the levels reached."""
+        self.state = make_state(seed, self.state_bytes)
+        handle = self.checkpointer.save(step, self.state, force=True)
+        assert handle is not None
+        self.handles[step] = handle
+        if level is not None:
+            handle.wait(level, timeout_s=60)  # type: ignore[arg-type]
+        return dict(handle.levels)
+
+    def wait(self, step: int, level: str) -> dict[str, float]:
+        return dict(self.handles[step].wait(level, timeout_s=60).levels)  # type: ignore[arg-type]
+
+    def has(self, seed: int) -> bool:
+        """Whether the state is now that of `seed`."""
+        return is_same(self.state, make_state(seed, self.state_bytes))
+
+    def close(self) -> None:
+        self.checkpointer.close()
+
+
+def start_trainers(hosts: list[str], port: int) -> list[Any]:
+    """One trainer on each of `hosts`, rank by rank."""
+    actors = []
+    for rank, host in enumerate(hosts):
+        where = NodeAffinitySchedulingStrategy(host, soft=False)
+        actor: Any = ray.remote(Trainer).options(num_cpus=0, scheduling_strategy=where)
+        actors.append(actor.remote(rank, len(hosts), port))
+    return actors

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,52 +27,82 @@ from tiered.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-LOCAL_START_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 5.0
 RETRY_PAUSE_S = 0.2
-_LOCAL_PID = Path(tempfile.gettempdir()) / f"tiered-{os.getuid()}" / "local-ray.pid"
+LOCAL_NOTE = Path(tempfile.gettempdir()) / f"tiered-{os.getuid()}" / "local-ray"
 
 
 def connect() -> bool:
     """Be connected to a Ray cluster when this returns; start a local one if there is none.
 
-    The local one runs in a process of its own, so that it, and the checkpoints in its memory,
-    outlive this process if that is killed. `stop_local` ends it.
+    Looked for in this order: the cluster that this process is connected to, RAY_ADDRESS, the one
+    that `ray start` started on this machine, a local one of ours. The local one runs in a process
+    of its own, so that it, and the checkpoints in its memory, outlive this process if that is
+    killed. `stop_local` ends it.
 
     Returns:
         Whether the cluster is a local one of ours, whoever started it.
+
+    Raises:
+        ConfigError: RAY_ADDRESS is set and no cluster answers there, or none could be started.
     """
     if ray.is_initialized():
         return False
+    if _attach_to_running():
+        return _local() is not None
     if address := os.environ.get("RAY_ADDRESS"):
-        if not _attach(address):
-            raise ConfigError(f"RAY_ADDRESS={address!r}: no Ray cluster answers there")
-        return False
-    if not _attach("auto"):
-        with _local_lock():
-            if not _attach("auto"):
-                _start_local()
-    return _local_pid() is not None
+        raise ConfigError(f"RAY_ADDRESS={address!r}: no Ray cluster answers there")
+    with _local_lock():
+        if not _attach_to_running():
+            _start_local()
+    return _local() is not None
 
 
 def attach() -> None:
-    """Be connected to a running Ray cluster, or fail.
+    """Be connected to a running Ray cluster, or fail; starts none.
 
     Raises:
         ConfigError: There is none.
     """
-    address = os.environ.get("RAY_ADDRESS", "auto")
-    if not ray.is_initialized() and not _attach(address):
+    if not ray.is_initialized() and not _attach_to_running():
         raise ConfigError(
             "no Ray cluster is running here, so there is no memory to recover from; set "
             "RAY_ADDRESS, or pass s3=tiered.S3(...) to recover from S3 alone"
         )
 
 
+def _attach_to_running() -> bool:
+    if address := os.environ.get("RAY_ADDRESS"):
+        return _attach(address)
+    if (address := _last_started()) and _attach(address):
+        return True
+    local = _local()
+    return local is not None and _attach_to_local(local.address)
+
+
+def _attach_to_local(address: str) -> bool:
+    """Connect to a cluster that `ray.init` started in another process.
+
+    Ray 2.60 starts those with token authentication, and a process that connects to one has to be
+    told so before; 2.61 does it by itself. There is no public call for it.
+    """
+    with contextlib.suppress(ImportError):
+        from ray._private.authentication.authentication_token_setup import (
+            maybe_enable_token_auth_if_token_available,
+        )
+
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    return _attach(address)
+
+
 def _attach(address: str) -> bool:
-    known = _last_started() if address == "auto" else address
-    if known is not None and not _answers(known):
-        return False  # Ray itself would try for minutes
+    """Connect, unless nobody listens there: then Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        except OSError:
+            return False
     try:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         ray.init(address=address, namespace=NAMESPACE, **quiet)
@@ -81,7 +112,7 @@ def _attach(address: str) -> bool:
 
 
 def _last_started() -> str | None:
-    """Where Ray wrote the address of the cluster that was last started on this machine."""
+    """Where `ray start` wrote the address of the cluster that it last started here."""
     note = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray/ray_current_cluster"
     try:
         return note.read_text().strip()
@@ -89,40 +120,37 @@ def _last_started() -> str | None:
         return None
 
 
-def _answers(address: str) -> bool:
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return True  # not host:port; let Ray judge
-    try:
-        with socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S):
-            return True
-    except OSError:
-        return False
-
-
 # --- a local cluster of our own -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """The local cluster that Tiered started on this machine."""
+
+    pid: int
+    address: str
 
 
 @contextlib.contextmanager
 def _local_lock() -> Iterator[None]:
     """Of several ranks that find no cluster, one starts it."""
-    _LOCAL_PID.parent.mkdir(mode=0o700, exist_ok=True)
-    with (_LOCAL_PID.parent / "lock").open("w") as lock:
+    LOCAL_NOTE.parent.mkdir(mode=0o700, exist_ok=True)
+    with (LOCAL_NOTE.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _start_local() -> None:
-    log = (_LOCAL_PID.parent / "local-ray.log").open("ab")
-    with log:
+    """Start the local cluster and connect to it."""
+    with (LOCAL_NOTE.parent / "local-ray.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tiered.local_ray", str(_LOCAL_PID)],
+            [sys.executable, "-m", "tiered.local_ray", str(LOCAL_NOTE)],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
         )  # fmt: skip
     assert process.stdout is not None
     with process.stdout as out:
         address = out.readline().decode().strip()
-    if not address or not _attach(address):
+    if not address or not _attach_to_local(address):
         process.kill()
         raise ConfigError(f"a local Ray cluster could not be started; see {log.name}")
     logger.warning(
@@ -132,28 +160,28 @@ def _start_local() -> None:
     )
 
 
-def _local_pid() -> int | None:
-    """The process of the local cluster, if one of ours is running."""
+def _local() -> Local | None:
+    """The local cluster, if one of ours is running."""
     try:
-        pid = int(_LOCAL_PID.read_text())
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        pid, address = LOCAL_NOTE.read_text().split()
+        command = Path(f"/proc/{int(pid)}/cmdline").read_bytes()
     except (OSError, ValueError):
         return None
-    return pid if b"tiered.local_ray" in command else None
+    return Local(int(pid), address) if b"tiered.local_ray" in command else None
 
 
 def stop_local(timeout_s: float = 30.0) -> None:
     """End the local cluster that `connect` started, and with it what its memory holds."""
-    pid = _local_pid()
-    if pid is None:
+    local = _local()
+    if local is None:
         return
     ray.shutdown()
     with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
+        os.kill(local.pid, signal.SIGTERM)
     deadline = time.monotonic() + timeout_s
-    while _local_pid() is not None and time.monotonic() < deadline:
+    while _local() is not None and time.monotonic() < deadline:
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)  # it may be a child of ours
+            os.waitpid(local.pid, os.WNOHANG)  # it may be a child of ours
         time.sleep(0.05)
 
 

@@ -1,7 +1,7 @@
 """A Ray cluster on this machine alone, in a process of its own: `python -m tiered.local_ray FILE`.
 
 `tiered.cluster` starts it when there is no cluster. It prints the address, writes its process id
-to FILE, and stays until SIGTERM.
+and address to FILE, and stays until SIGTERM.
 """
 
 import os
@@ -15,7 +15,7 @@ import ray
 
 def main() -> None:
     """Start the cluster, say where it is, wait, end it."""
-    pid_file = Path(sys.argv[1])
+    note = Path(sys.argv[1])
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
@@ -23,13 +23,14 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # Ray installs its own
         signal.signal(number, lambda *_: ended.set())
     try:
-        pid_file.write_text(str(os.getpid()))
-        sys.stdout.write(f"{ray.get_runtime_context().gcs_address}\n")
+        address = ray.get_runtime_context().gcs_address
+        note.write_text(f"{os.getpid()} {address}")
+        sys.stdout.write(f"{address}\n")
         sys.stdout.flush()
         ended.wait()
     finally:
-        pid_file.unlink(missing_ok=True)
         ray.shutdown()
+        note.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

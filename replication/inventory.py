@@ -289,6 +289,10 @@ class Inventory:
             detail = f"{self.used_bytes:,} held and {plan.size_bytes:,} for {key}"
             raise MemoryBudgetError(self.holder.node_id, need, self.capacity_bytes, detail)
 
+    def check_copy(self, key: ShardKey, plan: ShardPlan) -> None:
+        """Refuse a copy."""
+        self.check_write(key, plan)
+
     def reserve(self, job: str, rank: int, reservation: Reservation) -> None:
         """Declare what `rank` will need on this host, before it sends a byte; idempotent.
 

@@ -22,6 +22,7 @@ from typing import Any, Self
 
 import numpy as np
 import ray
+import torch.distributed as dist
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from replication.errors import (
@@ -372,7 +373,8 @@ class Checkpointer:
         """Wait for the saves on their way (and for their flush to S3), then stop watching.
 
         The committed steps stay in the cluster's memory, for the next run or `tiered.recover`; a
-        local Ray cluster that Tiered started is ended, and its memory with it.
+        local Ray cluster that Tiered started is ended, and its memory with it, once every rank has
+        closed.
         """
         deadline = time.monotonic() + timeout_s
         with self._news:
@@ -386,8 +388,11 @@ class Checkpointer:
             except TieredError:
                 continue  # it was logged when it happened
         self._stop_watching()
-        if self._is_local and self._worker.rank == 0:
-            cluster.stop_local()
+        if self._is_local:
+            if self._worker.world_size > 1 and dist.is_initialized():
+                dist.barrier()  # nobody else still needs the cluster
+            if self._worker.rank == 0:
+                cluster.stop_local()
 
     # -- news from the coordinator --------------------------------------------------------------
 

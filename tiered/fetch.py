@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -118,7 +118,7 @@ class ShardReader:
         counts = self.bytes_by_label
         return max(counts, key=lambda label: counts[label], default="")
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Generator[Chunk]:
         """Every chunk in order, verified; the next one is fetched while one is being used.
 
         Raises:

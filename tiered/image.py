@@ -127,8 +127,9 @@ def bytes_of(tensor: torch.Tensor) -> Buffer:
     """A tensor's bytes, [n] uint8; a view of a contiguous CPU tensor, a copy of any other."""
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
-    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-    return np.asarray(flat.numpy())
+    dense = tensor.cpu().contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,))  # a dimension of size 1 may have any stride
+    return np.asarray(flat.view(torch.uint8).numpy())
 
 
 def data_chunk(layout: Layout, tensors: Mapping[str, torch.Tensor], start: int, stop: int) -> Chunk:

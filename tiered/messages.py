@@ -97,13 +97,23 @@ class HoldersFenced:
 
 @dataclass(frozen=True, slots=True)
 class ShardsVerified:
-    """The copies of a version were read end to end; its manifest was read if it was needed."""
+    """The copies of a version were read end to end; its manifest was read if it was needed.
+
+    Attributes:
+        generation: That asked.
+        version: Which.
+        bad: Copies that are corrupt, missing, or could not be read.
+        manifest: What the manifest says, if it was read.
+        problem: Why the manifest is of no use.
+        is_transient: The problem is that S3 did not answer: it says nothing about the step.
+    """
 
     generation: int
     version: Version
     bad: tuple[tuple[HolderId, ShardKey], ...]
     manifest: tuple[ShardRecord, ...] | None = None
     problem: str = ""
+    is_transient: bool = False
 
 
 @dataclass(frozen=True, slots=True)

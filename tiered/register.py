@@ -22,14 +22,15 @@ from ray.experimental.internal_kv import (
     _internal_kv_put,
 )
 
+from replication.checksum import DIGEST_BYTES
 from replication.holder import NAMESPACE
 from replication.records import Life, ShardRecord, Version, decode, encode
 from tiered.config import S3, JobSettings, Memory
 from tiered.messages import Claim, DurableListed
 
-_CLAIM = re.compile(r"index/generation/(\d+)/claim")
-_PARENT = re.compile(r"index/generation/(\d+)/parent-(?:none|(\d+)-(\d+))")
-_STEP = re.compile(r"index/step/(\d+)-(\d+)")
+_CLAIM = re.compile(r"index/generation/([0-9]{8,18})/claim")
+_PARENT = re.compile(r"index/generation/([0-9]{8,18})/parent-(?:none|([0-9]{8,18})-([0-9]{12,18}))")
+_STEP = re.compile(r"index/step/([0-9]{8,18})-([0-9]{12,18})")
 
 
 def claim_key(generation: int) -> str:
@@ -120,27 +121,37 @@ def encode_claim(claim: Claim) -> bytes:
 def decode_claim(data: bytes) -> Claim:
     """Read what `encode_claim` wrote; raises ValueError or TypeError on anything else."""
     body = decode("claim", data)
-    s3 = None if body["s3"] is None else S3(**body["s3"])
-    settings = JobSettings(Memory(**body["memory"]), s3)
-    return Claim(body["generation"], Life(body["life"]), body["world_size"], settings)
+    try:
+        generation, life, world_size = body["generation"], body["life"], body["world_size"]
+        memory, s3 = body["memory"], body["s3"]
+    except KeyError as error:
+        raise ValueError(f"the claim has no {error}") from error
+    if type(generation) is not int or type(world_size) is not int or type(life) is not str:
+        raise TypeError(f"a claim of {generation=} by {life=} of {world_size=}")
+    settings = JobSettings(Memory(**memory), None if s3 is None else S3(**s3))
+    return Claim(generation, Life(life), world_size, settings)
 
 
 def read_parents(keys: Iterable[str]) -> dict[int, Version | None]:
-    """The parents that a listing of `index/` tells."""
+    """The parents that a listing of `index/` tells; one that is not older is foreign."""
     parents: dict[int, Version | None] = {}
     for key in keys:
         if match := _PARENT.fullmatch(key):
             generation, of, step = match.groups()
-            parents[int(generation)] = None if of is None else Version(int(of), int(step))
+            parent = None if of is None else Version(int(of), int(step))
+            is_older = parent is None or parent.generation < int(generation)
+            if is_older and key == parent_key(int(generation), parent):
+                parents[int(generation)] = parent
     return parents
 
 
 def read_listing(keys: Iterable[str]) -> DurableListed:
     """What a listing of S3's `index/` tells; foreign keys are passed over."""
     keys = list(keys)
-    claimed = [int(match[1]) for key in keys if (match := _CLAIM.fullmatch(key))]
-    steps = [m for key in keys if (m := _STEP.fullmatch(key))]
-    versions = tuple(sorted(Version(int(m[1]), int(m[2])) for m in steps))
+    claims = {key: int(m[1]) for key in keys if (m := _CLAIM.fullmatch(key))}
+    claimed = [generation for key, generation in claims.items() if key == claim_key(generation)]
+    steps = {key: Version(int(m[1]), int(m[2])) for key in keys if (m := _STEP.fullmatch(key))}
+    versions = tuple(sorted(v for key, v in steps.items() if key == manifest_key(v)))
     newest = max([*claimed, *(v.generation for v in versions)], default=0)
     return DurableListed(versions, read_parents(keys), newest)
 
@@ -172,7 +183,7 @@ def decode_manifest(job: str, version: Version, data: bytes) -> tuple[ShardRecor
     """
     body: Mapping[str, Any] = decode("manifest", data)
     try:
-        records = tuple(ShardRecord.unpack(shard) for shard in body["shards"])
+        records = tuple(_read_entry(shard) for shard in body["shards"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"a shard's entry is malformed: {error}") from error
     for rank, record in enumerate(records):
@@ -184,3 +195,19 @@ def decode_manifest(job: str, version: Version, data: bytes) -> tuple[ShardRecor
     if not records:
         raise ValueError("it has no shards")
     return records
+
+
+def _read_entry(shard: Mapping[str, Any]) -> ShardRecord:
+    """One shard's record, its numbers checked before any of them becomes a length of memory."""
+    for name in ("generation", "step", "rank", "world_size"):
+        if type(shard[name]) is not int or shard[name] < 0:
+            raise ValueError(f"{name}={shard[name]!r}")
+    if not shard["chunk_sizes"]:
+        raise ValueError("a shard without chunks")
+    for size in shard["chunk_sizes"]:
+        if type(size) is not int or size < 1:
+            raise ValueError(f"a chunk of {size!r} bytes")
+    for digest in shard["digests"]:
+        if type(digest) is not bytes or len(digest) != DIGEST_BYTES:
+            raise ValueError(f"a checksum that is not {DIGEST_BYTES} bytes long")
+    return ShardRecord.unpack(shard)

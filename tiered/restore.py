@@ -1,10 +1,13 @@
 """Filling a state from a shard: checked as a whole first, then in place, chunk by chunk."""
 
-from collections.abc import Iterator, Mapping, MutableMapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from replication.records import Chunk
 from tiered.errors import StateError
@@ -12,10 +15,10 @@ from tiered.fetch import ShardReader
 from tiered.image import Front, bytes_of, overlapping, read_front
 from tiered.state import (
     Array,
-    Stateful,
     TensorRef,
     capture,
     dotted,
+    is_stateful,
     materialise,
     read_tree,
     tensor_refs,
@@ -28,29 +31,36 @@ def restore_into(
     """Fill `state` in place from a shard.
 
     Tensors keep their memory where name, shape and dtype agree, which is required of those that
-    stand in `state` itself. An object with load_state_dict gets the saved state, whole, even where
-    it had none yet (an optimizer before its first step). Other values are replaced.
+    stand in `state` itself or in its dicts, lists and tuples. An object with load_state_dict gets
+    the saved state, whole, even where it had none yet (an optimizer before its first step). A
+    numpy array that fits is filled in place; other values are replaced.
 
     Raises:
         StateError: Keys are missing or too many, or a tensor does not fit; says which, all of
             them, before anything is overwritten.
+        StepNotFoundError: No tier has an intact copy of some chunk; what came before it is
+            already in `state`, which is then part old, part new.
     """
-    chunks = reader.chunks()
-    front, tree = _open(reader, chunks, allow_pickle=allow_pickle)
-    present = capture(state, allow_pickle=True)
-    current = read_tree(present.tree, allow_pickle=True)
-    _check_keys(state, tree)
-    _check_tensors(state, current, tree)
-    targets = dict(_pairs(current, tree, present.tensors))
-    tensors = _read_tensors(reader, chunks, front, tree, targets)
-    _assign(state, tree, tensors)
+    with closing(reader.chunks()) as chunks:
+        front, tree = _open(reader, chunks, allow_pickle=allow_pickle)
+        present = capture(state, is_target=True)
+        current = read_tree(present.tree)
+        _check_keys(state, tree)
+        _check_tensors(state, current, tree)
+        pairs = list(_pairs(current, tree))
+        sharded = {b.name: present.sharded[a.name] for a, b in pairs if a.name in present.sharded}
+        _check_sharded(tree, sharded)
+        tensors = _read_tensors(chunks, front, tree, _targets(pairs, present.tensors))
+    tensors |= sharded
+    for key, saved in tree.items():
+        state[key] = _filled(state[key], current[key], saved, tensors)
 
 
 def read_state(reader: ShardReader, *, allow_pickle: bool = False) -> dict[Any, Any]:
     """Return a shard's state in memory of its own: containers, numbers, CPU tensors."""
-    chunks = reader.chunks()
-    front, tree = _open(reader, chunks, allow_pickle=allow_pickle)
-    result: dict[Any, Any] = materialise(tree, _read_tensors(reader, chunks, front, tree, {}))
+    with closing(reader.chunks()) as chunks:
+        front, tree = _open(reader, chunks, allow_pickle=allow_pickle)
+        result: dict[Any, Any] = materialise(tree, _read_tensors(chunks, front, tree, {}))
     return result
 
 
@@ -78,23 +88,49 @@ def _check_keys(state: Mapping[str, Any], tree: Mapping[Any, Any]) -> None:
 
 def _check_tensors(state: Mapping[str, Any], current: Any, tree: Any) -> None:
     """Tensors that stand in the state itself must fit; those of objects are the objects' affair."""
-    problems = list(_conflicts(state, current, tree, ()))
+    problems = list(_conflicts(state, current, tree, (), {}))
     if problems:
         raise StateError(problems[0][0], "; ".join(f"{k}: {p}" for k, p in problems))
 
 
 def _conflicts(
-    value: Any, current: Any, saved: Any, path: tuple[Any, ...]
+    value: Any, current: Any, saved: Any, path: tuple[Any, ...], owners: dict[str, str]
 ) -> Iterator[tuple[str, str]]:
+    """Each tensor that cannot be filled, and why; `owners` says which saved one a memory is for."""
     if isinstance(value, torch.Tensor):
         if not isinstance(saved, TensorRef):
             yield dotted(path), "is a tensor, and what was saved is not"
         elif problem := _misfit(current, saved):
             yield dotted(path), problem
-    elif isinstance(value, Mapping) and isinstance(saved, Mapping):
+        elif _overlaps_itself(value):
+            yield dotted(path), "is expanded, its elements share memory; give a contiguous() copy"
+        elif owners.setdefault(current.name, saved.name) != saved.name:
+            yield (
+                dotted(path),
+                f"is the same memory as {current.name}, and was not when saved",
+            )
+    elif is_stateful(value):
+        return
+    elif type(current) is dict and type(saved) is dict:
         for key in value:
-            if key in saved and key in current:
-                yield from _conflicts(value[key], current[key], saved[key], (*path, key))
+            if key in saved:
+                three = value[key], current[key], saved[key]
+                yield from _conflicts(*three, (*path, key), owners)
+    elif type(current) in (list, tuple) and type(saved) is type(current):
+        for index, three in enumerate(zip(value, current, saved, strict=False)):
+            yield from _conflicts(*three, (*path, index), owners)
+
+
+def _check_sharded(tree: Any, sharded: Mapping[str, DTensor]) -> None:
+    """Of a DTensor only the local shard was saved: there has to be one to fill."""
+    refs = {ref.name for ref in tensor_refs(tree) if ref.global_shape is not None}
+    if absent := sorted(refs - sharded.keys()):
+        raise StateError(
+            absent[0],
+            f"{len(absent)} tensors were saved as parts of DTensors, and the state has no such "
+            f"DTensors to fill: {', '.join(absent[:8])}; make them first (an optimizer's by a step "
+            "with zero gradients), sharded as when they were saved",
+        )
 
 
 def _misfit(current: TensorRef, saved: TensorRef) -> str:
@@ -110,32 +146,48 @@ def _misfit(current: TensorRef, saved: TensorRef) -> str:
     return ""
 
 
-def _pairs(
-    current: Any, saved: Any, tensors: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Saved names with the tensor of the present state that can be filled in place."""
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    return any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _pairs(current: Any, saved: Any) -> Iterator[tuple[TensorRef, TensorRef]]:
+    """Tensors of the present state with the saved ones that can be read into their memory."""
     if isinstance(saved, TensorRef):
         if isinstance(current, TensorRef) and not _misfit(current, saved):
-            yield saved.name, tensors[current.name]
-    elif isinstance(saved, dict) and isinstance(current, dict):
-        for key in saved.keys() & current.keys():
-            yield from _pairs(current[key], saved[key], tensors)
-    elif isinstance(saved, list | tuple) and isinstance(current, list | tuple):
+            yield current, saved
+    elif type(saved) is dict and type(current) is dict:
+        for key in saved:
+            if key in current:
+                yield from _pairs(current[key], saved[key])
+    elif isinstance(saved, list | tuple) and type(saved) is type(current):
         for one, other in zip(current, saved, strict=False):
-            yield from _pairs(one, other, tensors)
+            yield from _pairs(one, other)
+
+
+def _targets(
+    pairs: Iterable[tuple[TensorRef, TensorRef]], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, list[torch.Tensor]]:
+    """For each saved name the tensors to fill with it: several where tied weights were untied."""
+    targets: dict[str, list[torch.Tensor]] = {}
+    taken: dict[str, str] = {}
+    for mine, theirs in pairs:
+        tensor = tensors[mine.name]
+        if mine.name not in taken and not _overlaps_itself(tensor):
+            targets.setdefault(theirs.name, []).append(tensor)
+        taken.setdefault(mine.name, theirs.name)
+    return targets
 
 
 # --- bytes --------------------------------------------------------------------------------------
 
 
 def _read_tensors(
-    reader: ShardReader,
     chunks: Iterator[Chunk],
     front: Front,
     tree: Any,
-    targets: Mapping[str, torch.Tensor],
+    targets: Mapping[str, list[torch.Tensor]],
 ) -> dict[str, torch.Tensor]:
-    """Read all tensors, into `targets` where there is one; chunk by chunk."""
+    """Read all tensors, into `targets` where there are any; chunk by chunk."""
     refs = {ref.name: ref for ref in tensor_refs(tree)}
     spans = tuple(span for span in front.spans if span.name in refs)
     if absent := refs.keys() - {span.name for span in spans}:
@@ -143,10 +195,10 @@ def _read_tensors(
     tensors, views = {}, {}
     for span in spans:
         ref = refs[span.name]
-        tensors[span.name] = tensor = _destination(ref, targets.get(span.name))
-        size = tensor.numel() * tensor.element_size()
+        size = math.prod(ref.shape) * ref.torch_dtype.itemsize
         if size != span.stop - span.start:
             raise StateError(span.name, f"{span.stop - span.start} bytes saved, {size} needed")
+        tensors[span.name] = tensor = _destination(ref, targets.get(span.name, []))
         views[span.name] = bytes_of(tensor)
     start = 0
     for chunk in chunks:
@@ -157,46 +209,76 @@ def _read_tensors(
                 view = views[span.name][low - span.start : high - span.start]
                 np.copyto(view, buffer[low - start : high - start])
             start = stop
-    return _to_targets(tensors, targets)
+    for name, copies in targets.items():
+        tensors[name] = _copied(tensors[name], copies)
+    return tensors
 
 
-def _destination(ref: TensorRef, target: torch.Tensor | None) -> torch.Tensor:
-    """Where the bytes go: the target itself if they can be written there directly."""
-    if target is not None and target.device.type == "cpu" and target.is_contiguous():
-        return target.detach()
+def _destination(ref: TensorRef, targets: list[torch.Tensor]) -> torch.Tensor:
+    """Where the bytes go: a target itself if they can be written there directly."""
+    for target in targets:
+        is_mirrored = target.is_conj() or target.is_neg()
+        if target.device.type == "cpu" and target.is_contiguous() and not is_mirrored:
+            return target.detach()
     return torch.empty(ref.shape, dtype=ref.torch_dtype)
 
 
-def _to_targets(
-    tensors: dict[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _copied(source: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
+    """Bring what was read into every target that it was not read into; return one of them."""
     with torch.no_grad():
-        for name, target in targets.items():
-            if name in tensors and tensors[name].data_ptr() != target.data_ptr():
-                target.copy_(tensors[name])
-                tensors[name] = target
-    return tensors
+        for target in targets:
+            if target.data_ptr() != source.data_ptr():
+                target.copy_(source)
+    return targets[0].detach()
 
 
 # --- values -------------------------------------------------------------------------------------
 
 
-def _assign(
-    state: MutableMapping[Any, Any], tree: Mapping[Any, Any], tensors: Mapping[str, torch.Tensor]
-) -> None:
-    for key, saved in tree.items():
-        present = state[key]
-        if isinstance(present, Stateful) and not isinstance(present, type):
-            present.load_state_dict(materialise(saved, tensors))
-        elif isinstance(present, MutableMapping) and isinstance(saved, Mapping):
-            for gone in present.keys() - saved.keys():
-                del present[gone]
-            for new in saved.keys() - present.keys():
-                present[new] = None
-            _assign(present, saved, tensors)
-        elif isinstance(present, torch.Tensor):
-            continue  # filled in place
-        elif isinstance(present, np.ndarray) and isinstance(saved, Array):
-            np.copyto(present, materialise(saved, tensors))
-        else:
-            state[key] = materialise(saved, tensors)
+def _filled(present: Any, current: Any, saved: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The restored value: `present` itself, filled, wherever it can be.
+
+    Args:
+        present: The value in the user's state.
+        current: What `capture` made of it; its tensors in the saved places are filled already.
+        saved: The tree of the saved value.
+        tensors: What was read, by saved name.
+    """
+    if is_stateful(present):
+        present.load_state_dict(materialise(saved, tensors))
+        return present
+    if type(saved) is dict and type(current) is dict and isinstance(present, MutableMapping):
+        filled = {
+            key: _filled(present[key], current[key], value, tensors)
+            if key in current
+            else materialise(value, tensors)
+            for key, value in saved.items()
+        }
+        present.clear()  # so that the order is the saved one too
+        present.update(filled)
+        return present
+    if type(saved) in (list, tuple) and type(current) is type(saved):
+        pairs = zip(present, current, saved, strict=False)
+        items = [_filled(*three, tensors) for three in pairs]
+        items += [materialise(value, tensors) for value in saved[len(items) :]]
+        if type(saved) is tuple:
+            return tuple(items)
+        present[:] = items
+        return present
+    if isinstance(saved, TensorRef) and isinstance(current, TensorRef):
+        return present
+    if isinstance(saved, Array):
+        return _filled_array(present, materialise(saved, tensors))
+    return materialise(saved, tensors)
+
+
+def _filled_array(present: Any, saved: np.ndarray[Any, Any]) -> Any:
+    if (
+        isinstance(present, np.ndarray)
+        and present.shape == saved.shape
+        and present.dtype.newbyteorder("=") == saved.dtype
+        and present.flags.writeable
+    ):
+        np.copyto(present, saved)
+        return present
+    return saved

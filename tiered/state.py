@@ -39,10 +39,10 @@ RESERVED_NAMES = frozenset({TREE_NAME, "__metadata__"})
 MAX_DEPTH = 64  # of containers in containers: msgpack takes 35 KB of stack for each tuple it reads
 
 # what torch can take from numpy and give back
-ARRAY_DTYPES = frozenset(
-    "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 "
-    "float16 float32 float64 complex64 complex128".split()
-)
+ARRAY_DTYPES = {
+    "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64",
+    "float16", "float32", "float64", "complex64", "complex128",
+}  # fmt: skip
 _NUMPY_SCALAR = re.compile(r"[<>|=]?[biufc][0-9]{1,2}")
 
 
@@ -116,10 +116,12 @@ class Captured:
     Attributes:
         tree: The msgpack document.
         tensors: By name, detached, on the device where they are; not copied.
+        sharded: By name, the DTensors of which `tensors` has the local shards.
     """
 
     tree: bytes
     tensors: dict[str, torch.Tensor]
+    sharded: dict[str, DTensor] = field(default_factory=dict)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -136,6 +138,7 @@ class _Capture:
     is_target: bool = False
     is_in_set: bool = False
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    sharded: dict[str, DTensor] = field(default_factory=dict)
     aliases: dict[tuple[Any, ...], TensorRef] = field(default_factory=dict)
 
     def encode(self, value: Any, path: Path) -> Any:
@@ -193,7 +196,7 @@ class _Capture:
         if self.allow_pickle:
             try:
                 return msgpack.ExtType(EXT_PICKLE, pickle.dumps(value))
-            except Exception as error:  # noqa: BLE001 - the value's own code runs here
+            except Exception as error:
                 raise StateError(dotted(path), f"a {what} cannot be pickled: {error}") from error
         raise StateError(
             dotted(path),
@@ -207,7 +210,7 @@ class _Capture:
 
     def members(self, values: Iterable[Any], path: Path) -> list[Any]:
         inner = _Capture(self.allow_pickle, self.is_target, is_in_set=True)
-        return [inner.encode(v, (*path, "")) for v in values]
+        return [inner.encode(v, (*path, "*")) for v in values]
 
     def key(self, key: Any, path: Path) -> Any:
         if key is None or type(key) in (str, int, bool, float, bytes):
@@ -225,6 +228,7 @@ class _Capture:
         offsets = global_shape = None
         if is_lazy(value):
             raise StateError(name, "it has no shape yet; run one batch through the lazy module")
+        whole = value
         if isinstance(value, DTensor):
             offsets, global_shape = _place(value), tuple(value.shape)
             value = value.to_local()
@@ -242,6 +246,8 @@ class _Capture:
         ref = TensorRef(name, dtype_name(value.dtype), tuple(value.shape), offsets, global_shape)
         self.aliases[alias] = ref
         self.tensors[name] = value
+        if isinstance(whole, DTensor):
+            self.sharded[name] = whole
         return ref
 
 
@@ -318,7 +324,7 @@ def capture(
         raise StateError("", f"the state must be a dict, not a {type(state).__name__}")
     work = _Capture(allow_pickle, is_target)
     tree = {work.key(k, ()): work.encode(v, (k,)) for k, v in state.items()}
-    return Captured(_pack(tree), work.tensors)
+    return Captured(_pack(tree), work.tensors, work.sharded)
 
 
 # --- putting together ---------------------------------------------------------------------------
@@ -358,7 +364,7 @@ def read_tree(tree: bytes, *, allow_pickle: bool = False) -> dict[Any, Any]:
             )
         try:
             return pickle.loads(data)  # noqa: S301 - only with the user's explicit allow_pickle
-        except Exception as error:  # noqa: BLE001 - the value's own code runs here
+        except Exception as error:
             raise StateError("", f"a pickled value cannot be read: {error!r}") from error
 
     readers: dict[int, Callable[[bytes], Any]] = {

@@ -108,7 +108,6 @@ def test_two_ranks_under_torchrun_start_one_local_ray_and_resume_together(
                 ckpt.save(step, state)
             ckpt.wait()
             if start > 0:
-                torch.distributed.barrier()
                 ckpt.close()
             torch.distributed.destroy_process_group()
             """

@@ -35,7 +35,6 @@ from replication.transport import RayTransport, fetch_timeout_s
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "tiered"
-PROTOCOL = 1  # of the calls between trainers, holders and the coordinator
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 TICK_S = 0.2
 REPORT_TIMEOUT_S = 10.0
@@ -52,10 +51,8 @@ class HolderInfo:
     """What a holder says of itself."""
 
     holder: HolderId
-    protocol: int
     capacity_bytes: int
     used_bytes: int
-    fences: dict[str, int]
 
 
 def pin(chunk: Chunk) -> Chunk:
@@ -96,9 +93,7 @@ class Holder:
             self._spawn(self._tick_forever())
             self._spawn(self._report_forever())
         core = self._core
-        return HolderInfo(
-            core.holder, PROTOCOL, core.capacity_bytes, core.used_bytes, dict(core.fences)
-        )
+        return HolderInfo(core.holder, core.capacity_bytes, core.used_bytes)
 
     # -- called by trainers on this host --------------------------------------------------------
 

@@ -275,13 +275,16 @@ class Inventory:
             raise FencedError(job, generation, fence)
 
     def check_write(self, key: ShardKey, plan: ShardPlan) -> None:
-        """Refuse a write before any byte of it is pinned.
+        """Refuse a trainer's write before any byte of it is pinned.
 
         Raises:
             FencedError: Its generation is fenced off.
             MemoryBudgetError: It does not fit.
         """
         self.check_generation(key.job, key.version.generation)
+        self._check_budget(key, plan)
+
+    def _check_budget(self, key: ShardKey, plan: ShardPlan) -> None:
         if key in self.shards:
             return
         need = self.used_bytes + plan.size_bytes
@@ -290,8 +293,16 @@ class Inventory:
             raise MemoryBudgetError(self.holder.node_id, need, self.capacity_bytes, detail)
 
     def check_copy(self, key: ShardKey, plan: ShardPlan) -> None:
-        """Refuse a copy."""
-        self.check_write(key, plan)
+        """Refuse a peer's copy before any byte of it moves.
+
+        Older generations are welcome: what a generation resumed from was saved by an older one,
+        and must be replicated again. What a fenced-off trainer has left is harmless: it is on no
+        branch, and nothing new of it is staged.
+
+        Raises:
+            MemoryBudgetError: It does not fit.
+        """
+        self._check_budget(key, plan)
 
     def reserve(self, job: str, rank: int, reservation: Reservation) -> None:
         """Declare what `rank` will need on this host, before it sends a byte; idempotent.

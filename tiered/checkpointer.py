@@ -218,6 +218,14 @@ class Checkpointer:
             self._handles.clear()
             self._fenced = None
         self._declared_bytes = 0
+        replicas = self.settings.memory.replicas
+        if resolution.copies < 1 + (1 if replicas is None else replicas):
+            logger.warning(
+                "%s too few hosts: %d copies of each shard, the loss of a host may lose them all; "
+                "add hosts%s",
+                self._tag(), resolution.copies,
+                ", or accept it with Memory(replicas=0)" if replicas is None else "",
+            )  # fmt: skip
         return resolution
 
     # -- save -----------------------------------------------------------------------------------
@@ -258,7 +266,10 @@ class Checkpointer:
         captured = capture(state, allow_pickle=self._allow_pickle)
         try:
             self._stage(handle, captured)
-        except (FencedError, MemoryBudgetError):
+        except FencedError as error:
+            self._fenced = error
+            raise
+        except MemoryBudgetError:
             raise
         except TieredError as error:
             handle._fail(error)

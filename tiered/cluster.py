@@ -209,6 +209,23 @@ def coordinator() -> ActorRef:
     return actor.remote()
 
 
+def running_coordinator() -> ActorRef:
+    """Return the coordinator of the running cluster; starts nothing.
+
+    Raises:
+        ConfigError: No cluster is running, or none with checkpoints in its memory.
+    """
+    attach()
+    try:
+        actor: ActorRef = ray.get_actor(COORDINATOR_NAME, NAMESPACE)
+    except ValueError as error:  # Ray's word for: no such actor
+        raise ConfigError(
+            "the running Ray cluster holds no checkpoints; pass s3=tiered.S3(...) to recover "
+            "from S3 alone"
+        ) from error
+    return actor
+
+
 def ask(actor: ActorRef, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
     """Call an idempotent actor method; call again while it restarts; keep its error's type.
 

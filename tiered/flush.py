@@ -114,16 +114,23 @@ class FlushQueue:
                 commands.append(m.PublishManifest(flush.version, records))
             return commands
         for rank in flush.ranks:
-            if rank in flush.uploaded or rank in flush.under_way:
-                continue
-            if now_s < flush.due_s.get(rank, 0.0):
+            if rank in flush.uploaded:
                 continue
             holders = holders_of(flush.version, rank)
+            if flush.under_way.get(rank) in holders:
+                continue
+            if rank in flush.under_way:  # its holder is lost, or its copy: ask the next one now
+                del flush.under_way[rank]
+                flush.failures[rank] = flush.failures.get(rank, 0) + 1
+            if now_s < flush.due_s.get(rank, 0.0):
+                continue
             if not holders:
                 self.current = None
                 reason = f"no holder has rank {rank}'s shard any more"
                 return [*commands, self._give_up(flush, reason)]
-            holder = holders[flush.failures.get(rank, 0) % len(holders)]
+            holder = holders[
+                (rank + flush.failures.get(rank, 0)) % len(holders)
+            ]  # spread over hosts
             flush.under_way[rank] = holder
             commands.append(m.UploadShard(holder, flush.version, rank))
         return commands

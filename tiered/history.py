@@ -71,12 +71,15 @@ class Resolution:
         version: The step to resume from; None on a fresh start.
         shards: By rank of the world that saved it; empty on a fresh start.
         passed_over: One line for each newer step that was not taken.
+        copies: Copies of each shard that commit a step now; less than the policy asks for where
+            too few hosts live.
     """
 
     generation: int
     version: Version | None
     shards: tuple[ShardSources, ...]
     passed_over: tuple[str, ...]
+    copies: int = 0
 
 
 Parents = Mapping[int, Version | None]

@@ -76,6 +76,7 @@ class Job:
         self.placement: Placement | None = None
         self._durable_problem: str | None = "S3 was not listed yet"
         self._oldest_claimable = 1
+        self._is_rebuilding = False
         self._repairs: dict[tuple[ShardKey, HolderId], float] = {}
 
     # -- questions ---------------------------------------------------------------------------
@@ -143,7 +144,7 @@ class Job:
         version = self.parents[generation]
         passed_over = self.passed_over.get(generation, ())
         shards = self.sources(version) if version is not None else ()
-        return Resolution(generation, version, shards, passed_over)
+        return Resolution(generation, version, shards, passed_over, self.copies_needed)
 
     def sources(self, version: Version) -> tuple[ShardSources, ...]:
         """Where each rank's shard of `version` can be read, in rank order."""
@@ -178,6 +179,7 @@ class Job:
             case m.Recalled():
                 self.claims.update({c.generation: c for c in event.claims})
                 self.parents.update(event.parents)
+                self._is_rebuilding = True
                 return []
             case m.HolderUp():
                 return self._holder_up(event, now_s)
@@ -204,6 +206,9 @@ class Job:
             case m.ShardUploaded() | m.UploadFailed() | m.ManifestPublished() | m.PublishFailed():
                 return self._flush_event(event, now_s)
             case m.Ticked():
+                if self._is_rebuilding:
+                    self._is_rebuilding = False
+                    return self._review(now_s)
                 return [*self._repair(now_s), *self.flushes.handle(event, now_s, self._holders_of)]
             case _:
                 assert_never(event)
@@ -409,8 +414,14 @@ class Job:
         return self._review(now_s, only=event.record.key.version)
 
     def _review(self, now_s: float, only: Version | None = None) -> list[m.Command]:
-        """Commit what has become whole, and move on what waited for it."""
+        """Commit what has become whole, and move on what waited for it.
+
+        Not while the inventories come in after the coordinator's death: the first of them alone
+        looks like a cluster of one host, where one copy is all that can be asked for.
+        """
         commands: list[m.Command] = []
+        if self._is_rebuilding:
+            return commands
         versions = [only] if only is not None else sorted(self.copies)
         for version in versions:
             is_current = version.generation == self.generation

@@ -127,7 +127,7 @@ def recover(
     check_job_name(job)
     store: S3Store | None
     try:
-        cluster.attach()
+        actor = cluster.running_coordinator()
     except ConfigError:
         if s3 is None:
             raise
@@ -135,7 +135,6 @@ def recover(
         with contextlib.closing(store):
             resolution = _resolve_on_s3(job, store, step, before)
     else:
-        actor = cluster.coordinator()
         args = (job, step, before)
         resolution = cluster.ask(actor, "resolve", *args, timeout_s=ASK_TIMEOUT_S)
         known = s3 or cluster.ask(actor, "durable_settings", job, timeout_s=ASK_TIMEOUT_S)
@@ -158,7 +157,7 @@ def status(job: str) -> JobStatus:
     """What the running cluster knows of `job` now.
 
     Raises:
-        ConfigError: No Ray cluster is running.
+        ConfigError: No Ray cluster with checkpoints in its memory is running.
     """
     check_job_name(job)
     cluster.attach()

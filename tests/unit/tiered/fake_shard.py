@@ -68,8 +68,9 @@ class Shard:
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return bytes(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    dense = plain.clone(memory_format=torch.contiguous_format)
+    return bytes(dense.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def differences(one: Any, other: Any, path: str = "state") -> Iterator[str]:

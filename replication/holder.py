@@ -77,6 +77,7 @@ class Holder:
             observer: Name of the actor that wants to know of sealed shards (`report_shards`).
         """
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)  # this process is ours
+        logging.getLogger("botocore").setLevel(logging.WARNING)
         self._core = Inventory(HolderId(node_id, uuid.uuid4().hex), capacity_bytes)
         self._observer = observer
         self._transport = RayTransport()

@@ -252,12 +252,12 @@ class Inventory:
         if shard is None or not shard.is_sealed:
             raise ShardNotHeldError(self.holder.node_id, str(key))
         digests = tuple(shard.digests[i] for i in range(len(shard.plan.chunk_sizes)))
-        return ShardRecord(key, shard.plan, digests)
+        return ShardRecord(key, shard.plan, digests, is_replica=not shard.staged_here)
 
     def has_chunk(self, key: ShardKey, index: int) -> bool:
-        """Whether this chunk is already pinned here."""
+        """Whether this chunk is already pinned here, and not known to be corrupt."""
         shard = self.shards.get(key)
-        return shard is not None and index in shard.present
+        return shard is not None and not shard.quarantined and index in shard.present
 
     def is_collected(self, key: ShardKey) -> bool:
         """Whether the watermark has passed this shard: a late copy of it is not wanted."""
@@ -390,6 +390,9 @@ class Inventory:
             return [DropShard(event.key)]
         self._raise_fence(event.key.job, event.key.version.generation)
         shard = self.shards.setdefault(event.key, HeldShard(event.plan, staged_here=False))
+        if shard.quarantined:  # replaced, chunk by chunk, by a copy that is verified
+            shard = self.shards[event.key] = HeldShard(event.plan, shard.staged_here)
+            self._retries = {k: v for k, v in self._retries.items() if k[1] != event.key}
         if event.index in shard.digests:
             return []
         shard.present.add(event.index)

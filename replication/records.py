@@ -10,7 +10,7 @@ Records are written as msgpack with a format number, and read back strictly.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NewType
 
 import msgpack
@@ -82,11 +82,20 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """A sealed shard: every chunk's size and xxh3-128 checksum (16 bytes each)."""
+    """A sealed shard: every chunk's size and xxh3-128 checksum (16 bytes each).
+
+    Attributes:
+        key: Which shard.
+        plan: Its world and layout.
+        digests: Of each chunk.
+        is_replica: This copy came from another holder, not from a trainer. It says something of
+            the copy, not of the shard: it is neither compared nor stored.
+    """
 
     key: ShardKey
     plan: ShardPlan
     digests: tuple[bytes, ...]
+    is_replica: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.digests) != len(self.plan.chunk_sizes):

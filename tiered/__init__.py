@@ -8,34 +8,41 @@
 
 `Checkpointer` is what a training loop holds; `recover` reads a job's newest consistent step from
 outside. Every error is a `TieredError`.
+
+Names are imported when they are first used: holders and the coordinator are processes of this
+package that need no torch, whose import takes seconds.
 """
 
-from replication.errors import (
-    ChunkCorruptError,
-    DeadlineError,
-    FencedError,
-    HolderUnavailableError,
-    MemoryBudgetError,
-    PlacementError,
-    ReplicationError,
-    ShardNotHeldError,
-    TieredError,
-)
-from tiered.checkpointer import Checkpointer, Restored
-from tiered.config import S3, Memory
-from tiered.coordinator import JobStatus
-from tiered.errors import (
-    CheckpointError,
-    ConfigError,
-    DurableStoreError,
-    SaveError,
-    StateError,
-    StepNotFoundError,
-    WorldSizeError,
-)
-from tiered.handle import SaveHandle
-from tiered.recovery import Recovered, recover, status
-from tiered.rng import RngState
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from replication.errors import (
+        ChunkCorruptError,
+        DeadlineError,
+        FencedError,
+        HolderUnavailableError,
+        MemoryBudgetError,
+        PlacementError,
+        ReplicationError,
+        ShardNotHeldError,
+        TieredError,
+    )
+    from tiered.checkpointer import Checkpointer, Restored
+    from tiered.config import S3, Memory
+    from tiered.coordinator import JobStatus
+    from tiered.errors import (
+        CheckpointError,
+        ConfigError,
+        DurableStoreError,
+        SaveError,
+        StateError,
+        StepNotFoundError,
+        WorldSizeError,
+    )
+    from tiered.handle import SaveHandle
+    from tiered.recovery import Recovered, recover, status
+    from tiered.rng import RngState
 
 __all__ = [
     "S3",
@@ -65,3 +72,42 @@ __all__ = [
     "recover",
     "status",
 ]
+
+_HOME = {
+    "ChunkCorruptError": "replication.errors",
+    "DeadlineError": "replication.errors",
+    "FencedError": "replication.errors",
+    "HolderUnavailableError": "replication.errors",
+    "MemoryBudgetError": "replication.errors",
+    "PlacementError": "replication.errors",
+    "ReplicationError": "replication.errors",
+    "ShardNotHeldError": "replication.errors",
+    "TieredError": "replication.errors",
+    "Checkpointer": "tiered.checkpointer",
+    "Restored": "tiered.checkpointer",
+    "Memory": "tiered.config",
+    "S3": "tiered.config",
+    "JobStatus": "tiered.coordinator",
+    "CheckpointError": "tiered.errors",
+    "ConfigError": "tiered.errors",
+    "DurableStoreError": "tiered.errors",
+    "SaveError": "tiered.errors",
+    "StateError": "tiered.errors",
+    "StepNotFoundError": "tiered.errors",
+    "WorldSizeError": "tiered.errors",
+    "SaveHandle": "tiered.handle",
+    "Recovered": "tiered.recovery",
+    "recover": "tiered.recovery",
+    "status": "tiered.recovery",
+    "RngState": "tiered.rng",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tiered' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -39,7 +39,7 @@ from replication.transport import fetch_timeout_s
 from tiered import cluster
 from tiered.config import S3, JobSettings, Memory, check_job_name, check_step
 from tiered.coordinator import BEGIN_TIMEOUT_S, START_TIMEOUT_S, Progress
-from tiered.errors import ConfigError, WorldSizeError
+from tiered.errors import ConfigError, StateError, WorldSizeError
 from tiered.fetch import ShardReader, tiers_of
 from tiered.handle import SaveHandle
 from tiered.history import Resolution
@@ -64,7 +64,8 @@ class Restored:
     Attributes:
         step: The step that was restored.
         generation: The generation that had saved it.
-        source: Where most of this rank's bytes came from: "own host's RAM", "a buddy's RAM", "S3".
+        source: Where most of this rank's bytes came from: "own host's RAM"; "its former host's
+            RAM" when the rank has moved since it saved; "a buddy's RAM"; "S3".
         bytes_by_source: Bytes from each.
         size_bytes: Of this rank's shard.
         seconds: Fetching, verifying and filling.
@@ -269,7 +270,7 @@ class Checkpointer:
         except FencedError as error:
             self._fenced = error
             raise
-        except MemoryBudgetError:
+        except (MemoryBudgetError, StateError):
             raise
         except TieredError as error:
             handle._fail(error)

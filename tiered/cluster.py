@@ -17,7 +17,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from replication.errors import DeadlineError, TieredError
 from replication.holder import NAMESPACE
@@ -28,6 +27,7 @@ from tiered.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
+HEAD_RESOURCE = "node:__internal_head__"  # as Ray names it
 RETRY_PAUSE_S = 0.2
 LOCAL_NOTE = Path(tempfile.gettempdir()) / f"tiered-{os.getuid()}" / "local-ray"
 
@@ -189,11 +189,11 @@ def stop_local(timeout_s: float = 30.0) -> None:
 
 
 def coordinator() -> ActorRef:
-    """Return the cluster's coordinator, started if need be, on the head node if it can be."""
-    head = next(
-        (n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]),  # type: ignore[no-untyped-call]
-        None,
-    )
+    """Return the cluster's coordinator, started if need be, on the head node if there is one.
+
+    The head is the one node whose loss ends the cluster anyway. A share of its own resource binds
+    the actor to it; a soft node affinity does not bind an actor that asks for no resources.
+    """
     options: dict[str, Any] = {
         "name": COORDINATOR_NAME,
         "namespace": NAMESPACE,
@@ -203,8 +203,8 @@ def coordinator() -> ActorRef:
         "max_restarts": -1,
         "max_concurrency": 10_000,
     }
-    if head is not None:
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(head, soft=True)
+    if any(HEAD_RESOURCE in node["Resources"] for node in ray.nodes()):  # type: ignore[no-untyped-call]
+        options["resources"] = {HEAD_RESOURCE: 0.001}
     actor: ActorRef = ray.remote(Coordinator).options(**options)
     return actor.remote()
 

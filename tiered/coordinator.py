@@ -71,6 +71,7 @@ class Coordinator:
 
     def __init__(self) -> None:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)  # this process is ours
+        logging.getLogger("botocore").setLevel(logging.WARNING)
         self._fleet = Fleet(COORDINATOR_NAME, self._joined, self._lost)
         self._ledgers: dict[str, Ledger] = {}
         self._jobs: dict[str, Job] = {}
@@ -146,21 +147,25 @@ class Coordinator:
 
         Raises:
             StepNotFoundError: There is none; says what was looked at.
+            DurableStoreError: S3 has it, and does not answer.
         """
         await self.hello()
         job = await self._job(job_name)
         if job.settings is not None and job.settings.s3 is not None and not job.durable:
             self._feed(job, await self._list_durable(job, job.settings))
-        choice = job.resolve(step, before)
-        if choice.version is None:
-            wanted = "any step" if step is None else f"step {step}"
-            raise StepNotFoundError(job_name, wanted, choice.passed_over)
-        problem = await self._load_manifest(job, choice.version)
-        if problem:
-            raise StepNotFoundError(job_name, str(choice.version), (problem,))
-        sources = job.sources(choice.version)
-        generation = choice.version.generation
-        return Resolution(generation, choice.version, sources, choice.passed_over)
+        unreadable: list[str] = []
+        while (version := (choice := job.resolve(step, before)).version) is not None:
+            problem, is_transient = await self._load_manifest(job, version)
+            if not problem:
+                passed_over = (*unreadable, *choice.passed_over)
+                generation = version.generation
+                return Resolution(generation, version, job.sources(version), passed_over)
+            if is_transient:
+                raise DurableStoreError(str(_settings(job).s3), "reading a manifest", problem)
+            job.durable.discard(version)  # S3 cannot serve it; nothing is deleted
+            unreadable.append(f"{version} on S3: {problem}")
+        wanted = "any step" if step is None else f"step {step}"
+        raise StepNotFoundError(job_name, wanted, (*unreadable, *choice.passed_over))
 
     async def report_shards(self, holder: HolderId, records: list[ShardRecord]) -> None:
         """A holder has these shards whole and verified.
@@ -372,23 +377,32 @@ class Coordinator:
         answers = await asyncio.gather(*(check(h, keys) for h, keys in command.copies))
         pairs = zip(command.copies, answers, strict=True)
         bad = tuple((holder, key) for (holder, _), keys in pairs for key in keys)
-        problem = ""
+        problem, is_transient = "", False
         if command.needs_manifest or bad:
-            problem = await self._load_manifest(job, command.version)
+            problem, is_transient = await self._load_manifest(job, command.version)
         manifest = job.manifests.get(command.version)
-        return m.ShardsVerified(command.generation, command.version, bad, manifest, problem)
+        generation, version = command.generation, command.version
+        return m.ShardsVerified(generation, version, bad, manifest, problem, is_transient)
 
-    async def _load_manifest(self, job: Job, version: Version) -> str:
-        """Read a durable step's manifest into the job; return what is wrong with it, or nothing."""
+    async def _load_manifest(self, job: Job, version: Version) -> tuple[str, bool]:
+        """Read a durable step's manifest into the job.
+
+        Returns:
+            What is wrong with it, if anything; and whether that is only that S3 did not answer.
+        """
         if version not in job.durable or version in job.manifests:
-            return ""
+            return "", False
         settings = job.begin.claim.settings if job.begin is not None else _settings(job)
         read = self._ledger(job).manifest
         try:
             job.manifests[version] = await _within(S3_INDEX_TIMEOUT_S, read, version, settings)
-        except (DurableStoreError, TimeoutError, ValueError) as error:
-            return f"its manifest cannot be used: {_first_line(error)}"
-        return ""
+        except TimeoutError:
+            return f"no answer within {S3_INDEX_TIMEOUT_S:g} s", True
+        except DurableStoreError as error:
+            return error.problem, True
+        except ValueError as error:
+            return f"its manifest cannot be used: {_first_line(error)}", False
+        return "", False
 
     async def _record_parent(self, job: Job, command: m.RecordParent) -> m.Event:
         record = self._ledger(job).record_parent

@@ -23,7 +23,10 @@ from tiered.history import ShardSources
 
 logger = logging.getLogger(__name__)
 
-OWN_HOST, BUDDY, DURABLE = "own host's RAM", "a buddy's RAM", "S3"
+# Where a shard came from. A rank's own host is the one that it ran on when it saved and still does;
+# after a restart Ray may have put the rank elsewhere, on its buddy's host, say.
+OWN_HOST, FORMER_HOST = "own host's RAM", "its former host's RAM"
+BUDDY, DURABLE = "a buddy's RAM", "S3"
 
 
 class Tier(Protocol):
@@ -44,7 +47,10 @@ class HolderTier:
     """The memory of one host."""
 
     def __init__(self, holder: HolderId, sources: ShardSources, node_id: str | None) -> None:
-        self.label = OWN_HOST if holder.node_id == node_id else BUDDY
+        if holder in sources.replicas:
+            self.label = BUDDY
+        else:
+            self.label = OWN_HOST if holder.node_id == node_id else FORMER_HOST
         self.name = f"host {holder.node_id[:8]}"
         self._holder = holder
         self._record = sources.record

@@ -55,11 +55,13 @@ class ShardSources:
         record: Its layout and checksums.
         holders: Live holders with a verified copy.
         is_durable: Whether S3 has it too.
+        replicas: Those of the holders whose copy came from another holder.
     """
 
     record: ShardRecord
     holders: tuple[HolderId, ...]
     is_durable: bool
+    replicas: frozenset[HolderId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

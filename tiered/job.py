@@ -23,7 +23,7 @@ from typing import assert_never
 
 from replication.errors import FencedError, PlacementError, TieredError
 from replication.placement import Host, Placement, place
-from replication.records import HolderId, ShardKey, ShardRecord, Version
+from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
 from tiered import messages as m
 from tiered.config import JobSettings
 from tiered.errors import ConfigError, DurableStoreError, StepNotFoundError, WorldSizeError
@@ -39,6 +39,7 @@ from tiered.history import (
 
 REPAIR_TIMEOUT_S = 60.0
 REPAIRS_AT_ONCE = 8
+REMIND_S = 15.0  # what holders were told once is told again: a message may have been lost
 
 
 @dataclass(slots=True)
@@ -51,6 +52,8 @@ class Begin:
     is_claimed: bool = False
     is_fenced: bool = False
     is_listing: bool = False
+    is_recorded: bool = False  # it has its parent; only where to read that is asked again
+    s3_problem: str = ""
     verified: set[Version] = field(default_factory=set)
     unreadable: list[str] = field(default_factory=list)
     choice: Choice | None = None
@@ -77,7 +80,10 @@ class Job:
         self._durable_problem: str | None = "S3 was not listed yet"
         self._oldest_claimable = 1
         self._is_rebuilding = False
+        self._overtaken: dict[Life, m.Claim] = {}
         self._repairs: dict[tuple[ShardKey, HolderId], float] = {}
+        self._repair_tries: dict[ShardKey, int] = {}
+        self._remind_due_s = 0.0
 
     # -- questions ---------------------------------------------------------------------------
 
@@ -155,7 +161,8 @@ class Job:
             record = manifest.get(rank) or next(iter(held.values()), None)
             if record is not None:
                 is_durable = version in self.durable
-                sources.append(ShardSources(record, tuple(held), is_durable))
+                replicas = frozenset(h for h, r in held.items() if r.is_replica)
+                sources.append(ShardSources(record, tuple(held), is_durable, replicas))
         return tuple(sources)
 
     def level(self, version: Version) -> tuple[m.Level | None, str]:
@@ -179,7 +186,7 @@ class Job:
             case m.Recalled():
                 self.claims.update({c.generation: c for c in event.claims})
                 self.parents.update(event.parents)
-                self._is_rebuilding = True
+                self._is_rebuilding = bool(event.claims)
                 return []
             case m.HolderUp():
                 return self._holder_up(event, now_s)
@@ -206,47 +213,85 @@ class Job:
             case m.ShardUploaded() | m.UploadFailed() | m.ManifestPublished() | m.PublishFailed():
                 return self._flush_event(event, now_s)
             case m.Ticked():
-                if self._is_rebuilding:
-                    self._is_rebuilding = False
-                    return self._review(now_s)
-                return [*self._repair(now_s), *self.flushes.handle(event, now_s, self._holders_of)]
+                return self._ticked(event, now_s)
             case _:
                 assert_never(event)
+
+    def _ticked(self, event: m.Ticked, now_s: float) -> list[m.Command]:
+        if self._is_rebuilding:
+            self._is_rebuilding = False
+            return [*self._rearrange(), *self._review(now_s)]
+        commands = self._repair(now_s)
+        commands += self.flushes.handle(event, now_s, self._holders_of)
+        if now_s >= self._remind_due_s and self.claims:
+            self._remind_due_s = now_s + REMIND_S
+            for holder in sorted(self.holders):
+                commands += self._remind(holder)
+                if (mates := self.buddies.get(holder)) is not None:
+                    commands.append(m.SetBuddies(holder, mates))
+        return commands
+
+    def _remind(self, holder: HolderId) -> list[m.Command]:
+        """Tell a holder what it may have missed; telling it again changes nothing."""
+        commands: list[m.Command] = [m.FenceNewHolder(self.generation, holder)]
+        if self.watermark > Version(0, 0):
+            commands.append(m.CollectBelow(self.generation, self.watermark, (holder,)))
+        return commands
 
     # -- begin: claim, fence, list, choose, verify, record, answer ---------------------------
 
     def _begin_asked(self, event: m.BeginAsked) -> list[m.Command]:
-        lives = {claim.life: claim for claim in self.claims.values()}
+        lives = {claim.life: claim for claim in self.claims.values()} | self._overtaken
         if self.begin is not None:
             lives[self.begin.claim.life] = self.begin.claim
-        known = lives.get(event.life)
-        if known is not None:
-            if error := self._disagreement(known, event):
-                return [m.AnswerBegin(event.life, error)]
-            if self.begin is not None and self.begin.claim.life == event.life:
-                return []  # on its way
-            if known.generation < self.generation:
-                error = FencedError(self.name, known.generation, self.generation)
-                return [m.AnswerBegin(event.life, error)]
-            if known.generation in self.parents:
-                return [m.AnswerBegin(event.life)]
-            # Claimed by a coordinator that died before it could answer: go on from there.
-            self.begin = Begin(known, event.step, event.before, is_claimed=True)
-            return [*self._list_durable(), *self._fence()]
+        if (known := lives.get(event.life)) is not None:
+            return self._asked_again(event, known)
         replicas = event.settings.memory.replicas
         if not self.claims and replicas is not None and replicas >= self.hosts:
             return [m.AnswerBegin(event.life, PlacementError(replicas, self.hosts))]
         overtaken = self.begin
-        generation = max(self.generation + 1, self._oldest_claimable)
+        newest = self.generation if overtaken is None else overtaken.claim.generation
+        generation = max(newest + 1, self.generation + 1, self._oldest_claimable)
         claim = m.Claim(generation, event.life, event.world_size, event.settings)
         self.begin = Begin(claim, event.step, event.before)
         commands: list[m.Command] = []
         if overtaken is not None:
             old = overtaken.claim
+            self._overtaken[old.life] = old
             fenced = FencedError(self.name, old.generation, claim.generation)
             commands.append(m.AnswerBegin(old.life, fenced))
         listing = self._list_durable()
         return [*commands, *(listing or [m.ClaimGeneration(claim)])]
+
+    def _asked_again(self, event: m.BeginAsked, known: m.Claim) -> list[m.Command]:
+        """A life asks that has a claim: every rank of it does, some of them late."""
+        if error := self._disagreement(known, event):
+            return [m.AnswerBegin(event.life, error)]
+        begin, newest = self.begin, self.generation
+        if begin is not None:
+            if begin.claim.life == event.life:
+                return []  # on its way
+            newest = max(newest, begin.claim.generation)
+        if known.generation < newest:
+            error = FencedError(self.name, known.generation, newest)
+            return [m.AnswerBegin(event.life, error)]
+        is_recorded = known.generation in self.parents
+        if is_recorded and self._has_sources(self.parents[known.generation]):
+            return [m.AnswerBegin(event.life)]
+        # A coordinator died before it could answer everybody: go on from there.
+        self.begin = Begin(
+            known, event.step, event.before, is_claimed=True, is_recorded=is_recorded
+        )
+        listing = self._list_durable()
+        if not is_recorded:
+            return [*listing, *self._fence()]
+        self.begin.is_fenced = True
+        return listing or self._choose()
+
+    def _has_sources(self, version: Version | None) -> bool:
+        """Whether it is known where to read each rank's shard of this version."""
+        shards = () if version is None else self.sources(version)
+        return version is None or (bool(shards) and len(shards) == shards[0].record.plan.world_size)
 
     def _list_durable(self) -> list[m.Command]:
         """Have S3 listed, unless it was: it may know newer steps, and newer generations."""
@@ -278,9 +323,17 @@ class Job:
         if begin is None or not begin.is_listing:
             return []
         begin.is_listing = False
-        if begin.is_claimed:
+        if begin.is_recorded or (begin.is_claimed and event.newest_generation == 0):
             return self._choose()
         generation = max(begin.claim.generation, self._oldest_claimable)
+        if begin.is_claimed:
+            # Claimed while S3 was silent; it knows this generation, perhaps as another cluster's,
+            # or newer ones. Claiming it again is no harm if it is ours.
+            if event.newest_generation < begin.claim.generation:
+                return self._choose()
+            if event.newest_generation == begin.claim.generation:
+                generation = begin.claim.generation
+            begin.is_claimed = begin.is_fenced = False
         begin.claim = replace(begin.claim, generation=generation)
         return [m.ClaimGeneration(begin.claim)]
 
@@ -309,14 +362,21 @@ class Job:
         begin = self.begin
         if begin is None or not begin.is_claimed or not begin.is_fenced or begin.is_listing:
             return []
-        choice = self.resolve(begin.step, begin.before)
+        if begin.is_recorded:
+            return self._find_sources(begin)
+        candidates = self.candidates()
+        if begin.s3_problem:  # what only S3 has cannot be had now, and is not given up either
+            candidates = [replace(c, is_durable=False) for c in candidates]
+        choice = latest_consistent_step(
+            candidates, self.parents, step=begin.step, before=begin.before
+        )
         generation, version = begin.claim.generation, choice.version
         notes = [*begin.unreadable, *choice.passed_over]
-        s3 = begin.claim.settings.s3
-        if s3 is not None and self._durable_problem is not None:
+        s3, problem = begin.claim.settings.s3, begin.s3_problem or self._durable_problem
+        if s3 is not None and problem is not None:
             if version is None:  # it may well have a step: starting afresh would abandon it
-                return self._refuse(DurableStoreError(s3.uri, "listing", self._durable_problem))
-            notes.append(f"steps on S3: {self._durable_problem}")
+                return self._refuse(DurableStoreError(s3.uri, "reading the index", problem))
+            notes.append(f"steps on S3: {problem}")
         begin.choice = Choice(version, tuple(notes))
         if version is None and (begin.step is not None or begin.before is not None):
             wanted = f"a step before {begin.before}" if begin.step is None else f"step {begin.step}"
@@ -334,6 +394,18 @@ class Job:
         by_holder = tuple((h, tuple(keys)) for h, keys in sorted(copies.items()))
         return [m.VerifyShards(generation, version, by_holder, needs_manifest)]
 
+    def _find_sources(self, begin: Begin) -> list[m.Command]:
+        """Answer a late rank whose parent is recorded; read the parent's manifest if need be."""
+        generation, s3 = begin.claim.generation, begin.claim.settings.s3
+        version = self.parents[generation]
+        problem = begin.s3_problem or self._durable_problem
+        if version is None or self._has_sources(version) or version in begin.verified:
+            if s3 is not None and problem and not self._has_sources(version):
+                return self._refuse(DurableStoreError(s3.uri, "reading a manifest", problem))
+            self.begin = None
+            return [m.AnswerBegin(begin.claim.life)]
+        return [m.VerifyShards(generation, version, (), needs_manifest=True)]
+
     def _refuse(self, error: TieredError) -> list[m.Command]:
         assert self.begin is not None
         life, self.begin = self.begin.claim.life, None
@@ -349,7 +421,10 @@ class Job:
         if event.manifest is not None:
             self.manifests[event.version] = event.manifest
         elif event.problem:  # S3 cannot serve the step; memory still may. Nothing is deleted.
-            self.durable.discard(event.version)
+            if event.is_transient:
+                begin.s3_problem = event.problem
+            else:
+                self.durable.discard(event.version)
             begin.unreadable.append(f"{event.version} on S3: {event.problem}")
         begin.verified.add(event.version)
         return self._choose()
@@ -372,18 +447,13 @@ class Job:
                 holders.pop(event.holder, None)
         for record in event.records:
             self._add_copy(event.holder, record)
-        commands: list[m.Command] = []
-        if self.claims:
-            commands.append(m.FenceNewHolder(self.generation, event.holder))
-            if self.watermark > Version(0, 0):
-                generation = self.generation
-                commands.append(m.CollectBelow(generation, self.watermark, (event.holder,)))
+        commands = self._remind(event.holder) if self.claims else []
         self.buddies.pop(event.holder, None)  # whatever it was told, tell it again
         return [*commands, *self._rearrange(), *self._review(now_s)]
 
     def _rearrange(self) -> list[m.Command]:
         """Choose buddies anew; tell those holders whose buddies changed."""
-        if not self.claims:
+        if not self.claims or self._is_rebuilding:
             return []
         by_node = {h.node_id: h for h in self.holders}
         self.placement = place(self.placed_hosts, self.replicas, self.placement)
@@ -402,6 +472,8 @@ class Job:
 
     def _add_copy(self, holder: HolderId, record: ShardRecord) -> None:
         key = record.key
+        if key.version < self.watermark:
+            return  # a holder that was away still has it; it is told to let go
         held = self.copies.setdefault(key.version, {}).setdefault(key.rank, {})
         others = [r for h, r in held.items() if h in self.holders]
         if not others or others[0].digest == record.digest:
@@ -468,6 +540,7 @@ class Job:
         self.watermark = mark
         self.copies = {v: ranks for v, ranks in self.copies.items() if v >= mark}
         self.commits = {v: d for v, d in self.commits.items() if v >= mark}
+        self._repair_tries = {k: n for k, n in self._repair_tries.items() if k.version >= mark}
         return [m.CollectBelow(self.generation, mark, tuple(sorted(self.holders)))]
 
     def _holders_of(self, version: Version, rank: int) -> tuple[HolderId, ...]:
@@ -506,7 +579,11 @@ class Job:
     def _repair(self, now_s: float) -> list[m.Command]:
         """Ask for one more copy of each shard that has too few, newest step first."""
         commands: list[m.Command] = []
-        self._repairs = {k: due for k, due in self._repairs.items() if due > now_s}
+        self._repairs = {
+            (key, to): due
+            for (key, to), due in self._repairs.items()
+            if due > now_s and to in self.holders
+        }
         for version in self.needed_versions():
             for rank in sorted(self.copies.get(version, {})):
                 held = self.intact(version, rank)
@@ -516,13 +593,15 @@ class Job:
                 missing = self.copies_needed - len(nodes | under_way)
                 if not held or missing <= 0:
                     continue
-                source = next(iter(held))
+                tries = self._repair_tries.get(key, 0)  # the first one's copy may be corrupt
+                source = list(held)[tries % len(held)]
                 mates = [*self.buddies.get(source, ()), *sorted(self.holders)]
                 targets = [m for m in mates if m.node_id not in nodes | under_way]
                 for target in dict.fromkeys(targets):
                     if missing <= 0 or len(self._repairs) >= REPAIRS_AT_ONCE:
                         break
                     self._repairs[key, target] = now_s + REPAIR_TIMEOUT_S
+                    self._repair_tries[key] = tries + 1
                     commands.append(m.ReplicateShard(source, key, target))
                     missing -= 1
         return commands

@@ -147,7 +147,8 @@ def _misfit(current: TensorRef, saved: TensorRef) -> str:
 
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
-    return any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    repeated = (n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() > 1 and any(repeated)
 
 
 def _pairs(current: Any, saved: Any) -> Iterator[tuple[TensorRef, TensorRef]]:

@@ -13,7 +13,6 @@ from examples.demo.events import Event
 from examples.demo.facts import Facts, Recovery, Saves, of_kind
 
 MB = 1e6
-OWN_RAM = "own host's RAM"
 KILLED = {
     "host": "one host (raylet, trainer, holder)",
     "worker": "one trainer process",
@@ -51,12 +50,7 @@ def json_line(facts: Facts, picture: Path | None) -> str:
 
 def describe_source(recovery: Recovery) -> list[str]:
     """For each rank, where its shard came from."""
-    lines = []
-    for r in recovery.restores:
-        # Ray Train deals out the ranks anew; one can land where its shard's copy is.
-        note = ", having moved to its buddy" if r.has_moved and r.source == OWN_RAM else ""
-        lines.append(f"rank {r.rank}: {r.source}{note} ({r.size_bytes / MB:.1f} MB)")
-    return lines
+    return [f"rank {r.rank}: {r.source} ({r.size_bytes / MB:.1f} MB)" for r in recovery.restores]
 
 
 def _add_recovery(rows: Table, recovery: Recovery) -> None:

@@ -13,8 +13,8 @@ from chaos.s3_server import S3Server
 from replication.durable import DurableStore
 from replication.records import Chunk
 from tests.contract.fake_store import FakeStore
-from tiered.errors import DurableStoreError
 from tiered.config import S3
+from tiered.errors import DurableStoreError
 from tiered.s3 import DELETE_BATCH, PART_SIZE_BYTES, S3Store
 
 BUCKET = "contract"

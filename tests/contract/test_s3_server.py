@@ -15,8 +15,8 @@ import pytest
 from chaos import s3_server
 from chaos.s3_server import S3Server, S3ServerError
 from replication.errors import DeadlineError
-from tiered.errors import DurableStoreError
 from tiered.config import S3
+from tiered.errors import DurableStoreError
 from tiered.s3 import S3Store
 
 HOST_PROGRAM = """

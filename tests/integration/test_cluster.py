@@ -157,6 +157,9 @@ def test_with_every_copy_lost_the_newest_durable_step_is_restored(
         assert start == 21
         assert restored.source == "S3"
         assert restored.generation == 1
+        assert restored.passed_over == (
+            "step 25 (generation 1): no intact copy of rank 0 in any tier (2 of 2 ranks missing)",
+        )
     assert_restored(again, 20)
     levels = save(again, 40, level="durable")
     assert all(set(level) == {"staged", "replicated", "durable"} for level in levels)

@@ -13,7 +13,7 @@ from replication.records import Chunk, ShardKey, ShardPlan, ShardRecord, Version
 from tiered.fetch import ShardReader
 from tiered.history import ShardSources
 from tiered.image import chunk_sizes, data_chunk, front, lay_out
-from tiered.state import capture
+from tiered.state import Captured, capture
 
 KEY = ShardKey("job", Version(2, 40), 0)
 
@@ -43,9 +43,16 @@ class Shard:
     """A saved state: its chunks, its record, its image."""
 
     def __init__(
-        self, state: Mapping[Any, Any], chunk_bytes: int = 4096, *, allow_pickle: bool = False
+        self,
+        state: Mapping[Any, Any] | Captured,
+        chunk_bytes: int = 4096,
+        *,
+        allow_pickle: bool = False,
     ) -> None:
-        captured = capture(state, allow_pickle=allow_pickle)
+        if isinstance(state, Captured):
+            captured = state
+        else:
+            captured = capture(state, allow_pickle=allow_pickle)
         layout = lay_out(captured)
         first = front(layout, KEY, 1, captured.tree)
         sizes = chunk_sizes(layout, len(first), chunk_bytes)

@@ -10,7 +10,7 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replication.records import ShardPlan
@@ -186,6 +186,7 @@ def test_bytes_are_those_of_the_tensor_in_row_major_order(tensor: torch.Tensor) 
     assert bytes_of(tensor).tobytes() == tensor.clone().numpy().tobytes() == raw(tensor)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=12), st.integers(-1, 40), st.integers(1, 40))
 def test_overlapping_is_what_a_scan_finds(sizes: list[int], start: int, length: int) -> None:
     stop = start + length

@@ -14,8 +14,8 @@ from botocore.stub import ANY, Stubber
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiered.errors import ConfigError, DurableStoreError
 from tiered.config import S3
+from tiered.errors import ConfigError, DurableStoreError
 from tiered.s3 import BufferFile, S3Store
 
 URI = "s3://bucket/ckpt"

@@ -3,11 +3,11 @@
 import pickle
 import sys
 import warnings
-from collections import Counter, OrderedDict, defaultdict, namedtuple
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -35,7 +35,10 @@ from tiered.state import (
     tensor_refs,
 )
 
-Point = namedtuple("Point", "x y")
+
+class Point(NamedTuple):
+    x: int
+    y: int
 
 
 class Colour(Enum):
@@ -523,7 +526,9 @@ def test_references_are_found_everywhere_a_tied_one_twice() -> None:
 
 def test_the_same_state_makes_the_same_tree_bytes() -> None:
     words = {f"word{n}" for n in range(50)}
-    rebuilt = set(sorted(words, reverse=True))
+    rebuilt: set[str] = set()
+    for word in sorted(words, reverse=True):
+        rebuilt.add(word)
     assert capture({"s": words}).tree == capture({"s": rebuilt}).tree
 
 

@@ -1,0 +1,39 @@
+"""Defects of the holder's core that the simulator found, each as the events that showed it."""
+
+import pytest
+
+from replication.errors import FencedError
+from replication.inventory import (
+    ChunkFetched,
+    ChunkFoundCorrupt,
+    ChunkHashed,
+    ChunkStaged,
+    FenceRaised,
+    Inventory,
+    ReportShard,
+)
+from replication.records import HolderId, ShardKey, ShardPlan, Version
+
+KEY = ShardKey("job", Version(1, 10), 0)
+PLAN = ShardPlan(1, (1, 1))
+
+
+def test_a_peers_copy_of_what_a_new_generation_resumed_from_is_taken() -> None:
+    core = Inventory(HolderId("a", "1"), 100)
+    core.handle(FenceRaised("job", 2), 0.0)
+    core.check_copy(KEY, PLAN)
+    with pytest.raises(FencedError):
+        core.check_write(KEY, PLAN)
+
+
+def test_a_corrupt_copy_is_replaced_by_a_verified_one() -> None:
+    core = Inventory(HolderId("a", "1"), 100)
+    for index in range(2):
+        core.handle(ChunkStaged(KEY, PLAN, index), 0.0)
+        core.handle(ChunkHashed(KEY, index, b"%016d" % index), 0.0)
+    core.handle(ChunkFoundCorrupt(KEY), 0.0)
+    assert not core.has_chunk(KEY, 0)
+    assert core.handle(ChunkFetched(KEY, PLAN, 0, b"%016d" % 0), 0.0) == []
+    assert core.records() == []
+    commands = core.handle(ChunkFetched(KEY, PLAN, 1, b"%016d" % 1), 0.0)
+    assert commands == [ReportShard(core.record(KEY))]

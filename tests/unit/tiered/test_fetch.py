@@ -1,0 +1,248 @@
+"""Reading a shard: the nearest intact copy of each chunk, and a name for every one that is not."""
+
+import threading
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+
+from replication.errors import HolderUnavailableError, ShardNotHeldError, TieredError
+from replication.records import Chunk, HolderId
+from tests.contract.fake_store import FakeStore
+from tests.unit.tiered.fake_shard import MemoryTier, Shard
+from tiered import register
+from tiered.errors import DurableStoreError, StepNotFoundError
+from tiered.fetch import BUDDY, DURABLE, FORMER_HOST, OWN_HOST, DurableTier, HolderTier, tiers_of
+from tiered.history import ShardSources
+from tiered.restore import restore_into
+
+
+@pytest.fixture
+def shard() -> Shard:
+    return Shard({"x": torch.arange(5000, dtype=torch.float32)})
+
+
+def three_tiers(shard: Shard) -> list[MemoryTier]:
+    places = [("own", "host a"), ("buddy", "host b"), ("s3", "S3")]
+    return [MemoryTier(shard.chunks, label, name) for label, name in places]
+
+
+def image_of(chunks: Any) -> bytes:
+    return b"".join(buffer.tobytes() for chunk in chunks for buffer in chunk)
+
+
+def test_everything_comes_from_the_first_tier_when_it_is_whole(shard: Shard) -> None:
+    own, buddy, s3 = three_tiers(shard)
+    reader = shard.reader(own, buddy, s3)
+    assert image_of(reader.chunks()) == shard.image
+    assert own.asked == list(range(len(shard.chunks)))
+    assert buddy.asked == s3.asked == []
+    assert reader.bytes_by_label == {"own": shard.record.plan.size_bytes}
+    assert reader.label == "own"
+    assert reader.seconds > 0
+
+
+def test_a_corrupt_chunk_and_all_after_it_come_from_the_next_tier(shard: Shard) -> None:
+    own, buddy, s3 = three_tiers(shard)
+    own.corrupt = {2}
+    reader = shard.reader(own, buddy, s3)
+    assert image_of(reader.chunks()) == shard.image
+    assert own.asked == [0, 1, 2]  # not asked again
+    assert buddy.asked == list(range(2, len(shard.chunks)))
+    assert s3.asked == []
+    sizes = shard.record.plan.chunk_sizes
+    assert reader.bytes_by_label == {"own": sum(sizes[:2]), "buddy": sum(sizes[2:])}
+    assert reader.label == "buddy"
+
+
+def test_a_dead_tier_is_asked_once(shard: Shard, caplog: pytest.LogCaptureFixture) -> None:
+    own, buddy, s3 = three_tiers(shard)
+    own.is_dead = buddy.is_dead = True
+    reader = shard.reader(own, buddy, s3)
+    assert image_of(reader.chunks()) == shard.image
+    assert own.asked == buddy.asked == [0]
+    assert reader.bytes_by_label == {"s3": shard.record.plan.size_bytes}
+    assert [r.message.count("trying the next copy") for r in caplog.records] == [1, 1]
+
+
+def test_copies_damaged_in_different_chunks_make_a_whole_one(shard: Shard) -> None:
+    own, buddy, _ = three_tiers(shard)
+    own.corrupt, buddy.corrupt = {0, 3}, {1, 4}
+    assert image_of(shard.reader(own, buddy).chunks()) == shard.image
+
+
+def test_when_no_tier_has_it_each_is_named_with_its_reason(shard: Shard) -> None:
+    own, buddy, s3 = three_tiers(shard)
+    own.is_dead, buddy.corrupt, s3.corrupt = True, {0, 2}, {2}
+    with pytest.raises(StepNotFoundError) as caught:
+        list(shard.reader(own, buddy, s3).chunks())
+    error = caught.value
+    assert (error.job, error.wanted) == ("job", "rank 0 of step 40 (generation 2)")
+    assert len(error.reasons) == 3
+    text = str(error)
+    assert "host a is not available: it is dead" in text
+    assert "chunk 2 of [job gen=2 rank=0 step=40] from host b is corrupt" in text
+    assert "from S3 is corrupt" in text
+
+
+def test_one_bad_tier_alone_is_an_error_and_no_tier_at_all_too(shard: Shard) -> None:
+    (tier, _, _) = three_tiers(shard)
+    tier.is_dead = True
+    with pytest.raises(StepNotFoundError, match="it is dead"):
+        list(shard.reader(tier).chunks())
+    reader = shard.reader(tier)
+    reader.tiers.clear()
+    with pytest.raises(StepNotFoundError):
+        list(reader.chunks())
+    assert reader.label == ""
+
+
+def test_a_chunk_cut_short_is_corrupt(shard: Shard) -> None:
+    own, buddy, _ = three_tiers(shard)
+    own.chunks = [[buffer[:-1] for buffer in chunk] for chunk in shard.chunks]
+    assert image_of(shard.reader(own, buddy).chunks()) == shard.image
+
+
+def test_the_next_chunk_is_fetched_while_one_is_used(shard: Shard) -> None:
+    seen = threading.Event()
+
+    class Watched(MemoryTier):
+        def read(self, index: int) -> Chunk:
+            if index == 1:
+                seen.set()
+            return super().read(index)
+
+    tier = Watched(shard.chunks)
+    chunks = shard.reader(tier).chunks()
+    next(chunks)
+    assert seen.wait(5)
+    chunks.close()
+    assert len(tier.asked) == 2  # one ahead, no further
+
+
+def test_a_reader_may_be_read_twice(shard: Shard) -> None:
+    reader = shard.reader()
+    assert image_of(reader.chunks()) == image_of(reader.chunks()) == shard.image
+
+
+# --- the tiers themselves -----------------------------------------------------------------------
+
+HERE, THERE, FAR = (HolderId(name * 8, "life") for name in "abc")
+
+
+def test_tiers_are_nearest_first(shard: Shard) -> None:
+    store = FakeStore()
+    replicas = frozenset({THERE})
+    sources = ShardSources(shard.record, (THERE, HERE, FAR), is_durable=True, replicas=replicas)
+    tiers = tiers_of(sources, HERE.node_id, store)
+    assert [tier.label for tier in tiers] == [OWN_HOST, BUDDY, FORMER_HOST, DURABLE]
+    assert [tier.name for tier in tiers] == [
+        "host aaaaaaaa", "host bbbbbbbb", "host cccccccc", "S3",
+    ]  # fmt: skip
+    outside = tiers_of(sources, None, None)
+    assert [tier.label for tier in outside] == [BUDDY, FORMER_HOST, FORMER_HOST]
+    moved = tiers_of(sources, THERE.node_id, None)  # a rank that now runs on its buddy's host
+    assert (moved[0].label, moved[0].name) == (BUDDY, "host bbbbbbbb")
+    memory_only = ShardSources(shard.record, (), is_durable=False)
+    assert tiers_of(memory_only, None, store) == []
+
+
+def test_the_durable_tier_reads_just_the_chunk(shard: Shard) -> None:
+    store = FakeStore()
+    key = register.shard_key(shard.record.key.version, shard.record.key.rank)
+    store.upload(key, shard.chunks)
+    tier = DurableTier(store, ShardSources(shard.record, (), is_durable=True))
+    reader = shard.reader(tier)  # type: ignore[arg-type]
+    assert image_of(reader.chunks()) == shard.image
+    assert reader.bytes_by_label == {DURABLE: shard.record.plan.size_bytes}
+    del store.objects[key]
+    with pytest.raises(DurableStoreError):
+        tier.read(0)
+
+
+class FakeTransport:
+    def __init__(self, outcome: Exception | Chunk) -> None:
+        self.outcome = outcome
+        self.calls: list[tuple[Any, ...]] = []
+
+    def fetch(self, *args: Any) -> Chunk:
+        self.calls.append(args)
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+def holder_tier(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch, outcome: Exception | Chunk
+) -> tuple[HolderTier, FakeTransport]:
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: f"{namespace}/{name}")
+    tier = HolderTier(THERE, ShardSources(shard.record, (THERE,), is_durable=False), None)
+    transport = FakeTransport(outcome)
+    monkeypatch.setattr(tier, "_transport", transport)
+    return tier, transport
+
+
+def test_a_holder_is_asked_for_a_chunk_with_a_deadline(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, transport = holder_tier(shard, monkeypatch, shard.chunks[1])
+    assert image_of([tier.read(1)]) == image_of([shard.chunks[1]])
+    ((handle, node_id, key, index, timeout_s),) = transport.calls
+    assert THERE.node_id in handle
+    assert (node_id, key, index) == (THERE.node_id, shard.record.key, 1)
+    assert 15 <= timeout_s < 16
+
+
+def test_a_holder_that_is_gone_is_unavailable(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(name: str, namespace: str) -> None:
+        raise ValueError("Failed to look up actor")
+
+    tier, _ = holder_tier(shard, monkeypatch, [])
+    monkeypatch.setattr(ray, "get_actor", gone)
+    with pytest.raises(HolderUnavailableError, match="it is gone"):
+        tier.read(0)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ShardNotHeldError("b", "shard"),
+        HolderUnavailableError("b", "silent"),
+        RayActorError(),
+        ObjectLostError("00" * 28, "address", ""),
+        RayTaskError("read_chunk", "traceback", KeyError("bug")),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_fails_at_a_holder_the_next_copy_is_read(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    tier, transport = holder_tier(shard, monkeypatch, failure)
+    with pytest.raises(TieredError):
+        tier.read(0)
+    (buddy, _, _) = three_tiers(shard)
+    reader = shard.reader(tier, buddy)  # type: ignore[arg-type]
+    assert image_of(reader.chunks()) == shard.image
+    assert len(transport.calls) == 2
+
+
+class FrozenTier(MemoryTier):
+    """As Ray hands them out: views that cannot be written."""
+
+    def read(self, index: int) -> Chunk:
+        chunk = super().read(index)
+        for buffer in chunk:
+            buffer.flags.writeable = False
+        return chunk
+
+
+def test_the_bytes_of_a_chunk_may_be_read_only(shard: Shard) -> None:
+    tier = FrozenTier(shard.chunks)
+    assert image_of(shard.reader(tier).chunks()) == shard.image
+    restored = {"x": torch.zeros(5000)}
+    restore_into(restored, shard.reader(FrozenTier(shard.chunks)))
+    assert restored["x"].tolist() == list(range(5000))

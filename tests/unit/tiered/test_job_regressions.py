@@ -1,0 +1,159 @@
+"""Defects of the coordinator's core that the simulator found, each as the events that showed it."""
+
+from collections.abc import Iterable
+
+import pytest
+
+from replication.errors import FencedError
+from replication.records import HolderId, Life, ShardKey, ShardPlan, ShardRecord, Version
+from tiered import messages as m
+from tiered.config import S3, JobSettings, Memory
+from tiered.errors import DurableStoreError
+from tiered.flush import FlushQueue
+from tiered.job import REMIND_S, Job
+
+A, B, C = (HolderId(name, "1") for name in "abc")
+PLAN = ShardPlan(1, (1,))
+SETTINGS = JobSettings(Memory(every_steps=1, replicas=1))
+WITH_S3 = JobSettings(Memory(every_steps=1, replicas=1), S3("s3://bucket", every_steps=1))
+
+
+def record(generation: int, step: int) -> ShardRecord:
+    return ShardRecord(ShardKey("job", Version(generation, step), 0), PLAN, (b"d" * 16,))
+
+
+def asked(life: str, settings: JobSettings = SETTINGS) -> m.BeginAsked:
+    return m.BeginAsked(Life(life), 0, 1, settings)
+
+
+def of(kind: type, commands: Iterable[m.Command]) -> list:
+    return [command for command in commands if isinstance(command, kind)]
+
+
+def begun(settings: JobSettings = SETTINGS, holders: tuple[HolderId, ...] = (A, B)) -> Job:
+    """A job whose first generation has started."""
+    job = Job("job")
+    for holder in holders:
+        job.handle(m.HolderUp(holder, "", ()), 0.0)
+    job.handle(asked("one", settings), 0.0)
+    if settings.s3 is not None:
+        job.handle(m.DurableListed(), 0.0)
+    job.handle(m.GenerationClaimed(1, is_ours=True), 0.0)
+    job.handle(m.HoldersFenced(1), 0.0)
+    job.handle(m.ParentRecorded(1), 0.0)
+    return job
+
+
+def test_the_first_inventory_after_a_restart_commits_nothing_alone() -> None:
+    job = Job("job")
+    claim = m.Claim(1, Life("one"), 1, SETTINGS)
+    job.handle(m.Recalled((claim,), {1: None}), 0.0)
+    commands = job.handle(m.HolderUp(A, "", (record(1, 10),)), 0.0)
+    assert not of(m.StepCommitted, commands)
+    job.handle(m.HolderUp(B, "", ()), 0.0)
+    assert not of(m.StepCommitted, job.handle(m.Ticked(), 1.0))
+    commands = job.handle(m.ShardReported(B, record(1, 10)), 2.0)
+    assert [c.copies for c in of(m.StepCommitted, commands)] == [2]
+
+
+def test_two_lives_at_once_claim_different_generations() -> None:
+    job = begun()
+    first = of(m.ClaimGeneration, job.handle(asked("two"), 0.0))
+    second = job.handle(asked("three"), 0.0)
+    assert [c.claim.generation for c in first] == [2]
+    assert [c.claim.generation for c in of(m.ClaimGeneration, second)] == [3]
+    job.handle(m.GenerationClaimed(2, is_ours=True), 0.0)
+    assert job.generation == 1  # the answer to a claim that was overtaken claims nothing
+
+
+@pytest.mark.parametrize("is_claimed", [False, True])
+def test_a_late_rank_of_an_overtaken_life_does_not_take_over(is_claimed: bool) -> None:
+    job = begun()
+    job.handle(asked("two"), 0.0)
+    if is_claimed:
+        job.handle(m.GenerationClaimed(2, is_ours=True), 0.0)
+    job.handle(asked("three"), 0.0)
+    answers = of(m.AnswerBegin, job.handle(asked("two"), 0.0))
+    assert [type(answer.error) for answer in answers] == [FencedError]
+    assert job.begin is not None
+    assert job.begin.claim.life == "three"
+
+
+def test_a_generation_claimed_while_s3_was_silent_is_claimed_anew() -> None:
+    job = Job("job")
+    for holder in (A, B):
+        job.handle(m.HolderUp(holder, "", ()), 0.0)
+    job.handle(asked("one", WITH_S3), 0.0)
+    job.handle(m.DurableListed(problem="silent"), 0.0)
+    job.handle(m.GenerationClaimed(1, is_ours=True), 0.0)
+    refused = of(m.AnswerBegin, job.handle(m.HoldersFenced(1), 0.0))
+    assert isinstance(refused[0].error, DurableStoreError)
+    job.handle(asked("one", WITH_S3), 0.0)
+    job.handle(m.HoldersFenced(1), 0.0)
+    listed = m.DurableListed((Version(5, 7),), {5: None}, newest_generation=5)
+    claims = of(m.ClaimGeneration, job.handle(listed, 0.0))
+    assert [c.claim.generation for c in claims] == [6]
+
+
+def test_a_manifest_that_s3_does_not_serve_sends_nobody_back() -> None:
+    job = begun(WITH_S3)
+    job.handle(m.ManifestPublished(Version(1, 10), (record(1, 10),)), 0.0)
+    job.manifests.clear()
+    job.handle(asked("two", WITH_S3), 0.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 0.0)
+    assert of(m.VerifyShards, job.handle(m.HoldersFenced(2), 0.0))
+    silence = m.ShardsVerified(2, Version(1, 10), (), None, "no answer", is_transient=True)
+    commands = job.handle(silence, 0.0)
+    assert [type(c.error) for c in of(m.AnswerBegin, commands)] == [DurableStoreError]
+    assert Version(1, 10) in job.durable
+
+
+def test_a_late_rank_is_told_where_to_read_although_the_coordinator_died() -> None:
+    job = Job("job")
+    claims = (m.Claim(1, Life("one"), 1, WITH_S3), m.Claim(2, Life("two"), 1, WITH_S3))
+    job.handle(m.Recalled(claims, {1: None, 2: Version(1, 10)}), 0.0)
+    for holder in (A, B):
+        job.handle(m.HolderUp(holder, "", ()), 0.0)
+    assert of(m.ListDurable, job.handle(asked("two", WITH_S3), 0.0))
+    commands = job.handle(m.DurableListed((Version(1, 10),), {}, 2), 0.0)
+    assert [c.needs_manifest for c in of(m.VerifyShards, commands)] == [True]
+    commands = job.handle(m.ShardsVerified(2, Version(1, 10), (), (record(1, 10),)), 0.0)
+    assert [c.error for c in of(m.AnswerBegin, commands)] == [None]
+    assert len(job.resolution(2).shards) == 1
+
+
+def test_what_was_collected_is_not_committed_again() -> None:
+    job = begun()
+    for step in (10, 20, 30):
+        for holder in (A, B):
+            job.handle(m.ShardReported(holder, record(1, step)), 0.0)
+    assert job.watermark == Version(1, 20)
+    job.handle(m.HolderDown(B), 0.0)
+    commands = job.handle(m.HolderUp(B, "", tuple(record(1, s) for s in (10, 20, 30))), 0.0)
+    assert not of(m.StepCommitted, commands)
+    assert Version(1, 10) not in job.copies
+
+
+def test_orders_are_repeated_because_one_may_have_been_lost() -> None:
+    job = begun()
+    job.handle(m.Ticked(), 0.0)
+    commands = job.handle(m.Ticked(), REMIND_S)
+    assert {c.holder for c in of(m.SetBuddies, commands)} == {A, B}
+    assert {c.holder for c in of(m.FenceNewHolder, commands)} == {A, B}
+
+
+def test_a_repair_that_failed_is_tried_from_another_copy() -> None:
+    job = begun(JobSettings(Memory(every_steps=1, replicas=2)), (A, B, C))
+    for holder in (A, B, C):
+        job.handle(m.ShardReported(holder, record(1, 10)), 0.0)
+    job.handle(m.HolderDown(C), 0.0)
+    first = of(m.ReplicateShard, job.handle(m.HolderUp(C, "", ()), 0.0))
+    again = of(m.ReplicateShard, job.handle(m.Ticked(), 100.0))
+    assert [c.source for c in (*first, *again)] == [A, B]
+
+
+def test_an_upload_on_a_lost_holder_is_not_waited_for() -> None:
+    queue, version = FlushQueue(), Version(1, 10)
+    first = queue.add(version, (0,), 0.0, lambda v, r: (A, B))
+    then = queue.review(1.0, lambda v, r: (B,))
+    assert [c.holder for c in of(m.UploadShard, (*first, *then))] == [A, B]

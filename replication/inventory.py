@@ -465,7 +465,8 @@ class Inventory:
         for slot, (tries, due_s) in sorted(self._retries.items()):
             peer, key, index = slot
             shard = self.shards.get(key)
-            if shard is None or peer not in set(self._peers_of(key, shard)):
+            is_here = shard is not None and index in shard.digests  # not if it is being replaced
+            if shard is None or not is_here or peer not in set(self._peers_of(key, shard)):
                 del self._retries[slot]  # no longer wanted
                 if shard is not None:
                     shard.offered.discard((peer, index))

@@ -55,6 +55,9 @@ class Begin:
     is_recorded: bool = False  # it has its parent; only where to read that is asked again
     s3_problem: str = ""
     verified: set[Version] = field(default_factory=set)
+    is_reading: bool = False
+    being_read: set[tuple[HolderId, ShardKey]] = field(default_factory=set)
+    intact: set[tuple[HolderId, ShardKey]] = field(default_factory=set)
     unreadable: list[str] = field(default_factory=list)
     choice: Choice | None = None
 
@@ -323,17 +326,15 @@ class Job:
         if begin is None or not begin.is_listing:
             return []
         begin.is_listing = False
-        if begin.is_recorded or (begin.is_claimed and event.newest_generation == 0):
+        if begin.is_recorded:
             return self._choose()
-        generation = max(begin.claim.generation, self._oldest_claimable)
         if begin.is_claimed:
-            # Claimed while S3 was silent; it knows this generation, perhaps as another cluster's,
-            # or newer ones. Claiming it again is no harm if it is ours.
             if event.newest_generation < begin.claim.generation:
                 return self._choose()
-            if event.newest_generation == begin.claim.generation:
-                generation = begin.claim.generation
+            # It was claimed while S3 was silent, and S3 knows a generation of that number: perhaps
+            # another cluster's, with a parent of its own. A number that nobody has costs nothing.
             begin.is_claimed = begin.is_fenced = False
+        generation = max(begin.claim.generation, self._oldest_claimable)
         begin.claim = replace(begin.claim, generation=generation)
         return [m.ClaimGeneration(begin.claim)]
 
@@ -360,7 +361,9 @@ class Job:
     def _choose(self) -> list[m.Command]:
         """Take the newest consistent step; have it verified before it is believed."""
         begin = self.begin
-        if begin is None or not begin.is_claimed or not begin.is_fenced or begin.is_listing:
+        if begin is None or not begin.is_claimed or not begin.is_fenced:
+            return []
+        if begin.is_listing or begin.is_reading:
             return []
         if begin.is_recorded:
             return self._find_sources(begin)
@@ -381,7 +384,7 @@ class Job:
         if version is None and (begin.step is not None or begin.before is not None):
             wanted = f"a step before {begin.before}" if begin.step is None else f"step {begin.step}"
             return self._refuse(StepNotFoundError(self.name, wanted, tuple(notes)))
-        if version is None or version in begin.verified:
+        if version is None or self._is_believed(begin, version):
             return [m.RecordParent(generation, version)]
         copies: dict[HolderId, list[ShardKey]] = {}
         ranks = self.copies.get(version, {})
@@ -391,8 +394,22 @@ class Job:
         candidate = next(c for c in self.candidates() if c.version == version)
         in_memory = candidate.world_size and len(candidate.in_memory) == candidate.world_size
         needs_manifest = version in self.durable and not in_memory
+        begin.is_reading = True
+        begin.being_read = {(h, key) for h, keys in copies.items() for key in keys}
         by_holder = tuple((h, tuple(keys)) for h, keys in sorted(copies.items()))
         return [m.VerifyShards(generation, version, by_holder, needs_manifest)]
+
+    def _is_believed(self, begin: Begin, version: Version) -> bool:
+        """Whether a copy of each rank's shard was read whole, or S3 has the step.
+
+        A copy on a holder that came back while others were being read was not read itself.
+        """
+        if version not in begin.verified or (version in self.durable and not begin.s3_problem):
+            return version in begin.verified
+        return all(
+            any((h, r.key) in begin.intact for h, r in self.intact(version, rank).items())
+            for rank in self.copies[version]
+        )
 
     def _find_sources(self, begin: Begin) -> list[m.Command]:
         """Answer a late rank whose parent is recorded; read the parent's manifest if need be."""
@@ -426,7 +443,9 @@ class Job:
             else:
                 self.durable.discard(event.version)
             begin.unreadable.append(f"{event.version} on S3: {event.problem}")
+        begin.is_reading = False
         begin.verified.add(event.version)
+        begin.intact |= begin.being_read - set(event.bad)
         return self._choose()
 
     def _started(self, event: m.ParentRecorded, now_s: float) -> list[m.Command]:
@@ -552,6 +571,8 @@ class Job:
             self.durable.add(event.version)
             self.manifests[event.version] = event.records
             commands += self._collect_durable()
+        elif isinstance(event, m.PublishFailed):  # it may be there although nobody said so
+            self._durable_problem = event.reason
         commands += self.flushes.handle(event, now_s, self._holders_of)
         return [*commands, *self._collect()]
 

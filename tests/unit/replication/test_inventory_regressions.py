@@ -4,18 +4,33 @@ import pytest
 
 from replication.errors import FencedError
 from replication.inventory import (
+    BuddiesChanged,
     ChunkFetched,
     ChunkFoundCorrupt,
     ChunkHashed,
+    ChunkNotTaken,
     ChunkStaged,
     FenceRaised,
     Inventory,
     ReportShard,
+    Ticked,
 )
 from replication.records import HolderId, ShardKey, ShardPlan, Version
 
 KEY = ShardKey("job", Version(1, 10), 0)
 PLAN = ShardPlan(1, (1, 1))
+
+
+def test_an_offer_of_a_chunk_that_was_found_corrupt_is_not_repeated() -> None:
+    core, peer = Inventory(HolderId("a", "1"), 100), HolderId("b", "1")
+    core.handle(BuddiesChanged("job", (peer,)), 0.0)
+    for index in range(2):
+        core.handle(ChunkStaged(KEY, PLAN, index), 0.0)
+        core.handle(ChunkHashed(KEY, index, b"%016d" % index), 0.0)
+    core.handle(ChunkFoundCorrupt(KEY), 0.0)
+    core.handle(ChunkFetched(KEY, PLAN, 0, b"%016d" % 0), 0.0)
+    core.handle(ChunkNotTaken(peer, KEY, 1), 0.0)
+    assert core.handle(Ticked(), 100.0) == []
 
 
 def test_a_peers_copy_of_what_a_new_generation_resumed_from_is_taken() -> None:

@@ -108,6 +108,12 @@ def test_a_manifest_that_s3_does_not_serve_sends_nobody_back() -> None:
     assert Version(1, 10) in job.durable
 
 
+def test_a_publication_without_an_answer_is_looked_for_on_s3() -> None:
+    job = begun(WITH_S3)
+    job.handle(m.PublishFailed(Version(1, 10), "no answer", is_final=False), 0.0)
+    assert of(m.ListDurable, job.handle(asked("two", WITH_S3), 0.0))
+
+
 def test_a_late_rank_is_told_where_to_read_although_the_coordinator_died() -> None:
     job = Job("job")
     claims = (m.Claim(1, Life("one"), 1, WITH_S3), m.Claim(2, Life("two"), 1, WITH_S3))
@@ -150,6 +156,22 @@ def test_a_repair_that_failed_is_tried_from_another_copy() -> None:
     first = of(m.ReplicateShard, job.handle(m.HolderUp(C, "", ()), 0.0))
     again = of(m.ReplicateShard, job.handle(m.Ticked(), 100.0))
     assert [c.source for c in (*first, *again)] == [A, B]
+
+
+def test_a_copy_that_came_back_while_others_were_read_is_read_too() -> None:
+    job = begun()
+    for holder in (A, B):
+        job.handle(m.ShardReported(holder, record(1, 10)), 0.0)
+    job.handle(m.HolderDown(B), 0.0)
+    job.handle(asked("two"), 0.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 0.0)
+    first = of(m.VerifyShards, job.handle(m.HoldersFenced(2), 0.0))
+    assert [holder for holder, _ in first[0].copies] == [A]
+    job.handle(m.HolderUp(B, "", (record(1, 10),)), 0.0)
+    bad = ((A, record(1, 10).key),)
+    commands = job.handle(m.ShardsVerified(2, Version(1, 10), bad), 0.0)
+    assert not of(m.RecordParent, commands)
+    assert [holder for holder, _ in of(m.VerifyShards, commands)[0].copies] == [B]
 
 
 def test_an_upload_on_a_lost_holder_is_not_waited_for() -> None:

@@ -1,0 +1,232 @@
+"""The shell of a simulated holder: `replication.holder.Holder` without Ray and without bytes.
+
+A chunk's bytes are one integer; its checksum is that integer, so that a flipped bit shows. The
+order of checks and events is the real shell's.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, assert_never
+
+from replication import inventory
+from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
+from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
+from tests.sim.network import Host, Outcome, Process, Reply
+from tiered import register
+from tiered.errors import DurableStoreError
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+FETCH_TIMEOUT_S = 15.0
+OFFER_TIMEOUT_S = 22.5
+REPORT_TIMEOUT_S = 10.0
+TICKS_AFTER_S = (0.25, 1.1, 5.1)  # when an offer that failed may be due again
+
+
+def digest(content: int) -> bytes:
+    """The checksum of a chunk."""
+    return content.to_bytes(16, "big")
+
+
+class Holder(Process):
+    """One host's chunks."""
+
+    def __init__(self, world: "World", host: Host, incarnation: str) -> None:
+        super().__init__(host)
+        self.world = world
+        self.id = HolderId(host.place, incarnation)
+        self.core = world.cores.inventory(self.id, world.setup.capacity)
+        self.chunks: dict[ShardKey, dict[int, int]] = {}
+        self.fence_seen = 0
+        self.born_s = world.kernel.now_s
+        self._unreported: dict[ShardKey, ShardRecord] = {}
+        self._is_reporting = False
+        self._pause_s = 0.2
+
+    # -- called by trainers on this host --------------------------------------------------------
+
+    def stage_chunk(self, key: ShardKey, plan: ShardPlan, index: int, content: int) -> None:
+        """Pin a chunk that a trainer on this host has put."""
+        self.core.check_write(key, plan)
+        self.world.oracle.staged(self.id, key, self.fence_seen)
+        if not self.core.has_chunk(key, index):
+            self.chunks.setdefault(key, {})[index] = content
+        self.feed(inventory.ChunkStaged(key, plan, index))
+
+    # -- called by other holders, and by whoever restores ---------------------------------------
+
+    def take_chunk(self, offer: inventory.OfferChunk, source: HolderId, reply: Reply) -> None:
+        """Fetch a chunk, verify it, keep a copy."""
+        self.check_take(offer)
+        if self.core.has_chunk(offer.key, offer.index):
+            reply(None)
+            return
+
+        def got(outcome: Outcome) -> None:
+            try:
+                self._keep(offer, source, outcome)
+            except Exception as error:  # noqa: BLE001 - it goes to the caller, as Ray has it
+                reply(error)
+            else:
+                reply(None)
+
+        peer = self.world.holder_on(source.node_id)
+        self.world.network.call(
+            "read", self, peer, FETCH_TIMEOUT_S,
+            lambda answer: answer(peer.read_chunk(offer.key, offer.index)), got,
+        )  # fmt: skip
+
+    def check_take(self, offer: inventory.OfferChunk) -> None:
+        """Refuse a chunk before it moves."""
+        self.core.check_copy(offer.key, offer.plan)
+
+    def _keep(self, offer: inventory.OfferChunk, source: HolderId, outcome: Outcome) -> None:
+        if isinstance(outcome, Exception):
+            raise outcome
+        if not self.world.cores.is_same(digest(outcome), offer.digest):
+            raise ChunkCorruptError(source.node_id, str(offer.key), offer.index)
+        self.check_take(offer)
+        self.chunks.setdefault(offer.key, {})[offer.index] = outcome
+        self.feed(inventory.ChunkFetched(offer.key, offer.plan, offer.index, offer.digest))
+
+    def read_chunk(self, key: ShardKey, index: int) -> int:
+        """Return a chunk that is pinned here."""
+        try:
+            return self.chunks[key][index]
+        except KeyError:
+            raise ShardNotHeldError(self.id.node_id, str(key)) from None
+
+    # -- called by the coordinator --------------------------------------------------------------
+
+    def fence(self, generation: int) -> None:
+        """Refuse older generations."""
+        self.fence_seen = max(self.fence_seen, generation)
+        self.feed(inventory.FenceRaised(self.world.job_name, generation))
+
+    def set_buddies(self, buddies: tuple[HolderId, ...]) -> None:
+        """Replicate to these."""
+        self.feed(inventory.BuddiesChanged(self.world.job_name, buddies))
+
+    def replicate(self, key: ShardKey, to: HolderId) -> None:
+        """Make one more copy."""
+        self.feed(inventory.ReplicationRequested(key, to))
+
+    def collect(self, generation: int, below: Version) -> None:
+        """Let go of what is older."""
+        self.feed(inventory.WatermarkRaised(self.world.job_name, generation, below))
+
+    def verify(self, keys: Sequence[ShardKey]) -> list[ShardKey]:
+        """Read every byte of these shards; return those that are missing or corrupt here."""
+        bad = []
+        for key in keys:
+            try:
+                record = self.core.record(key)
+            except ShardNotHeldError:
+                bad.append(key)
+                continue
+            chunks = self.chunks.get(key, {})
+            is_same = self.world.cores.is_same
+            if not all(
+                i in chunks and is_same(digest(chunks[i]), d) for i, d in enumerate(record.digests)
+            ):
+                self.feed(inventory.ChunkFoundCorrupt(key))
+                bad.append(key)
+        return bad
+
+    def upload(self, key: ShardKey, reply: Reply) -> None:
+        """Store a shard durably, if it is still what was saved."""
+        if self.verify([key]):
+            raise ShardNotHeldError(self.id.node_id, str(key))
+        record, chunks = self.core.record(key), self.chunks[key]
+        image = tuple(chunks[i] for i in range(len(record.digests)))
+
+        def store() -> ShardRecord:
+            self.world.store.objects[register.shard_key(key.version, key.rank)] = image
+            return record
+
+        def stored(outcome: Outcome) -> None:
+            failed = isinstance(outcome, DurableStoreError)
+            reply(HolderUnavailableError(self.id.node_id, str(outcome)) if failed else outcome)
+
+        self.world.store.request(store, stored)
+
+    def peer_died(self, peer: HolderId) -> None:
+        """Another holder has died; nothing here depends on it."""
+
+    # -- the shell ------------------------------------------------------------------------------
+
+    def feed(self, event: inventory.Event) -> None:
+        """Give the core an event; carry out what it asks for."""
+        world = self.world
+        for command in self.core.handle(event, world.kernel.now_s):
+            match command:
+                case inventory.HashChunk():
+                    delay_s = world.kernel.random.uniform(0.001, 0.02)
+                    world.kernel.after(delay_s, self._hash, command.key, command.index)
+                case inventory.OfferChunk():
+                    self._offer(command)
+                case inventory.ReportShard():
+                    world.oracle.sealed(self.id, command.record.key, self.chunks)
+                    self._unreported[command.record.key] = command.record
+                    self._report()
+                case inventory.DropShard():
+                    world.oracle.dropped(self.id, command.key)
+                    self.chunks.pop(command.key, None)
+                    self._unreported.pop(command.key, None)
+                case _:
+                    assert_never(command)
+
+    def _hash(self, key: ShardKey, index: int) -> None:
+        if not self.is_alive:
+            return
+        if (wait_s := self.host.hung_until_s - self.world.kernel.now_s) > 0:
+            self.world.kernel.after(wait_s, self._hash, key, index)
+            return
+        content = self.chunks.get(key, {}).get(index)
+        if content is not None:
+            self.feed(inventory.ChunkHashed(key, index, digest(content)))
+
+    def _offer(self, offer: inventory.OfferChunk) -> None:
+        peer = self.world.holder_on(offer.to.node_id)
+
+        def answered(outcome: Outcome) -> None:
+            if isinstance(outcome, Exception):
+                self.feed(inventory.ChunkNotTaken(offer.to, offer.key, offer.index))
+                for delay_s in TICKS_AFTER_S:
+                    self.world.kernel.after(delay_s, self._tick)
+            else:
+                self.feed(inventory.ChunkTaken(offer.to, offer.key, offer.index))
+
+        self.world.network.call(
+            "take", self, peer, OFFER_TIMEOUT_S,
+            lambda reply: peer.take_chunk(offer, self.id, reply), answered,
+        )  # fmt: skip
+
+    def _tick(self) -> None:
+        if self.is_alive:
+            self.feed(inventory.Ticked())
+
+    def _report(self) -> None:
+        """Tell the coordinator of sealed shards, in batches, until it has answered."""
+        if self._is_reporting or not self._unreported or not self.is_alive:
+            return
+        self._is_reporting = True
+        batch = list(self._unreported.values())
+        coordinator = self.world.coordinator
+
+        def answered(outcome: Outcome) -> None:
+            self._is_reporting = False
+            if isinstance(outcome, Exception):
+                self.world.kernel.after(self._pause_s, self._report)
+                self._pause_s = min(2 * self._pause_s, 5.0)
+                return
+            self._pause_s = 0.2
+            for record in batch:
+                if self._unreported.get(record.key) is record:
+                    del self._unreported[record.key]
+            self._report()
+
+        self.world.network.call(
+            "report", self, coordinator, REPORT_TIMEOUT_S,
+            lambda reply: coordinator.report_shards(self.id, batch, reply), answered,
+        )  # fmt: skip

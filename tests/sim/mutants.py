@@ -1,0 +1,363 @@
+"""Deliberately broken cores and shells: the proof that the simulator would notice.
+
+The first thirteen are those of the specification's evidence; the others bring back defects that
+the simulator found in this project. `within` is a number of seeds, from 0, of which at least one
+must fail; it is generous, so that a change of the simulator does not move it.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+from replication import inventory
+from replication.inventory import Inventory
+from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
+from tests.sim.coordinator import Coordinator
+from tests.sim.holder import Holder
+from tests.sim.network import Outcome, Reply
+from tests.sim.world import Cores, World, draw_setup
+from tiered import messages as m
+from tiered.flush import FlushQueue, HoldersOf
+from tiered.history import Candidate, ShardSources
+from tiered.job import Begin, Job
+
+# --- of the specification -----------------------------------------------------------------------
+
+
+class MaxOfLatest(Job):
+    """VELOC: the newest version that any rank has."""
+
+    def candidates(self) -> list[Candidate]:
+        every = super().candidates()
+        return [replace(c, in_memory=frozenset(range(c.world_size)), problem="") for c in every]
+
+
+class KeyByStep(Job):
+    """NVRx: a step is complete when every rank has it, whichever life saved it."""
+
+    def candidates(self) -> list[Candidate]:
+        every = super().candidates()
+        return [
+            replace(c, in_memory=frozenset().union(*(self._ranks(o) for o in self._alike(c))))
+            for c in every
+        ]
+
+    def _alike(self, candidate: Candidate) -> list[Version]:
+        return [v for v in sorted(self.copies) if v.step == candidate.version.step]
+
+    def _ranks(self, version: Version) -> set[int]:
+        return {rank for rank in self.copies[version] if self.intact(version, rank)}
+
+    def sources(self, version: Version) -> tuple[ShardSources, ...]:
+        merged = {}
+        for other in sorted(v for v in self.copies if v.step == version.step and v != version):
+            merged.update({s.record.key.rank: s for s in super().sources(other)})
+        merged.update({s.record.key.rank: s for s in super().sources(version)})
+        return tuple(merged[rank] for rank in sorted(merged))
+
+
+class GcBeforeCommit(Job):
+    """Versions that were merely seen push older ones out."""
+
+    def _collect(self) -> list[m.Command]:
+        real = self.commits
+        self.commits = {v: False for v in self.copies if v.generation == self.generation}
+        commands = super()._collect()
+        self.commits = {v: d for v, d in real.items() if v >= self.watermark}
+        return commands
+
+
+class ParentCounts(Job):
+    """The version that was resumed from counts as one of those to keep."""
+
+    def _collect(self) -> list[m.Command]:
+        real, parent = self.commits, self.parents.get(self.generation)
+        if parent is not None and parent >= self.watermark:
+            alias = Version(self.generation, -1)
+            self.commits = real | {alias: False}
+        commands = super()._collect()
+        self.commits = {v: d for v, d in real.items() if v >= self.watermark}
+        return commands
+
+
+class GcUnfenced(Inventory):
+    """Collection is not fenced."""
+
+    def _collect(self, event: inventory.WatermarkRaised) -> list[inventory.Command]:
+        return super()._collect(replace(event, generation=1 << 60))
+
+
+class StepOnlyKey(Holder):
+    """A write carries no generation: it counts as the present one's."""
+
+    def stage_chunk(self, key: ShardKey, plan: ShardPlan, index: int, content: int) -> None:
+        generation = max(self.fence_seen, key.version.generation)
+        version = Version(generation, key.version.step)
+        super().stage_chunk(replace(key, version=version), plan, index, content)
+
+
+class AckBeforeStore(Holder):
+    """A buddy says that it has a chunk before it has it."""
+
+    def take_chunk(self, offer: inventory.OfferChunk, source: HolderId, reply: Reply) -> None:
+        if self.core.has_chunk(offer.key, offer.index):
+            reply(None)
+            return
+        super().take_chunk(offer, source, lambda _: None)
+        self.feed(inventory.ChunkFetched(offer.key, offer.plan, offer.index, offer.digest))
+        reply(None)
+
+
+class Evictable(Holder):
+    """A buddy's copy is merely pulled: it goes when the host that it came from goes."""
+
+    def _keep(self, offer: inventory.OfferChunk, source: HolderId, outcome: Outcome) -> None:
+        super()._keep(offer, source, outcome)
+        self._pulled = getattr(self, "_pulled", {}) | {offer.key: source}
+
+    def peer_died(self, peer: HolderId) -> None:
+        for key, source in getattr(self, "_pulled", {}).items():
+            if source == peer:
+                self.chunks.get(key, {}).clear()
+
+    def verify(self, keys: Any) -> list[ShardKey]:
+        gone = [key for key in keys if not self.chunks.get(key)]
+        return [*gone, *super().verify([key for key in keys if key not in gone])]
+
+
+class KeepList(Holder):
+    """Collection by a list of what to keep, which may be out of date when it comes."""
+
+    def collect(self, generation: int, below: Version, keep: frozenset[Version]) -> None:
+        self.core.check_generation(self.world.job_name, generation)
+        shards = self.core.shards
+        for key in [k for k in shards if shards[k].is_sealed and k.version not in keep]:
+            del self.core.shards[key]
+            self.world.oracle.dropped(self.id, key)
+            self.chunks.pop(key, None)
+
+
+class SendsKeepList(Coordinator):
+    """The other half of `KeepList`."""
+
+    def _tell(self, method: str, holder: HolderId, *args: Any) -> None:
+        if method == "collect":
+            args = (*args, frozenset(v for v in self.job.copies if v >= args[1]) | {args[1]})
+        super()._tell(method, holder, *args)
+
+
+class ParentNotDurable(Coordinator):
+    """The parent stays in the coordinator's memory."""
+
+    def _record_parent(self, command: m.RecordParent) -> None:
+        begin = self.job.begin
+        asked = None if begin is None else (begin.step, begin.before)
+        self.world.oracle.started(command.generation, command.parent, asked)
+        self.feed(m.ParentRecorded(command.generation))
+
+
+class DeleteOnFailedVerify(Coordinator):
+    """SCR: a version that fails its check is deleted everywhere."""
+
+    def verified(self, command: m.VerifyShards, bad: tuple[tuple[HolderId, ShardKey], ...]) -> None:
+        if bad:
+            for holder in self.world.holders.values():
+                for key in [k for k in holder.core.shards if k.version == command.version]:
+                    del holder.core.shards[key]
+                    holder.chunks.pop(key, None)
+            bad = tuple((h, key) for h, keys in command.copies for key in keys)
+        super().verified(command, bad)
+
+
+# --- of this project ----------------------------------------------------------------------------
+
+
+class CommitsWhileRebuilding(Job):
+    """The first inventory after the coordinator's death is a cluster of one host."""
+
+    def handle(self, event: m.Event, now_s: float) -> list[m.Command]:
+        commands = super().handle(event, now_s)
+        if isinstance(event, m.Recalled):
+            self._is_rebuilding = False
+        return commands
+
+
+class WaitsForLostUploads(FlushQueue):
+    """An upload is waited for although its holder is gone."""
+
+    def review(self, now_s: float, holders_of: HoldersOf) -> list[m.Command]:
+        def with_lost(version: Version, rank: int) -> tuple[HolderId, ...]:
+            under_way = self.current.under_way.get(rank) if self.current is not None else None
+            holders = holders_of(version, rank)
+            return (*holders, under_way) if under_way is not None else holders
+
+        return super().review(now_s, with_lost)
+
+
+class WithOldFlushes(Job):
+    """`WaitsForLostUploads` in a job."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.flushes = WaitsForLostUploads()
+
+
+class NeverReminds(Job):
+    """What a holder is told once is not told again."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._remind_due_s = float("inf")
+
+
+class RepairsFromTheFirst(Job):
+    """A repair that failed is tried again from the same source."""
+
+    def _repair(self, now_s: float) -> list[m.Command]:
+        self._repair_tries.clear()
+        return super()._repair(now_s)
+
+
+class CollectedComesBack(Job):
+    """What a holder that was away still has is believed to be wanted."""
+
+    def _add_copy(self, holder: HolderId, record: ShardRecord) -> None:
+        mark, self.watermark = self.watermark, Version(0, 0)
+        super()._add_copy(holder, record)
+        self.watermark = mark
+
+
+class ForgetsOvertaken(Job):
+    """A life that was overtaken while it began comes back as a new one."""
+
+    def handle(self, event: m.Event, now_s: float) -> list[m.Command]:
+        commands = super().handle(event, now_s)
+        self._overtaken.clear()
+        return commands
+
+
+class ClaimsOnce(Job):
+    """A generation claimed while S3 was silent is kept, whatever S3 then says."""
+
+    def _durable_listed(self, event: m.DurableListed) -> list[m.Command]:
+        if self.begin is not None and self.begin.is_claimed:
+            event = replace(event, newest_generation=0)
+        return super()._durable_listed(event)
+
+
+class AnswersWithoutSources(Job):
+    """A late rank is told the step, not where to read it."""
+
+    def _has_sources(self, version: Version | None) -> bool:
+        return True
+
+
+class BelievesUnread(Job):
+    """A version that was read once is believed on holders that came back since."""
+
+    def _is_believed(self, begin: Begin, version: Version) -> bool:
+        return version in begin.verified
+
+
+class ForgetsLostPublication(Job):
+    """A manifest whose publication was not answered is not looked for."""
+
+    def _flush_event(self, event: m.FlushEvent, now_s: float) -> list[m.Command]:
+        problem = self._durable_problem
+        commands = super()._flush_event(event, now_s)
+        self._durable_problem = problem
+        return commands
+
+
+class RefusesOldCopies(Inventory):
+    """What a generation resumed from is fenced off like a zombie's write."""
+
+    def check_copy(self, key: ShardKey, plan: ShardPlan) -> None:
+        self.check_write(key, plan)
+
+
+class KeepsQuarantined(Inventory):
+    """A corrupt copy is in the way of a good one."""
+
+    def has_chunk(self, key: ShardKey, index: int) -> bool:
+        shard = self.shards.get(key)
+        return shard is not None and index in shard.present
+
+
+class UploadsUnverified(Holder):
+    """What is uploaded is not read first."""
+
+    def upload(self, key: ShardKey, reply: Reply) -> None:
+        with mock.patch.object(self, "verify", return_value=[]):
+            super().upload(key, reply)
+
+
+class SilenceIsFinal(Coordinator):
+    """A manifest that S3 did not serve in time counts as one that is broken."""
+
+    def feed(self, event: m.Event) -> None:
+        if isinstance(event, m.ShardsVerified):
+            event = replace(event, is_transient=False)
+        super().feed(event)
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """Something broken.
+
+    Attributes:
+        cores: What replaces the real ones.
+        within: One of so many seeds, from 0, must fail; None where volume is needed.
+        patch: More to break, while it runs.
+    """
+
+    cores: Cores
+    within: int | None
+    patch: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def _no_branch() -> AbstractContextManager[Any]:
+    return mock.patch("tiered.history.is_on_branch", return_value=True)
+
+
+MUTANTS: dict[str, Mutant] = {
+    "max_of_latest": Mutant(Cores(job=MaxOfLatest), 20),
+    "step_only_key": Mutant(Cores(holder=StepOnlyKey), 20),
+    "ack_before_store": Mutant(Cores(holder=AckBeforeStore), 20),
+    "parent_not_durable": Mutant(Cores(coordinator=ParentNotDurable), 20),
+    "evictable_copies": Mutant(Cores(holder=Evictable), 100),
+    "no_digest": Mutant(Cores(is_same=lambda have, expected: True), 50),
+    "key_by_step": Mutant(Cores(job=KeyByStep), 100),
+    "no_branch_rule": Mutant(Cores(), 100, _no_branch),
+    "gc_before_commit": Mutant(Cores(job=GcBeforeCommit), 100),
+    "delete_on_failed_verify": Mutant(Cores(coordinator=DeleteOnFailedVerify), 100),
+    "gc_keep_list": Mutant(Cores(holder=KeepList, coordinator=SendsKeepList), 100),
+    "parent_counts": Mutant(Cores(job=ParentCounts), 100),
+    "gc_unfenced": Mutant(Cores(inventory=GcUnfenced), None),
+    "commits_while_rebuilding": Mutant(Cores(job=CommitsWhileRebuilding), 50),
+    "waits_for_lost_uploads": Mutant(Cores(job=WithOldFlushes), None),
+    "never_reminds": Mutant(Cores(job=NeverReminds), None),
+    "repairs_from_the_first": Mutant(Cores(job=RepairsFromTheFirst), None),
+    "collected_comes_back": Mutant(Cores(job=CollectedComesBack), None),
+    "forgets_overtaken": Mutant(Cores(job=ForgetsOvertaken), None),
+    "claims_once": Mutant(Cores(job=ClaimsOnce), None),
+    "answers_without_sources": Mutant(Cores(job=AnswersWithoutSources), None),
+    "believes_unread": Mutant(Cores(job=BelievesUnread), None),
+    "forgets_lost_publication": Mutant(Cores(job=ForgetsLostPublication), None),
+    "refuses_old_copies": Mutant(Cores(inventory=RefusesOldCopies), 100),
+    "keeps_quarantined": Mutant(Cores(inventory=KeepsQuarantined), None),
+    "uploads_unverified": Mutant(Cores(holder=UploadsUnverified), 200),
+    "silence_is_final": Mutant(Cores(coordinator=SilenceIsFinal), 100),
+}
+
+
+def violations_of(name: str, seed: int) -> list[str]:
+    """What a mutant breaks in one small run; a crash of the cores counts."""
+    mutant = MUTANTS[name]
+    with mutant.patch():
+        try:
+            return World(seed, draw_setup(seed), mutant.cores).run()
+        except (AssertionError, KeyError, ValueError, RuntimeError) as error:
+            return [f"crash: {error!r}"]

@@ -1,0 +1,212 @@
+"""Calls between processes: late, lost, repeated, reordered, or cut off.
+
+A call is made by one process and served by another; its outcome (a value or an exception) comes
+back once, or a timeout does. A call that timed out may have been served, and may yet be.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from replication.errors import HolderUnavailableError, TieredError
+from tests.sim.kernel import Kernel
+
+HEAD = "head"
+NOTICEABLE_S = 0.5  # a message this late may have been missed by a deadline
+
+Outcome = Any  # a value, or the TieredError that it failed with
+Reply = Callable[[Outcome], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Weather:
+    """How unreliable messages are.
+
+    Attributes:
+        loss: Probability that a message is lost; its sender then waits for the deadline.
+        repeat: Probability that a request is served twice.
+        fire: Probability that a site of `sites` fires.
+        sites: Kinds of call that are delayed for seconds when their site fires.
+    """
+
+    loss: float = 0.0
+    repeat: float = 0.0
+    fire: float = 0.0
+    sites: frozenset[str] = frozenset()
+
+
+CALM = Weather()
+
+
+class Host:
+    """A machine: what fails together. `place` is its Ray node id."""
+
+    def __init__(self, place: str, domain: str = "") -> None:
+        self.place = place
+        self.domain = domain
+        self.is_alive = True
+        self.hung_until_s = 0.0
+        self.died_s = 0.0
+
+
+class Process:
+    """Something that runs on a host and makes or serves calls."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.is_alive = True
+
+
+@dataclass(slots=True)
+class _Call:
+    kind: str
+    source: Process
+    target: Process
+    deadline_s: float
+    serve: Callable[[Reply], None]
+    done: Reply | None
+    is_done: bool = False
+
+
+@dataclass(slots=True)
+class Network:
+    """Every link of the cluster.
+
+    Attributes:
+        trouble_s: For each host, when its link to the head last misbehaved, or it hung.
+    """
+
+    kernel: Kernel
+    weather: Weather = CALM
+    blocked: set[tuple[str, str]] = field(default_factory=set)
+    trouble_s: dict[str, float] = field(default_factory=dict)
+
+    def call(
+        self,
+        kind: str,
+        source: Process,
+        target: Process | None,
+        timeout_s: float,
+        serve: Callable[[Reply], None],
+        done: Reply | None = None,
+    ) -> None:
+        """Have `target` run `serve`, and `source` then `done` with the outcome."""
+        call = _Call(kind, source, target or source, self.kernel.now_s + timeout_s, serve, done)
+        if target is None:
+            self.kernel.after(0.01, self._finish, call, _unavailable("nobody has that name"))
+            return
+        self._request(call)
+        if self.weather.repeat and self.kernel.random.random() < self.weather.repeat:
+            twin = _Call(kind, source, target, call.deadline_s, serve, None)
+            self._request(twin)
+
+    def sends(self, source: Host, target: Host) -> bool:
+        """Whether one message arrives; notes trouble if it does not."""
+        random = self.kernel.random
+        if (source.place, target.place) in self.blocked or (
+            self.weather.loss and source is not target and random.random() < self.weather.loss
+        ):
+            self.note_trouble(source, target)
+            return False
+        return True
+
+    def note_trouble(self, *hosts: Host) -> None:
+        """Remember that these hosts, one of them perhaps the head, could not talk."""
+        if len(hosts) == 1 or any(host.place == HEAD for host in hosts):
+            for host in hosts:
+                self.trouble_s[host.place] = self.kernel.now_s
+
+    def _delay_s(self, call: _Call, source: Host, target: Host) -> float:
+        random, weather = self.kernel.random, self.weather
+        delay_s = random.uniform(0.0005, 0.004) if source is target else random.uniform(0.001, 0.02)
+        if call.kind in weather.sites and random.random() < weather.fire:
+            delay_s += random.choice((0.3, 3.0, 20.0)) * random.random()
+            if delay_s > NOTICEABLE_S:
+                self.note_trouble(source, target)
+        return delay_s
+
+    def _request(self, call: _Call) -> None:
+        source, target = call.source.host, call.target.host
+        if self.sends(source, target):
+            self.kernel.after(self._delay_s(call, source, target), self._arrive, call)
+        else:
+            self._fail_late(call)
+
+    def _arrive(self, call: _Call) -> None:
+        now_s, target = self.kernel.now_s, call.target
+        if not target.is_alive:
+            if target.host.is_alive:  # the kernel says so
+                self._finish(call, _unavailable("it died"))
+            else:  # silence
+                self._fail_late(call)
+            return
+        if target.host.hung_until_s > now_s:
+            self.note_trouble(target.host)
+            if target.host.hung_until_s > call.deadline_s:
+                self._fail_late(call)
+            self.kernel.after(target.host.hung_until_s - now_s + 0.001, self._arrive, call)
+            return
+        is_answered = False
+
+        def reply(outcome: Outcome) -> None:
+            nonlocal is_answered
+            is_answered = True
+            self._answer(call, outcome)
+
+        try:
+            call.serve(reply)
+        except TieredError as error:
+            reply(error)
+        if not is_answered:
+            self._fail_late(call)
+
+    def _answer(self, call: _Call, outcome: Outcome) -> None:
+        if call.done is None:
+            return
+        source, target = call.source.host, call.target.host
+        if call.target.is_alive and self.sends(target, source):
+            self.kernel.after(self._delay_s(call, target, source), self._deliver, call, outcome)
+        else:
+            self._fail_late(call)
+
+    def _deliver(self, call: _Call, outcome: Outcome) -> None:
+        if call.source.host.hung_until_s > self.kernel.now_s:
+            delay_s = call.source.host.hung_until_s - self.kernel.now_s + 0.002
+            self.kernel.after(delay_s, self._deliver, call, outcome)
+        elif self.kernel.now_s <= call.deadline_s:
+            self._finish(call, outcome)
+        else:
+            self._finish(call, _unavailable("silent"))
+
+    def _fail_late(self, call: _Call) -> None:
+        if call.done is not None:
+            delay_s = max(0.0, call.deadline_s - self.kernel.now_s)
+            self.kernel.after(delay_s, self._finish, call, _unavailable("silent"))
+
+    def _finish(self, call: _Call, outcome: Outcome) -> None:
+        if call.is_done or call.done is None or not call.source.is_alive:
+            return
+        call.is_done = True
+        call.done(outcome)
+
+
+def _unavailable(reason: str) -> HolderUnavailableError:
+    return HolderUnavailableError("?", reason)
+
+
+def gather(
+    calls: Mapping[Any, Callable[[Reply], None]], done: Callable[[dict[Any, Any]], None]
+) -> None:
+    """Start every call; call `done` with all outcomes when the last has come."""
+    outcomes: dict[Any, Outcome] = {}
+    if not calls:
+        done(outcomes)
+        return
+
+    def collect(name: Any, outcome: Outcome) -> None:
+        outcomes[name] = outcome
+        if len(outcomes) == len(calls):
+            done({name: outcomes[name] for name in calls})
+
+    for name, start in calls.items():
+        start(lambda outcome, name=name: collect(name, outcome))

@@ -1,0 +1,71 @@
+"""What outlives processes: the register of the cluster (Ray's GCS) and S3.
+
+Both hold create-only keys, named by `tiered.register`. The register always answers; S3 is up, down
+or slow, and its answer may be lost although the request was served.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tests.sim.kernel import Kernel
+from tests.sim.network import Outcome, Reply
+from tiered.errors import DurableStoreError
+
+S3_TIMEOUT_S = 15.0
+
+
+class Index:
+    """Create-only keys; `tiered.register.Index` in a dictionary."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, bytes] = {}
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Create `key`; True also when an earlier try of the same bytes did."""
+        return self.entries.setdefault(key, data) == data
+
+    def get(self, key: str) -> bytes | None:
+        """What is there, or None."""
+        return self.entries.get(key)
+
+    def keys(self, prefix: str) -> list[str]:
+        """Keys below a prefix."""
+        return sorted(key for key in self.entries if key.startswith(prefix))
+
+
+class Store:
+    """S3: an index, and objects of which each is one shard's chunks."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.index = Index()
+        self.objects: dict[str, tuple[int, ...]] = {}
+        self.is_up = True
+        self.delay_s = 0.2
+        self.loss = 0.0
+        self.trouble_s = -1e9
+
+    def request(self, run: Callable[[], Any], done: Reply) -> None:
+        """Run `run` at the store; then `done` with its value, or with DurableStoreError."""
+        kernel = self.kernel
+        delay_s = self.delay_s * (0.5 + kernel.random.random())
+        if delay_s > S3_TIMEOUT_S:
+            self.trouble_s = kernel.now_s
+        kernel.after(delay_s / 2, self._serve, run, done, delay_s)
+
+    def _serve(self, run: Callable[[], Any], done: Reply, delay_s: float) -> None:
+        outcome: Outcome = DurableStoreError("s3", "request", "it is down")
+        if self.is_up:
+            outcome = run()
+        if not self.is_up or (self.loss and self.kernel.random.random() < self.loss):
+            self.trouble_s = self.kernel.now_s
+            outcome = DurableStoreError("s3", "request", "no answer")
+        elif delay_s > S3_TIMEOUT_S:
+            outcome = DurableStoreError("s3", "request", "no answer in time")
+        self.kernel.after(delay_s / 2, done, outcome)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete entries of the index, and objects."""
+        for key in keys:
+            self.index.entries.pop(key, None)
+            self.objects.pop(key, None)

@@ -1,0 +1,294 @@
+"""The users of the cluster: ranks that save and restore, lives of the job, and their launcher.
+
+A rank does what `tiered.Checkpointer` does. Ranks of a life go from save to save in step; one whose
+life was given up while it could not be killed (it hung, or was cut off) is a zombie: it wakes up
+and goes on saving on its own, until somebody tells it that it is fenced off.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from replication.errors import FencedError, MemoryBudgetError, ShardNotHeldError, TieredError
+from replication.records import HolderId, Life, ShardKey, ShardPlan, Version
+from tests.sim.holder import digest
+from tests.sim.network import HEAD, Host, Outcome, Process, Reply, gather
+from tiered import messages as m
+from tiered.history import Resolution, ShardSources
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+ASK_TIMEOUT_S = 45.0  # then it asks again: the coordinator may have died
+BEGIN_TIMEOUT_S = 200.0
+HOLDER_TIMEOUT_S = 15.0
+ROOM_TIMEOUT_S = 20.0
+STALL_S = 60.0
+ZOMBIE_SAVES = 6
+
+
+class Rank(Process):
+    """One trainer process."""
+
+    def __init__(self, world: "World", life: "LifeOfJob", rank: int, host: Host) -> None:
+        super().__init__(host)
+        self.world = world
+        self.life = life
+        self.rank = rank
+        self.generation = 0
+        self.step = 0
+        self.zombie_saves = 0
+        self.pending: list[Version] = []
+        self._born_s = world.kernel.now_s
+
+    def later(self, delay_s: float, run: Callable[[], None]) -> None:
+        """Run something of this process, unless it is dead by then; after it woke, if it hangs."""
+
+        def fire() -> None:
+            if not self.is_alive:
+                return
+            if (wait_s := self.host.hung_until_s - self.world.kernel.now_s) > 0:
+                self.world.kernel.after(wait_s + 0.001, fire)
+            else:
+                run()
+
+        self.world.kernel.after(delay_s, fire)
+
+    def fail(self, why: object) -> None:
+        """The process ends with an error."""
+        self.world.kernel.log("rank %d of %s ends: %s", self.rank, self.life.name, why)
+        self.is_alive = False
+
+    # -- begin and restore ----------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Ask from where to go on, until there is an answer."""
+        life, coordinator = self.life, self.world.coordinator
+        event = m.BeginAsked(
+            life.name, self.rank, self.world.setup.ranks, self.world.setup.settings, *life.asked
+        )
+        self.world.network.call(
+            "begin", self, coordinator, ASK_TIMEOUT_S,
+            lambda reply: coordinator.begin(event, reply), self._begun,
+        )  # fmt: skip
+
+    def _begun(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Resolution):
+            self.world.oracle.answered(self.life.name, outcome)
+            self.generation = outcome.generation
+            if outcome.version is None:
+                self._ready()
+            elif len(outcome.shards) != self.world.setup.ranks:
+                self.fail("shards are missing")
+            else:
+                self.step = outcome.version.step + self.world.setup.settings.memory.every_steps
+                self._restore(outcome.shards[self.rank])
+        elif not outcome.retryable:
+            self.fail(outcome)
+        elif self.world.kernel.now_s - self._born_s < BEGIN_TIMEOUT_S:
+            self.later(1.0, self.begin)
+        else:
+            self.fail("no answer")
+
+    def _restore(self, sources: ShardSources) -> None:
+        near_first = sorted(sources.holders, key=lambda h: h.node_id != self.host.place)
+        places: list[HolderId | None] = [*near_first, *([None] if sources.is_durable else [])]
+        self._read_next(sources, places, {})
+
+    def _read_next(
+        self, sources: ShardSources, places: list[HolderId | None], have: dict[int, int]
+    ) -> None:
+        """Read what is still missing from the next place; None is S3."""
+        digests, key = sources.record.digests, sources.record.key
+        if len(have) == len(digests):
+            content = tuple(have[i] for i in range(len(digests)))
+            self.world.oracle.restored(key.version, self.rank, content)
+            self._ready()
+            return
+        if not places:
+            self.fail(f"no intact copy of {key}")
+            return
+
+        def got(outcome: Outcome) -> None:
+            if not isinstance(outcome, TieredError):
+                for index, content in outcome.items():
+                    if self.world.cores.is_same(digest(content), digests[index]):
+                        have.setdefault(index, content)
+            self.later(0.0, lambda: self._read_next(sources, places, have))
+
+        place = places.pop(0)
+        if place is None:
+            self.world.store.request(lambda: dict(enumerate(self.world.stored(key) or ())), got)
+            return
+        peer = self.world.holder_on(place.node_id)
+
+        def serve(reply: Reply) -> None:
+            if not peer.chunks.get(key):
+                raise ShardNotHeldError(peer.id.node_id, str(key))
+            reply(dict(peer.chunks[key]))
+
+        self.world.network.call("fetch", self, peer, HOLDER_TIMEOUT_S, serve, got)
+
+    def _ready(self) -> None:
+        self.life.arrive(self)
+
+    # -- save -----------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Save the current step, as soon as not too many are on their way."""
+        self._wait_for_room(self.world.kernel.now_s + ROOM_TIMEOUT_S)
+
+    def _wait_for_room(self, deadline_s: float) -> None:
+        if len(self.pending) <= 1 or self.world.kernel.now_s >= deadline_s:
+            self._stage()
+            return
+        coordinator = self.world.coordinator
+
+        def heard(outcome: Outcome) -> None:
+            if isinstance(outcome, dict):
+                for version, (level, problem) in outcome.items():
+                    self.world.oracle.told(version, level)
+                    if (level is not None or problem) and version in self.pending:
+                        self.pending.remove(version)
+            wait_s = 0.0 if len(self.pending) <= 1 else 1.0
+            self.later(wait_s, lambda: self._wait_for_room(deadline_s))
+
+        asked = list(self.pending)
+        self.world.network.call(
+            "progress", self, coordinator, 5.0,
+            lambda reply: coordinator.progress(asked, reply), heard,
+        )  # fmt: skip
+
+    def _stage(self) -> None:
+        setup = self.world.setup
+        key = ShardKey(self.world.job_name, Version(self.generation, self.step), self.rank)
+        plan = ShardPlan(setup.ranks, (1,) * setup.chunks)
+        content = self.world.oracle.save(key, setup.chunks)
+        holder = self.world.holder_on(self.host.place)
+
+        def stage(index: int) -> Callable[[Reply], None]:
+            return lambda done: self.world.network.call(
+                "stage", self, holder, HOLDER_TIMEOUT_S,
+                lambda reply: reply(holder.stage_chunk(key, plan, index, content[index])), done,
+            )  # fmt: skip
+
+        gather({index: stage(index) for index in range(setup.chunks)}, self._staged)
+
+    def _staged(self, outcomes: dict[int, Outcome]) -> None:
+        failures = [o for o in outcomes.values() if isinstance(o, TieredError)]
+        fatal = next((f for f in failures if isinstance(f, FencedError | MemoryBudgetError)), None)
+        if fatal is not None:
+            self.fail(fatal)
+            return
+        if not failures:
+            self.pending.append(Version(self.generation, self.step))
+        self.step += self.world.setup.settings.memory.every_steps
+        self.life.arrive(self)
+
+
+class LifeOfJob:
+    """The ranks that were started together."""
+
+    def __init__(
+        self, world: "World", name: Life, hosts: list[Host], asked: tuple[int | None, int | None]
+    ) -> None:
+        self.world = world
+        self.name = name
+        self.asked = asked
+        self.is_given_up = False
+        self.progress_s = world.kernel.now_s
+        self.ranks = [
+            Rank(world, self, rank, hosts[rank % len(hosts)]) for rank in range(world.setup.ranks)
+        ]
+        self.arrived: set[int] = set()
+
+    def start(self) -> None:
+        """Every process starts, in its own time."""
+        for rank in self.ranks:
+            rank.later(self.world.kernel.random.uniform(0.1, 3.0), rank.begin)
+
+    def arrive(self, rank: Rank) -> None:
+        """A rank has done its part of a step; when all have, the next one begins."""
+        pause_s = self.world.setup.step_s * self.world.kernel.random.uniform(0.5, 1.5)
+        if self.is_given_up:
+            rank.zombie_saves += 1
+            if rank.zombie_saves <= ZOMBIE_SAVES:
+                rank.later(pause_s, rank.save)
+            else:
+                rank.fail("a zombie at rest")
+            return
+        self.progress_s = self.world.kernel.now_s
+        self.arrived.add(rank.rank)
+        if len(self.arrived) == len(self.ranks):
+            self.arrived.clear()
+            self._go(pause_s)
+
+    def _go(self, pause_s: float) -> None:
+        if self.world.is_paused and not self.is_given_up:
+            self.progress_s = self.world.kernel.now_s
+            self.world.kernel.after(1.0, self._go, pause_s)
+            return
+        for rank in self.ranks:
+            rank.later(pause_s, rank.save)
+
+
+class Launcher(Process):
+    """Ray Train, or a person: starts a life, notices its end, starts the next."""
+
+    def __init__(self, world: "World", host: Host) -> None:
+        super().__init__(host)
+        self.world = world
+        self.life: LifeOfJob | None = None
+        self.lives = 0
+        self.everyone: list[Rank] = []
+        self.asked: tuple[int | None, int | None] = (None, None)
+        world.kernel.after(1.0, self.start)
+
+    def start(self) -> None:
+        """Start the next life on hosts that look well."""
+        world = self.world
+        hosts = [h for _, h in sorted(world.hosts.items()) if self._looks_well(h)]
+        if not hosts:
+            world.kernel.after(3.0, self.start)
+            return
+        first = world.kernel.random.randrange(len(hosts))
+        name = Life(f"life-{self.lives}")
+        self.lives += 1
+        self.life = LifeOfJob(world, name, hosts[first:] + hosts[:first], self.asked)
+        places = [r.host.place for r in self.life.ranks]
+        world.kernel.log("%s starts on %s, asking for %s", name, places, self.asked)
+        self.asked = (None, None)
+        self.everyone = [r for r in self.everyone if r.is_alive] + self.life.ranks
+        self.life.start()
+        world.kernel.after(5.0, self._watch, self.life)
+
+    def _looks_well(self, host: Host) -> bool:
+        pairs = {(HEAD, host.place), (host.place, HEAD)}
+        is_hung = host.hung_until_s > self.world.kernel.now_s
+        return host.is_alive and not is_hung and not pairs & self.world.network.blocked
+
+    def _watch(self, life: LifeOfJob) -> None:
+        if life is not self.life:
+            return
+        waited_s = self.world.kernel.now_s - life.progress_s
+        limit_s = STALL_S if any(r.generation for r in life.ranks) else BEGIN_TIMEOUT_S
+        if not all(r.is_alive for r in life.ranks) or waited_s > limit_s:
+            self.replace()
+        else:
+            self.world.kernel.after(self.world.kernel.random.uniform(1.0, 5.0), self._watch, life)
+
+    def replace(self, *, kill: bool = True) -> None:
+        """Give the present life up, kill what of it can be killed, start another one."""
+        life, self.life = self.life, None
+        if life is None:
+            return
+        life.is_given_up = True
+        for rank in life.ranks:
+            if kill and self._looks_well(rank.host):
+                rank.is_alive = False
+            elif not kill and rank.is_alive and rank.rank in life.arrived:
+                rank.later(1.0, rank.save)
+        self.world.kernel.after(self.world.kernel.random.uniform(0.5, 8.0), self.start)
+
+    def ranks_on(self, host: Host) -> list[Rank]:
+        """Every process on a host."""
+        return [r for r in self.everyone if r.host is host]

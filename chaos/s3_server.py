@@ -82,12 +82,18 @@ class S3Server:
 
     Args:
         start_timeout_s: Until the server has stored and returned a first object.
+        same_keys_as: Another server whose credentials this one accepts too; else its own.
     """
 
-    def __init__(self, *, start_timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, *, start_timeout_s: float = 60.0, same_keys_as: "S3Server | None" = None
+    ) -> None:
         self.start_timeout_s = start_timeout_s
         self._access_key = secrets.token_hex(10).upper()
         self._secret_key = secrets.token_hex(20)
+        if same_keys_as is not None:
+            self._access_key = same_keys_as._access_key
+            self._secret_key = same_keys_as._secret_key
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
         self._sockets: list[Path] = []

@@ -132,12 +132,11 @@ class Holder:
         When this returns, the copy counts: it is verified and survives the death of its source.
 
         Raises:
-            FencedError: A newer generation has taken over.
             MemoryBudgetError: It does not fit.
             ChunkCorruptError: What arrived does not have the checksum `expected`.
             HolderUnavailableError, ShardNotHeldError: The source could not serve it.
         """
-        self._core.check_write(key, plan)
+        self._core.check_copy(key, plan)
         if self._core.has_chunk(key, index):
             return
         handle = await self._peer(source)
@@ -150,7 +149,7 @@ class Holder:
             return pin(chunk)
 
         chunk = await asyncio.to_thread(receive)
-        self._core.check_write(key, plan)  # the world may have moved on while bytes did
+        self._core.check_copy(key, plan)  # the world may have moved on while bytes did
         self._chunks.setdefault(key, {})[index] = chunk
         self._feed(inventory.ChunkFetched(key, plan, index, expected))
 
@@ -196,14 +195,8 @@ class Holder:
         bad = []
         for key in keys:
             try:
-                record = self._core.record(key)
-                chunks = self._whole(record)
-            except ShardNotHeldError:
-                bad.append(key)
-                continue
-            if not await asyncio.to_thread(_is_intact, chunks, record.digests):
-                logger.error("%s the copy on this host is corrupt and no longer counts", key)
-                self._feed(inventory.ChunkFoundCorrupt(key))
+                await self._verified(key)
+            except (ShardNotHeldError, ChunkCorruptError):
                 bad.append(key)
         return bad
 
@@ -212,14 +205,26 @@ class Holder:
 
         Raises:
             ShardNotHeldError: It is not held here (any more).
+            ChunkCorruptError: This copy is corrupt; nothing was uploaded.
             Exception: Whatever the store raises.
         """
-        record = self._core.record(key)
+        record = await self._verified(key)
         with contextlib.closing(store):
             await asyncio.to_thread(store.upload, object_key, self._whole(record))
         return record
 
     # -- the shell ------------------------------------------------------------------------------
+
+    async def _verified(self, key: ShardKey) -> ShardRecord:
+        """Read every byte of a shard; a corrupt copy stops counting."""
+        record = self._core.record(key)
+        bad = await asyncio.to_thread(_first_corrupt, self._whole(record), record.digests)
+        if bad is not None:
+            error = ChunkCorruptError("this host's memory", str(key), bad)
+            logger.error("%s; the copy no longer counts", error)
+            self._feed(inventory.ChunkFoundCorrupt(key))
+            raise error
+        return record
 
     def _whole(self, record: ShardRecord) -> list[Chunk]:
         chunks = self._chunks[record.key]
@@ -316,5 +321,6 @@ class Holder:
                     del self._unreported[record.key]
 
 
-def _is_intact(chunks: Sequence[Chunk], digests: Sequence[bytes]) -> bool:
-    return all(digest(c) == d for c, d in zip(chunks, digests, strict=True))
+def _first_corrupt(chunks: Sequence[Chunk], digests: Sequence[bytes]) -> int | None:
+    pairs = enumerate(zip(chunks, digests, strict=True))
+    return next((i for i, (chunk, expected) in pairs if digest(chunk) != expected), None)

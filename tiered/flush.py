@@ -128,9 +128,8 @@ class FlushQueue:
                 self.current = None
                 reason = f"no holder has rank {rank}'s shard any more"
                 return [*commands, self._give_up(flush, reason)]
-            holder = holders[
-                (rank + flush.failures.get(rank, 0)) % len(holders)
-            ]  # spread over hosts
+            turn = rank + flush.failures.get(rank, 0)  # spread over hosts, and on to the next
+            holder = holders[turn % len(holders)]
             flush.under_way[rank] = holder
             commands.append(m.UploadShard(holder, flush.version, rank))
         return commands

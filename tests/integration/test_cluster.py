@@ -1,5 +1,6 @@
 """The whole path on a real cluster: every kill is a SIGKILL, every byte is compared."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import tiered
 from chaos.local_cluster import LocalCluster
-from replication.holder import NAMESPACE
+from chaos.s3_server import S3Server
+from replication.holder import NAMESPACE, holder_name
 from tests.integration.trainers import MIB, is_same, make_state, start_trainers
 from tiered.coordinator import COORDINATOR_NAME
 
@@ -307,3 +309,114 @@ def test_ranks_of_one_generation_that_disagree_on_their_number(
     ray.get(coordinator.begin.remote(job, life, 0, 2, settings), timeout=60)
     with pytest.raises(tiered.WorldSizeError, match="world size 3, but generation 1"):
         tiered_cluster.ask(coordinator, "begin", job, life, 1, 3, settings, timeout_s=60)
+
+
+# --- faults of memory and S3 ---------------------------------------------------------------------
+
+
+def flip_a_bit(host: str, job: str, step: int, rank: int) -> None:
+    """Damage a pinned copy where it lies, behind everybody's back."""
+    holder = ray.get_actor(holder_name(host), NAMESPACE)
+
+    def damage(self: Any) -> int:
+        keys = [k for k in self._chunks if (k.job, k.version.step, k.rank) == (job, step, rank)]
+        for key in keys:
+            chunk = [buffer.copy() for buffer in self._chunks[key][1]]
+            chunk[0][0] ^= 1
+            self._chunks[key][1] = chunk
+        return len(keys)
+
+    assert ray.get(holder.__ray_call__.remote(damage), timeout=30) == 1
+
+
+def test_a_corrupt_copy_is_neither_restored_nor_counted(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    hosts = cluster.hosts[:2]
+    actors = start_trainers(hosts, port)
+    begin(actors, job)
+    save(actors, 1)
+    save(actors, 2)
+    flip_a_bit(hosts[0], job, step=2, rank=0)
+    kill_actors(cluster, actors)
+
+    again = start_trainers(hosts, port + 1)
+    answers = begin(again, job)
+    assert [start for start, _ in answers] == [3, 3]
+    assert answers[0][1].source == "a buddy's RAM"
+    assert "is corrupt" in answers[0][1].passed_over[0]
+    assert_restored(again, 2)
+
+
+def test_with_every_copy_of_a_shard_corrupt_all_ranks_go_back_together(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    """The reference's mistakes 1 and 2: ranks at different steps, or no restore at all."""
+    hosts = cluster.hosts[:2]
+    actors = start_trainers(hosts, port)
+    begin(actors, job)
+    save(actors, 1)
+    save(actors, 2)
+    for host in tiered.status(job).hosts_with_copies:
+        with contextlib.suppress(AssertionError):  # two of three hosts have rank 1's shard
+            flip_a_bit(host, job, step=2, rank=1)
+    kill_actors(cluster, actors)
+
+    again = start_trainers(hosts, port + 1)
+    for start, restored in begin(again, job):
+        assert start == 2
+        assert "no intact copy of rank 1 in any tier" in restored.passed_over[-1]
+    assert_restored(again, 1)
+
+
+def test_s3_down_delays_no_save_and_no_restore(
+    cluster: LocalCluster, s3_server: S3Server, job: str, port: int
+) -> None:
+    """The reference's mistakes 4 and 5."""
+    with S3Server(same_keys_as=s3_server) as server:
+        server.create_bucket("passing")
+        s3 = tiered.S3(
+            "s3://passing/x", every_steps=1, endpoint_url=server.endpoint_url, max_attempts=1
+        )
+        actors = start_trainers(cluster.hosts[:2], port)
+        begin(actors, job, s3=s3)
+        save(actors, 1, level="durable")
+    for levels in [*save(actors, 2), *save(actors, 3)]:
+        assert "durable" not in levels
+    kill_actors(cluster, actors)
+
+    again = start_trainers(cluster.hosts[:2], port + 1)
+    assert [start for start, _ in begin(again, job, s3=s3)] == [4, 4]
+    assert_restored(again, 3)
+    save(again, 4)
+
+
+def test_s3_silent_and_nothing_in_memory_is_no_fresh_start(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    s3 = tiered.S3("s3://tests/ckpt", endpoint_url="http://127.0.0.1:1", max_attempts=1)
+    actors = start_trainers(cluster.hosts[:1], port)
+    with pytest.raises(tiered.DurableStoreError, match="s3://tests/ckpt"):
+        begin(actors, job, s3=s3)
+
+
+def test_a_hung_buddy_delays_no_save_of_the_trainer(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    """The reference's mistake 10: three time-outs of 60 s in each save."""
+    hosts = cluster.hosts[:2]
+    (actor,) = start_trainers(hosts[:1], port)
+    begin([actor], job)
+    save([actor], 1)
+    (buddy,) = tiered.status(job).buddies[hosts[0]]
+    holder = ray.get_actor(holder_name(buddy), NAMESPACE)
+    pid = ray.get(holder.__ray_call__.remote(lambda _: os.getpid()), timeout=30)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        staged = save([actor], 2, level=None)[0]["staged"]
+        assert staged < 5.0
+        # It is believed lost, another host takes its place, and the step is committed.
+        ray.get(actor.wait.remote(2, "replicated"), timeout=60)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert tiered.recover(job).step == 2

@@ -182,9 +182,11 @@ class Holder:
         """Make one more copy of a shard, on `to`."""
         self._feed(inventory.ReplicationRequested(key, to))
 
-    async def collect(self, job: str, generation: int, below: Version) -> None:
-        """Let go of every shard of `job` older than `below`."""
-        self._feed(inventory.WatermarkRaised(job, generation, below))
+    async def collect(
+        self, job: str, generation: int, below: Version, pinned: tuple[Version, ...] = ()
+    ) -> None:
+        """Let go of every shard of `job` older than `below` that is not of a pinned version."""
+        self._feed(inventory.WatermarkRaised(job, generation, below, pinned))
 
     async def forget(self, job: str) -> None:
         """Let go of everything of `job`."""

@@ -102,11 +102,21 @@ class FenceRaised:
 
 @dataclass(frozen=True, slots=True)
 class WatermarkRaised:
-    """Generation `generation` of `job` says that nothing below `below` is needed any more."""
+    """Generation `generation` of `job` says that nothing below `below` is needed any more.
+
+    Attributes:
+        job: The job.
+        generation: Who says so.
+        below: The watermark.
+        pinned: Versions below it that are still needed (they are being flushed). A version is
+            pinned when it is the newest one and released later, never pinned again, so that the
+            order in which these messages arrive does not matter.
+    """
 
     job: str
     generation: int
     below: Version
+    pinned: tuple[Version, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,9 +270,12 @@ class Inventory:
         return shard is not None and not shard.quarantined and index in shard.present
 
     def is_collected(self, key: ShardKey) -> bool:
-        """Whether the watermark has passed this shard: a late copy of it is not wanted."""
+        """Whether the watermark has passed this shard: a late copy of it is not wanted.
+
+        What is pinned below the watermark is still here.
+        """
         watermark = self.watermarks.get(key.job)
-        return watermark is not None and key.version < watermark
+        return watermark is not None and key.version < watermark and key not in self.shards
 
     def check_generation(self, job: str, generation: int) -> None:
         """Refuse what a fenced-off generation asks for.
@@ -415,8 +428,8 @@ class Inventory:
         self.check_generation(event.job, event.generation)
         below = max(event.below, self.watermarks.get(event.job, event.below))
         self.watermarks[event.job] = below
-        gone = [k for k in self.shards if k.job == event.job and k.version < below]
-        return [self._drop(key) for key in gone]
+        gone = [k for k in self.shards if k.job == event.job and k.version < event.below]
+        return [self._drop(key) for key in gone if key.version not in event.pinned]
 
     def _forget(self, job: str) -> list[Command]:
         self.reservations = {k: r for k, r in self.reservations.items() if k[0] != job}

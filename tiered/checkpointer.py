@@ -39,7 +39,7 @@ from replication.transport import fetch_timeout_s
 from tiered import cluster
 from tiered.config import S3, JobSettings, Memory, check_job_name, check_step
 from tiered.coordinator import BEGIN_TIMEOUT_S, START_TIMEOUT_S, Progress
-from tiered.errors import ConfigError, StateError, WorldSizeError
+from tiered.errors import ConfigError, SaveError, StateError, WorldSizeError
 from tiered.fetch import ShardReader, tiers_of
 from tiered.handle import SaveHandle
 from tiered.history import Resolution
@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 5.0  # how long one question for news stays open
 HOLDER_TIMEOUT_S = 10.0
+FLUSHES = 2  # steps on their way to S3 that memory keeps beside the others: one, and one waiting
 IN_FLIGHT = 1  # saves on their way to `replicated` before the next one waits
 
 
@@ -301,7 +302,10 @@ class Checkpointer:
                 chunk = data_chunk(layout, captured.tensors, start, start + size)
                 start += size
             pending.append(self._holder.stage_chunk.remote(key, plan, index, ray.put(chunk)))
-        self._answers(pending, fetch_timeout_s(plan.size_bytes))
+        try:
+            self._answers(pending, fetch_timeout_s(plan.size_bytes))
+        except MemoryBudgetError as error:  # the policy fits, just not now: training goes on
+            raise SaveError(handle.step, str(error)) from error
 
     def _declare(self, shard_bytes: int) -> None:
         """Before the first byte moves: does what the policy asks for fit this host's memory?"""
@@ -309,10 +313,11 @@ class Checkpointer:
             return
         memory = self.settings.memory
         replicas = 1 if memory.replicas is None else memory.replicas
-        steps = memory.keep + 1 + (self.settings.s3 is not None)
-        flushing = " and one being flushed" if self.settings.s3 is not None else ""
+        has_s3 = self.settings.s3 is not None
+        steps = memory.keep + 1 + IN_FLIGHT + (FLUSHES if has_s3 else 0)
+        flushing = f", {FLUSHES} on their way to S3" if has_s3 else ""
         detail = (
-            f"{steps} steps: keep={memory.keep}, one being saved{flushing}; times "
+            f"{steps} steps: keep={memory.keep}, {1 + IN_FLIGHT} being saved{flushing}; times "
             f"{1 + replicas} copies of {shard_bytes:,} bytes for rank {self._worker.rank}"
         )
         need = steps * (1 + replicas) * shard_bytes

@@ -324,9 +324,7 @@ class Coordinator:
             case m.ReplicateShard():
                 self._tell(command.source, "replicate", command.key, command.to)
             case m.CollectBelow():
-                for holder in command.holders:
-                    args = (job.name, command.generation, command.below)
-                    self._tell(holder, "collect", *args)
+                self._spawn(self._collect(job, command))
             case m.DeleteDurable():
                 self._spawn(self._delete_durable(job, command.versions))
             case _:
@@ -364,25 +362,30 @@ class Coordinator:
         return m.HoldersFenced(command.generation)
 
     async def _verify(self, job: Job, command: m.VerifyShards) -> m.Event:
-        async def check(holder: HolderId, keys: tuple[ShardKey, ...]) -> list[ShardKey]:
-            try:
-                bad: list[ShardKey] = await self._fleet.call(
-                    holder, "verify", VERIFY_TIMEOUT_S, keys
-                )
-            except Exception as error:  # noqa: BLE001 - a copy that cannot be read does not count
-                logger.warning("holder %s could not verify: %s", holder, error)
-                return list(keys)
-            return bad
+        bad: list[tuple[HolderId, ShardKey]] = []
+        unread: list[tuple[HolderId, ShardKey]] = []
 
-        answers = await asyncio.gather(*(check(h, keys) for h, keys in command.copies))
-        pairs = zip(command.copies, answers, strict=True)
-        bad = tuple((holder, key) for (holder, _), keys in pairs for key in keys)
+        async def check(holder: HolderId, keys: tuple[ShardKey, ...]) -> None:
+            try:
+                found = await self._fleet.call(holder, "verify", VERIFY_TIMEOUT_S, keys)
+                bad.extend((holder, key) for key in found)
+            except Exception as error:  # noqa: BLE001 - what nobody could read does not count now
+                logger.warning("holder %s could not verify: %s", holder, _first_line(error))
+                unread.extend((holder, key) for key in keys)
+
+        await asyncio.gather(*(check(holder, keys) for holder, keys in command.copies))
         problem, is_transient = "", False
-        if command.needs_manifest or bad:
+        if command.needs_manifest or bad or unread:
             problem, is_transient = await self._load_manifest(job, command.version)
-        manifest = job.manifests.get(command.version)
-        generation, version = command.generation, command.version
-        return m.ShardsVerified(generation, version, bad, manifest, problem, is_transient)
+        return m.ShardsVerified(
+            command.generation,
+            command.version,
+            tuple(bad),
+            job.manifests.get(command.version),
+            problem,
+            is_transient,
+            tuple(unread),
+        )
 
     async def _load_manifest(self, job: Job, version: Version) -> tuple[str, bool]:
         """Read a durable step's manifest into the job.
@@ -434,6 +437,17 @@ class Coordinator:
             return m.PublishFailed(version, refused, is_final=True)
         logger.info("%s durable on %s", _tag(job, version), ledger.store(settings))
         return m.ManifestPublished(version, command.records)
+
+    async def _collect(self, job: Job, command: m.CollectBelow) -> None:
+        """Have old steps dropped, if the register still knows no newer generation.
+
+        A coordinator that was replaced, and still reaches holders that nobody has fenced yet,
+        would take from them what the new generation resumed from.
+        """
+        if await asyncio.to_thread(self._ledger(job).newest_generation) == command.generation:
+            args = (job.name, command.generation, command.below, command.pinned)
+            for holder in command.holders:
+                self._tell(holder, "collect", *args)
 
     async def _delete_durable(self, job: Job, versions: tuple[Version, ...]) -> None:
         try:

@@ -101,7 +101,7 @@ def is_on_branch(version: Version, parents: Parents) -> bool:
         if version.generation == generation:
             return last_step is None or version.step <= last_step
         parent = parents.get(generation)
-        if parent is None:
+        if parent is None or parent.generation >= generation:  # a parent is older, or foreign
             return False
         generation, last_step = parent.generation, parent.step
 

@@ -8,7 +8,7 @@ Rules (the specification's names in brackets; docs/ARCHITECTURE.md tells the sto
        as the policy asks for, by the holders' own word, with the same checksum everywhere. With
        fewer hosts alive than that, what there is counts, and the step is marked degraded.
     3. Memory below the `keep`-th newest step committed *in this generation* is collected; a mark
-       that only rises, so order does not matter. A step being flushed holds the mark down.
+       that only rises, so order does not matter. What is being flushed is pinned below it.
     4. Holders' inventories are the truth about memory, manifests about S3; this is a cache of
        both, rebuilt from them after the coordinator's death.
     5. A shard of a step that is still needed with fewer copies than the policy asks for is
@@ -59,6 +59,7 @@ class Begin:
     being_read: set[tuple[HolderId, ShardKey]] = field(default_factory=set)
     intact: set[tuple[HolderId, ShardKey]] = field(default_factory=set)
     unreadable: list[str] = field(default_factory=list)
+    set_aside: list[tuple[HolderId, ShardRecord]] = field(default_factory=list)
     choice: Choice | None = None
 
 
@@ -82,6 +83,7 @@ class Job:
         self.placement: Placement | None = None
         self._durable_problem: str | None = "S3 was not listed yet"
         self._oldest_claimable = 1
+        self._pinned: set[Version] = set()
         self._is_rebuilding = False
         self._overtaken: dict[Life, m.Claim] = {}
         self._repairs: dict[tuple[ShardKey, HolderId], float] = {}
@@ -175,7 +177,7 @@ class Job:
         if version.generation < self.generation:
             reached: m.Level | None = "replicated" if version in self.commits else None
             return reached, str(FencedError(self.name, version.generation, self.generation))
-        if version in self.commits:
+        if version in self.commits or version in self.flushes.given_up:
             return "replicated", self.flushes.given_up.get(version, "")
         if version < self.watermark:
             return None, "newer steps were committed before every shard of it was replicated"
@@ -238,7 +240,9 @@ class Job:
         """Tell a holder what it may have missed; telling it again changes nothing."""
         commands: list[m.Command] = [m.FenceNewHolder(self.generation, holder)]
         if self.watermark > Version(0, 0):
-            commands.append(m.CollectBelow(self.generation, self.watermark, (holder,)))
+            pinned = self.flushes.versions
+            collect = m.CollectBelow(self.generation, self.watermark, (holder,), pinned)
+            commands.append(collect)
         return commands
 
     # -- begin: claim, fence, list, choose, verify, record, answer ---------------------------
@@ -259,6 +263,7 @@ class Job:
         self.begin = Begin(claim, event.step, event.before)
         commands: list[m.Command] = []
         if overtaken is not None:
+            self._put_back(overtaken)
             old = overtaken.claim
             self._overtaken[old.life] = old
             fenced = FencedError(self.name, old.generation, claim.generation)
@@ -323,18 +328,20 @@ class Job:
         self.parents = {**event.parents, **self.parents}
         self._oldest_claimable = max(self._oldest_claimable, event.newest_generation + 1)
         begin = self.begin
-        if begin is None or not begin.is_listing:
+        if begin is None:
             return []
-        begin.is_listing = False
-        if begin.is_recorded:
+        was_listing, begin.is_listing = begin.is_listing, False
+        generation = begin.claim.generation
+        if not begin.is_recorded and event.newest_generation >= generation:
+            # It may have been claimed while S3 was silent, and this be another cluster's of that
+            # number, with a parent of its own. A number that nobody has costs nothing.
+            begin.is_claimed = begin.is_fenced = begin.is_reading = False
+            generation = self._oldest_claimable
+        elif not was_listing:
+            return []
+        elif begin.is_claimed:
             return self._choose()
-        if begin.is_claimed:
-            if event.newest_generation < begin.claim.generation:
-                return self._choose()
-            # It was claimed while S3 was silent, and S3 knows a generation of that number: perhaps
-            # another cluster's, with a parent of its own. A number that nobody has costs nothing.
-            begin.is_claimed = begin.is_fenced = False
-        generation = max(begin.claim.generation, self._oldest_claimable)
+        generation = max(generation, self._oldest_claimable)
         begin.claim = replace(begin.claim, generation=generation)
         return [m.ClaimGeneration(begin.claim)]
 
@@ -425,8 +432,15 @@ class Job:
 
     def _refuse(self, error: TieredError) -> list[m.Command]:
         assert self.begin is not None
+        self._put_back(self.begin)
         life, self.begin = self.begin.claim.life, None
         return [m.AnswerBegin(life, error)]
+
+    def _put_back(self, begin: Begin) -> None:
+        """Copies that a begin could not have read in time may be as good as ever."""
+        for holder, record in begin.set_aside:
+            if holder in self.holders:
+                self._add_copy(holder, record)
 
     def _verified(self, event: m.ShardsVerified) -> list[m.Command]:
         begin = self.begin
@@ -435,6 +449,11 @@ class Job:
         for holder, key in event.bad:
             self.copies.get(key.version, {}).get(key.rank, {}).pop(holder, None)
             begin.unreadable.append(f"{key}: the copy on host {holder.node_id[:8]} is corrupt")
+        for holder, key in event.unread:
+            held = self.copies.get(key.version, {}).get(key.rank, {})
+            if (record := held.pop(holder, None)) is not None:
+                begin.set_aside.append((holder, record))
+            begin.unreadable.append(f"{key}: host {holder.node_id[:8]} did not read its copy")
         if event.manifest is not None:
             self.manifests[event.version] = event.manifest
         elif event.problem:  # S3 cannot serve the step; memory still may. Nothing is deleted.
@@ -445,13 +464,14 @@ class Job:
             begin.unreadable.append(f"{event.version} on S3: {event.problem}")
         begin.is_reading = False
         begin.verified.add(event.version)
-        begin.intact |= begin.being_read - set(event.bad)
+        begin.intact |= begin.being_read - set(event.bad) - set(event.unread)
         return self._choose()
 
     def _started(self, event: m.ParentRecorded, now_s: float) -> list[m.Command]:
         begin = self.begin
         if begin is None or begin.claim.generation != event.generation or begin.choice is None:
             return []
+        self._put_back(begin)
         self.begin = None
         self.parents[event.generation] = begin.choice.version
         self.passed_over[event.generation] = begin.choice.passed_over
@@ -491,7 +511,7 @@ class Job:
 
     def _add_copy(self, holder: HolderId, record: ShardRecord) -> None:
         key = record.key
-        if key.version < self.watermark:
+        if key.version < self.watermark and key.version not in self.flushes.versions:
             return  # a holder that was away still has it; it is told to let go
         held = self.copies.setdefault(key.version, {}).setdefault(key.rank, {})
         others = [r for h, r in held.items() if h in self.holders]
@@ -553,14 +573,15 @@ class Job:
         committed = sorted(v for v in self.commits if v.generation == self.generation)
         if settings is None or len(committed) < settings.memory.keep:
             return []
-        mark = min([committed[-settings.memory.keep], *self.flushes.versions])
-        if mark <= self.watermark:
+        mark, pinned = committed[-settings.memory.keep], self.flushes.versions
+        if mark <= self.watermark and not self._pinned - set(pinned):
             return []
-        self.watermark = mark
-        self.copies = {v: ranks for v, ranks in self.copies.items() if v >= mark}
-        self.commits = {v: d for v, d in self.commits.items() if v >= mark}
+        mark = max(mark, self.watermark)
+        self.watermark, self._pinned = mark, set(pinned)
+        self.copies = {v: r for v, r in self.copies.items() if v >= mark or v in pinned}
+        self.commits = {v: d for v, d in self.commits.items() if v >= mark or v in pinned}
         self._repair_tries = {k: n for k, n in self._repair_tries.items() if k.version >= mark}
-        return [m.CollectBelow(self.generation, mark, tuple(sorted(self.holders)))]
+        return [m.CollectBelow(self.generation, mark, tuple(sorted(self.holders)), pinned)]
 
     def _holders_of(self, version: Version, rank: int) -> tuple[HolderId, ...]:
         return tuple(self.intact(version, rank))

@@ -42,6 +42,10 @@ class Ledger:
         claims = tuple(register.decode_claim(data) for data in found if data is not None)
         return Recalled(claims, register.read_parents(keys))
 
+    def newest_generation(self) -> int:
+        """The newest generation that the cluster's register knows, 0 if none."""
+        return register.read_listing(self._gcs.keys("index/generation/")).newest_generation
+
     def list_durable(self, settings: JobSettings) -> DurableListed:
         """What S3 knows: one LIST."""
         try:

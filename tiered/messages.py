@@ -102,7 +102,8 @@ class ShardsVerified:
     Attributes:
         generation: That asked.
         version: Which.
-        bad: Copies that are corrupt, missing, or could not be read.
+        bad: Copies that are corrupt or missing, as their holders say.
+        unread: Copies whose holder did not answer in time: passed over, not forgotten.
         manifest: What the manifest says, if it was read.
         problem: Why the manifest is of no use.
         is_transient: The problem is that S3 did not answer: it says nothing about the step.
@@ -114,6 +115,7 @@ class ShardsVerified:
     manifest: tuple[ShardRecord, ...] | None = None
     problem: str = ""
     is_transient: bool = False
+    unread: tuple[tuple[HolderId, ShardKey], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,11 +262,12 @@ class SetBuddies:
 
 @dataclass(frozen=True, slots=True)
 class CollectBelow:
-    """Tell these holders to let go of what is older than `below`."""
+    """Tell these holders to let go of what is older than `below`, but for what is being flushed."""
 
     generation: int
     below: Version
     holders: tuple[HolderId, ...]
+    pinned: tuple[Version, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,10 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Everything that the table, the picture's title and the line of JSON say."""
+    """Everything that the table, the picture's title and the line of JSON say.
+
+    `unexpected` are failures of workers that the demo did not cause.
+    """
 
     fault: str
     ranks: int
@@ -109,13 +112,15 @@ class Facts:
     comparison: Comparison
     saves: Saves
     recovery: Recovery | None
+    unexpected: tuple[str, ...]
     seconds: float
 
     @property
     def is_good(self) -> bool:
-        """Bit-exact, and resumed if anything was to be killed."""
+        """Bit-exact, resumed if anything was to be killed, and nothing else went wrong."""
         resumed = self.recovery is not None and self.recovery.resumed_from is not None
-        return self.comparison.bit_exact and (resumed or self.fault == "none")
+        as_planned = resumed or self.fault == "none"
+        return self.comparison.bit_exact and as_planned and not self.unexpected
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
@@ -259,8 +264,16 @@ def summarize(
         comparison=compare(undisturbed, history),
         saves=summarize_saves(history, ranks),
         recovery=summarize_recovery(history, ranks),
+        unexpected=unexpected_failures(history),
         seconds=seconds,
     )
+
+
+def unexpected_failures(events: Sequence[Event]) -> tuple[str, ...]:
+    """Failures of workers before anything was killed, or without anything being killed."""
+    killed_s = min((e.time_s for e in of_kind(events, "killed")), default=float("inf"))
+    early = [e for e in of_kind(events, "failed") if e.time_s < killed_s]
+    return tuple(f"rank {rank}: {text}" for e in early for rank, text in e.data["errors"].items())
 
 
 def _lives(events: Iterable[Event]) -> dict[tuple[int, int], int]:

@@ -31,6 +31,8 @@ def table(facts: Facts) -> Table:
     elif facts.fault != "none":
         rows.add_row("killed", "[red]nothing: the run was over before it was time[/red]")
     _add_saves(rows, facts.saves)
+    if facts.unexpected:
+        rows.add_row("[red]unexpected[/red]", "\n".join(facts.unexpected))
     rows.add_row("whole demo", f"{facts.seconds:.0f} s")
     comparison = facts.comparison
     compared = f"{comparison.compared} losses equal those of the undisturbed run"

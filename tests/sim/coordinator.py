@@ -25,6 +25,7 @@ CALL_TIMEOUT_S = 10.0
 VERIFY_TIMEOUT_S = 60.0
 UPLOAD_TIMEOUT_S = 60.0
 SETTLE_TIMEOUT_S = 30.0
+Copies = tuple[tuple[HolderId, ShardKey], ...]
 RESTART_S = 1.5  # by then the register has served what another one had asked of it
 
 
@@ -253,8 +254,7 @@ class Coordinator(Process):
             case m.ReplicateShard():
                 self._tell("replicate", command.source, command.key, command.to)
             case m.CollectBelow():
-                for holder in command.holders:
-                    self._tell("collect", holder, command.generation, command.below)
+                self.collect(command)
             case m.DeleteDurable():
                 self._delete_durable(command.versions)
             case _:
@@ -266,6 +266,19 @@ class Coordinator(Process):
             method, self, target, CALL_TIMEOUT_S,
             lambda reply: reply(getattr(target, method)(*args)),
         )  # fmt: skip
+
+    def collect(self, command: m.CollectBelow) -> None:
+        """Have what is old dropped, if the register still knows no newer generation.
+
+        Somebody who was replaced, and can still reach holders that nobody has fenced yet, would
+        take from them what the new generation resumed from.
+        """
+
+        def confirmed(newest: int) -> None:
+            for holder in command.holders if newest == command.generation else ():
+                self._tell("collect", holder, command.generation, command.below, command.pinned)
+
+        self._register(self.world.claimed_generation, confirmed)
 
     def _answer(self, command: m.AnswerBegin) -> None:
         outcome = command.error or self._resolution(command.life)
@@ -355,23 +368,25 @@ class Coordinator(Process):
             )  # fmt: skip
 
         def checked(outcomes: dict[Any, Outcome]) -> None:
-            bad = []
+            bad, unread = [], []
             for holder, keys in command.copies:
                 outcome = outcomes[holder]
-                failed = keys if isinstance(outcome, TieredError) else outcome
-                bad += [(holder, key) for key in failed]
-            self.verified(command, tuple(bad))
+                if isinstance(outcome, TieredError):
+                    unread += [(holder, key) for key in keys]
+                else:
+                    bad += [(holder, key) for key in outcome]
+            self.verified(command, tuple(bad), tuple(unread))
 
         gather({holder: check(holder, keys) for holder, keys in command.copies}, checked)
 
-    def verified(self, command: m.VerifyShards, bad: tuple[tuple[HolderId, ShardKey], ...]) -> None:
+    def verified(self, command: m.VerifyShards, bad: Copies, unread: Copies) -> None:
         """Copies were read; read the manifest too if it is needed; tell the core."""
         version, job = command.version, self.job
 
         def finish(problem: str, is_transient: bool = False) -> None:
             manifest = job.manifests.get(version)
             event = m.ShardsVerified(
-                command.generation, version, bad, manifest, problem, is_transient
+                command.generation, version, bad, manifest, problem, is_transient, unread
             )
             self.feed(event)
 
@@ -385,7 +400,7 @@ class Coordinator(Process):
                 finish("")
 
         is_read = version not in job.durable or version in job.manifests
-        if is_read or not (command.needs_manifest or bad):
+        if is_read or not (command.needs_manifest or bad or unread):
             finish("")
         else:
             self._s3(lambda: self.world.store.index.get(register.manifest_key(version)), read)
@@ -444,16 +459,13 @@ class Coordinator(Process):
             return ""
 
         def prepared(outcome: Outcome) -> None:
-            if outcome == "":
-                self._s3(publish, published)
-            else:
-                published(outcome)
+            self._s3(publish, published) if outcome == "" else published(outcome)
 
         def publish() -> str:
             manifest = register.encode_manifest(self.job.name, version, command.records)
             if not world.store.index.create(register.manifest_key(version), manifest):
                 return "another manifest of this step is there"
-            world.oracle.published(version)
+            world.oracle.published(version, self)
             return ""
 
         def published(outcome: Outcome) -> None:

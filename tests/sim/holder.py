@@ -111,9 +111,10 @@ class Holder(Process):
         """Make one more copy."""
         self.feed(inventory.ReplicationRequested(key, to))
 
-    def collect(self, generation: int, below: Version) -> None:
+    def collect(self, generation: int, below: Version, pinned: tuple[Version, ...] = ()) -> None:
         """Let go of what is older."""
-        self.feed(inventory.WatermarkRaised(self.world.job_name, generation, below))
+        job = self.world.job_name
+        self.feed(inventory.WatermarkRaised(job, generation, below, pinned))
 
     def verify(self, keys: Sequence[ShardKey]) -> list[ShardKey]:
         """Read every byte of these shards; return those that are missing or corrupt here."""

@@ -14,7 +14,7 @@ from unittest import mock
 from replication import inventory
 from replication.inventory import Inventory
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
-from tests.sim.coordinator import Coordinator
+from tests.sim.coordinator import Coordinator, Copies
 from tests.sim.holder import Holder
 from tests.sim.network import Outcome, Reply
 from tests.sim.world import Cores, World, draw_setup
@@ -130,7 +130,7 @@ class Evictable(Holder):
 class KeepList(Holder):
     """Collection by a list of what to keep, which may be out of date when it comes."""
 
-    def collect(self, generation: int, below: Version, keep: frozenset[Version]) -> None:
+    def collect(self, generation: int, below: Version, keep: tuple[Version, ...] = ()) -> None:
         self.core.check_generation(self.world.job_name, generation)
         shards = self.core.shards
         for key in [k for k in shards if shards[k].is_sealed and k.version not in keep]:
@@ -144,7 +144,7 @@ class SendsKeepList(Coordinator):
 
     def _tell(self, method: str, holder: HolderId, *args: Any) -> None:
         if method == "collect":
-            args = (*args, frozenset(v for v in self.job.copies if v >= args[1]) | {args[1]})
+            args = (*args[:2], (*(v for v in self.job.copies if v >= args[1]), args[1]))
         super()._tell(method, holder, *args)
 
 
@@ -161,14 +161,14 @@ class ParentNotDurable(Coordinator):
 class DeleteOnFailedVerify(Coordinator):
     """SCR: a version that fails its check is deleted everywhere."""
 
-    def verified(self, command: m.VerifyShards, bad: tuple[tuple[HolderId, ShardKey], ...]) -> None:
+    def verified(self, command: m.VerifyShards, bad: Copies, unread: Copies) -> None:
         if bad:
             for holder in self.world.holders.values():
                 for key in [k for k in holder.core.shards if k.version == command.version]:
                     del holder.core.shards[key]
                     holder.chunks.pop(key, None)
             bad = tuple((h, key) for h, keys in command.copies for key in keys)
-        super().verified(command, bad)
+        super().verified(command, bad, unread)
 
 
 # --- of this project ----------------------------------------------------------------------------
@@ -303,6 +303,21 @@ class SilenceIsFinal(Coordinator):
         super().feed(event)
 
 
+class UnreadIsBad(Coordinator):
+    """A copy whose holder did not answer in time counts as corrupt, for ever."""
+
+    def verified(self, command: m.VerifyShards, bad: Copies, unread: Copies) -> None:
+        super().verified(command, (*bad, *unread), ())
+
+
+class CollectsUnconfirmed(Coordinator):
+    """A coordinator that was replaced goes on collecting."""
+
+    def collect(self, command: m.CollectBelow) -> None:
+        for holder in command.holders:
+            self._tell("collect", holder, command.generation, command.below, command.pinned)
+
+
 @dataclass(frozen=True, slots=True)
 class Mutant:
     """Something broken.
@@ -349,7 +364,9 @@ MUTANTS: dict[str, Mutant] = {
     "refuses_old_copies": Mutant(Cores(inventory=RefusesOldCopies), 100),
     "keeps_quarantined": Mutant(Cores(inventory=KeepsQuarantined), None),
     "uploads_unverified": Mutant(Cores(holder=UploadsUnverified), 200),
-    "silence_is_final": Mutant(Cores(coordinator=SilenceIsFinal), 100),
+    "collects_unconfirmed": Mutant(Cores(coordinator=CollectsUnconfirmed), None),
+    "unread_is_bad": Mutant(Cores(coordinator=UnreadIsBad), None),
+    "silence_is_final": Mutant(Cores(coordinator=SilenceIsFinal), None),
 }
 
 

@@ -93,8 +93,10 @@ class Oracle:
         """A holder and its bytes are gone."""
         self.died_s.setdefault(holder, self.world.kernel.now_s)
 
-    def published(self, version: Version) -> None:
+    def published(self, version: Version, by: "Coordinator") -> None:
         """A manifest is on S3."""
+        if not by.is_current and self.durable and max(self.durable) > version:
+            return  # by one that was replaced, so late that its shards may be deleted already
         self.world.kernel.log("%s is durable", version)
         self.counts["durable"] += 1
         self.durable.setdefault(version, self.world.kernel.now_s)

@@ -6,7 +6,14 @@ import json
 import pytest
 
 from examples.demo.events import Event
-from examples.demo.facts import Facts, compare, steps_at_level, summarize, summarize_saves
+from examples.demo.facts import (
+    Facts,
+    compare,
+    steps_at_level,
+    summarize,
+    summarize_saves,
+    unexpected_failures,
+)
 from tests.unit.examples.histories import RANKS, History, killed_once, undisturbed
 
 STEPS = 8
@@ -141,3 +148,11 @@ def test_a_failed_save_is_told_once() -> None:
 def test_facts_are_json() -> None:
     facts = verdict(killed_once().events).as_dict()
     assert json.loads(json.dumps(facts))["recovery"]["resumed_from"] == 4
+
+
+def test_a_worker_that_fails_though_nothing_was_killed_is_no_success() -> None:
+    errors = {"2": "MemoryBudgetError('host', 2, 1, '')"}
+    failed = Event("failed", 5.0, -1, 0, "", {"errors": errors})
+    assert unexpected_failures([failed]) == ("rank 2: MemoryBudgetError('host', 2, 1, '')",)
+    killed = Event("killed", 4.0, -1, 0, "", {"what": "host", "hosts": [], "ranks": [2]})
+    assert unexpected_failures([killed, failed]) == ()

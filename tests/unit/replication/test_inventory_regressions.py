@@ -14,11 +14,27 @@ from replication.inventory import (
     Inventory,
     ReportShard,
     Ticked,
+    WatermarkRaised,
 )
 from replication.records import HolderId, ShardKey, ShardPlan, Version
 
 KEY = ShardKey("job", Version(1, 10), 0)
 PLAN = ShardPlan(1, (1, 1))
+
+
+def test_what_is_pinned_below_the_watermark_stays_until_it_is_released() -> None:
+    core = Inventory(HolderId("a", "1"), 100)
+    keys = [ShardKey("job", Version(1, step), 0) for step in (0, 5, 10)]
+    for key in keys:
+        core.handle(ChunkStaged(key, ShardPlan(1, (1,)), 0), 0.0)
+    pinned = (keys[0].version,)
+    core.handle(WatermarkRaised("job", 1, keys[2].version, pinned), 0.0)
+    assert list(core.shards) == [keys[0], keys[2]]
+    assert core.handle(ChunkStaged(keys[0], ShardPlan(1, (1,)), 0), 0.0) == []  # told again
+    core.handle(WatermarkRaised("job", 1, keys[1].version, pinned), 0.0)  # late
+    assert list(core.shards) == [keys[0], keys[2]]
+    core.handle(WatermarkRaised("job", 1, keys[2].version), 0.0)
+    assert list(core.shards) == [keys[2]]
 
 
 def test_an_offer_of_a_chunk_that_was_found_corrupt_is_not_repeated() -> None:

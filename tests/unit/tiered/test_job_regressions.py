@@ -10,6 +10,7 @@ from tiered import messages as m
 from tiered.config import S3, JobSettings, Memory
 from tiered.errors import DurableStoreError
 from tiered.flush import FlushQueue
+from tiered.history import is_on_branch
 from tiered.job import REMIND_S, Job
 
 A, B, C = (HolderId(name, "1") for name in "abc")
@@ -56,6 +57,23 @@ def test_the_first_inventory_after_a_restart_commits_nothing_alone() -> None:
     assert [c.copies for c in of(m.StepCommitted, commands)] == [2]
 
 
+def test_a_slow_flush_keeps_its_own_step_in_memory_and_no_other() -> None:
+    job = begun(WITH_S3)
+    collected = []
+    for step in range(6):
+        for holder in (A, B):
+            commands = job.handle(m.ShardReported(holder, record(1, step)), 0.0)
+            collected += of(m.CollectBelow, commands)
+    uploading, waiting = Version(1, 0), Version(1, 5)
+    assert job.flushes.versions == (uploading, waiting)
+    assert (collected[-1].below, collected[-1].pinned) == (Version(1, 4), (uploading, waiting))
+    assert sorted(job.copies) == [uploading, Version(1, 4), waiting]
+    # Once it is on S3 it goes, although no newer step was committed meanwhile.
+    job.handle(m.ShardUploaded(uploading, 0, record(1, 0)), 1.0)
+    done = job.handle(m.ManifestPublished(uploading, (record(1, 0),)), 1.0)
+    assert [(c.below, c.pinned) for c in of(m.CollectBelow, done)] == [(Version(1, 4), (waiting,))]
+
+
 def test_two_lives_at_once_claim_different_generations() -> None:
     job = begun()
     first = of(m.ClaimGeneration, job.handle(asked("two"), 0.0))
@@ -93,6 +111,18 @@ def test_a_generation_claimed_while_s3_was_silent_is_claimed_anew() -> None:
     listed = m.DurableListed((Version(5, 7),), {5: None}, newest_generation=5)
     claims = of(m.ClaimGeneration, job.handle(listed, 0.0))
     assert [c.claim.generation for c in claims] == [6]
+
+
+def test_a_listing_that_comes_late_still_tells_of_newer_generations() -> None:
+    job = Job("job")
+    for holder in (A, B):
+        job.handle(m.HolderUp(holder, "", ()), 0.0)
+    job.handle(asked("one", WITH_S3), 0.0)
+    job.handle(asked("two", WITH_S3), 0.0)
+    job.handle(m.DurableListed(problem="silent"), 0.0)  # asked for the first life
+    late = m.DurableListed((Version(2, 7),), {2: Version(1, 9)}, newest_generation=2)
+    claims = of(m.ClaimGeneration, job.handle(late, 0.0))
+    assert [c.claim.generation for c in claims] == [3]
 
 
 def test_a_manifest_that_s3_does_not_serve_sends_nobody_back() -> None:
@@ -172,6 +202,25 @@ def test_a_copy_that_came_back_while_others_were_read_is_read_too() -> None:
     commands = job.handle(m.ShardsVerified(2, Version(1, 10), bad), 0.0)
     assert not of(m.RecordParent, commands)
     assert [holder for holder, _ in of(m.VerifyShards, commands)[0].copies] == [B]
+
+
+def test_a_copy_that_was_not_read_in_time_is_passed_over_but_not_forgotten() -> None:
+    job = begun()
+    for step in (10, 20):
+        for holder in (A, B):
+            job.handle(m.ShardReported(holder, record(1, step)), 0.0)
+    job.handle(asked("two"), 0.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 0.0)
+    job.handle(m.HoldersFenced(2), 0.0)
+    unread = tuple((holder, record(1, 20).key) for holder in (A, B))
+    event = m.ShardsVerified(2, Version(1, 20), (), unread=unread)
+    assert [c.version for c in of(m.VerifyShards, job.handle(event, 0.0))] == [Version(1, 10)]
+    job.handle(asked("three"), 0.0)
+    assert job.resolve().version == Version(1, 20)
+
+
+def test_a_circle_of_parents_ends() -> None:
+    assert not is_on_branch(Version(3, 1), {1: Version(2, 5), 2: Version(1, 5)})
 
 
 def test_an_upload_on_a_lost_holder_is_not_waited_for() -> None:

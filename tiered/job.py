@@ -9,8 +9,8 @@ Rules (the specification's names in brackets; docs/ARCHITECTURE.md tells the sto
        fewer hosts alive than that, what there is counts, and the step is marked degraded.
     3. Memory below the `keep`-th newest step committed *in this generation* is collected; a mark
        that only rises, so order does not matter. What is being flushed is pinned below it.
-    4. Holders' inventories are the truth about memory, manifests about S3; this is a cache of
-       both, rebuilt from them after the coordinator's death.
+    4. What is known (`tiered.catalogue`) is a cache, rebuilt after the coordinator's death from the
+       register, the holders' inventories and S3's listing.
     5. A shard of a step that is still needed with fewer copies than the policy asks for is
        copied again, from whichever holder has it.
 
@@ -22,17 +22,13 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from replication.errors import FencedError, PlacementError, TieredError
-from replication.placement import Host, Placement, place
+from replication.placement import Placement, place
 from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
 from tiered import messages as m
-from tiered.config import JobSettings
+from tiered.catalogue import Catalogue
 from tiered.errors import ConfigError, DurableStoreError, StepNotFoundError, WorldSizeError
-from tiered.flush import FlushQueue
 from tiered.history import (
-    Candidate,
     Choice,
-    Resolution,
-    ShardSources,
     is_on_branch,
     latest_consistent_step,
 )
@@ -63,22 +59,12 @@ class Begin:
     choice: Choice | None = None
 
 
-class Job:
-    """What the coordinator knows and decides about one job. Not thread-safe."""
+class Job(Catalogue):
+    """What the coordinator decides about one job. Not thread-safe."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
-        self.claims: dict[int, m.Claim] = {}
-        self.parents: dict[int, Version | None] = {}
-        self.passed_over: dict[int, tuple[str, ...]] = {}
-        self.holders: dict[HolderId, str] = {}
-        self.copies: dict[Version, dict[int, dict[HolderId, ShardRecord]]] = {}
-        self.commits: dict[Version, bool] = {}  # -> is_degraded
-        self.durable: set[Version] = set()
-        self.manifests: dict[Version, tuple[ShardRecord, ...]] = {}
-        self.watermark = Version(0, 0)
+        super().__init__(name)
         self.buddies: dict[HolderId, tuple[HolderId, ...]] = {}
-        self.flushes = FlushQueue()
         self.begin: Begin | None = None
         self.placement: Placement | None = None
         self._durable_problem: str | None = "S3 was not listed yet"
@@ -89,99 +75,6 @@ class Job:
         self._repairs: dict[tuple[ShardKey, HolderId], float] = {}
         self._repair_tries: dict[ShardKey, int] = {}
         self._remind_due_s = 0.0
-
-    # -- questions ---------------------------------------------------------------------------
-
-    @property
-    def generation(self) -> int:
-        """The newest claimed generation, 0 before the first."""
-        return max(self.claims, default=0)
-
-    @property
-    def settings(self) -> JobSettings | None:
-        """The settings of the newest claimed generation."""
-        return self.claims[self.generation].settings if self.claims else None
-
-    @property
-    def hosts(self) -> int:
-        """Live hosts with a holder."""
-        return len({h.node_id for h in self.holders})
-
-    @property
-    def placed_hosts(self) -> list[Host]:
-        """Live hosts with their failure domains."""
-        return [Host(h.node_id, domain) for h, domain in sorted(self.holders.items())]
-
-    @property
-    def replicas(self) -> int:
-        """Copies on other hosts that the policy asks for; resolves the default."""
-        settings = self.settings
-        if settings is None or settings.memory.replicas is None:
-            return min(1, max(0, self.hosts - 1))
-        return settings.memory.replicas
-
-    @property
-    def copies_needed(self) -> int:
-        """Copies that commit a shard: what the policy asks for, or as many as hosts live."""
-        return 1 + min(self.replicas, max(0, self.hosts - 1))
-
-    def intact(self, version: Version, rank: int) -> dict[HolderId, ShardRecord]:
-        """The copies of a shard that count: on live holders, all with the same checksum."""
-        records = self.copies.get(version, {}).get(rank, {})
-        return {h: r for h, r in sorted(records.items()) if h in self.holders}
-
-    def candidates(self) -> list[Candidate]:
-        """Everything that any tier knows of."""
-        found = []
-        for version in self.copies.keys() | self.durable:
-            ranks = self.copies.get(version, {})
-            worlds = {r.plan.world_size for rs in ranks.values() for r in rs.values()}
-            problem = ""
-            if len(worlds) > 1:
-                problem = f"its shards disagree on the world size ({sorted(worlds)})"
-            in_memory = frozenset(rank for rank in ranks if self.intact(version, rank))
-            is_durable = version in self.durable
-            world_size = max(worlds, default=0)
-            found.append(Candidate(version, world_size, in_memory, is_durable, problem))
-        return found
-
-    def resolve(self, step: int | None = None, before: int | None = None) -> Choice:
-        """The latest consistent step as far as is known now; changes nothing."""
-        return latest_consistent_step(self.candidates(), self.parents, step=step, before=before)
-
-    def resolution(self, generation: int | None = None) -> Resolution:
-        """The answer of a generation that has begun; its sources are as of now."""
-        generation = self.generation if generation is None else generation
-        version = self.parents[generation]
-        passed_over = self.passed_over.get(generation, ())
-        shards = self.sources(version) if version is not None else ()
-        return Resolution(generation, version, shards, passed_over, self.copies_needed)
-
-    def sources(self, version: Version) -> tuple[ShardSources, ...]:
-        """Where each rank's shard of `version` can be read, in rank order."""
-        manifest = {r.key.rank: r for r in self.manifests.get(version, ())}
-        sources = []
-        for rank in sorted(self.copies.get(version, {}).keys() | manifest.keys()):
-            held = self.intact(version, rank)
-            record = manifest.get(rank) or next(iter(held.values()), None)
-            if record is not None:
-                is_durable = version in self.durable
-                replicas = frozenset(h for h, r in held.items() if r.is_replica)
-                sources.append(ShardSources(record, tuple(held), is_durable, replicas))
-        return tuple(sources)
-
-    def level(self, version: Version) -> tuple[m.Level | None, str]:
-        """How safe a step is, and why it will get no safer (empty while it still may)."""
-        if version in self.durable:
-            return "durable", ""
-        if version.generation < self.generation:
-            reached: m.Level | None = "replicated" if version in self.commits else None
-            return reached, str(FencedError(self.name, version.generation, self.generation))
-        if version in self.commits or version in self.flushes.given_up:
-            return "replicated", self.flushes.given_up.get(version, "")
-        if version < self.watermark:
-            return None, "newer steps were committed before every shard of it was replicated"
-        return None, ""
 
     # -- events ------------------------------------------------------------------------------
 

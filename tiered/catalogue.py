@@ -1,0 +1,121 @@
+"""What the coordinator knows about one job, and the questions that can be asked of it.
+
+A cache: holders' inventories are the truth about memory, manifests about S3, the register about
+generations. `tiered.job` fills it from events and decides.
+"""
+
+from replication.errors import FencedError
+from replication.placement import Host
+from replication.records import HolderId, ShardRecord, Version
+from tiered import messages as m
+from tiered.config import JobSettings
+from tiered.flush import FlushQueue
+from tiered.history import Candidate, Choice, Resolution, ShardSources, latest_consistent_step
+
+
+class Catalogue:
+    """Generations, holders, copies, commits and durable steps of one job."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.claims: dict[int, m.Claim] = {}
+        self.parents: dict[int, Version | None] = {}
+        self.passed_over: dict[int, tuple[str, ...]] = {}
+        self.holders: dict[HolderId, str] = {}
+        self.copies: dict[Version, dict[int, dict[HolderId, ShardRecord]]] = {}
+        self.commits: dict[Version, bool] = {}  # -> is_degraded
+        self.durable: set[Version] = set()
+        self.manifests: dict[Version, tuple[ShardRecord, ...]] = {}
+        self.watermark = Version(0, 0)
+        self.flushes = FlushQueue()
+
+    @property
+    def generation(self) -> int:
+        """The newest claimed generation, 0 before the first."""
+        return max(self.claims, default=0)
+
+    @property
+    def settings(self) -> JobSettings | None:
+        """The settings of the newest claimed generation."""
+        return self.claims[self.generation].settings if self.claims else None
+
+    @property
+    def hosts(self) -> int:
+        """Live hosts with a holder."""
+        return len({h.node_id for h in self.holders})
+
+    @property
+    def placed_hosts(self) -> list[Host]:
+        """Live hosts with their failure domains."""
+        return [Host(h.node_id, domain) for h, domain in sorted(self.holders.items())]
+
+    @property
+    def replicas(self) -> int:
+        """Copies on other hosts that the policy asks for; resolves the default."""
+        settings = self.settings
+        if settings is None or settings.memory.replicas is None:
+            return min(1, max(0, self.hosts - 1))
+        return settings.memory.replicas
+
+    @property
+    def copies_needed(self) -> int:
+        """Copies that commit a shard: what the policy asks for, or as many as hosts live."""
+        return 1 + min(self.replicas, max(0, self.hosts - 1))
+
+    def intact(self, version: Version, rank: int) -> dict[HolderId, ShardRecord]:
+        """The copies of a shard that count: on live holders, all with the same checksum."""
+        records = self.copies.get(version, {}).get(rank, {})
+        return {h: r for h, r in sorted(records.items()) if h in self.holders}
+
+    def candidates(self) -> list[Candidate]:
+        """Everything that any tier knows of."""
+        found = []
+        for version in self.copies.keys() | self.durable:
+            ranks = self.copies.get(version, {})
+            worlds = {r.plan.world_size for rs in ranks.values() for r in rs.values()}
+            problem = ""
+            if len(worlds) > 1:
+                problem = f"its shards disagree on the world size ({sorted(worlds)})"
+            in_memory = frozenset(rank for rank in ranks if self.intact(version, rank))
+            is_durable = version in self.durable
+            world_size = max(worlds, default=0)
+            found.append(Candidate(version, world_size, in_memory, is_durable, problem))
+        return found
+
+    def resolve(self, step: int | None = None, before: int | None = None) -> Choice:
+        """The latest consistent step as far as is known now; changes nothing."""
+        return latest_consistent_step(self.candidates(), self.parents, step=step, before=before)
+
+    def resolution(self, generation: int | None = None) -> Resolution:
+        """The answer of a generation that has begun; its sources are as of now."""
+        generation = self.generation if generation is None else generation
+        version = self.parents[generation]
+        passed_over = self.passed_over.get(generation, ())
+        shards = self.sources(version) if version is not None else ()
+        return Resolution(generation, version, shards, passed_over, self.copies_needed)
+
+    def sources(self, version: Version) -> tuple[ShardSources, ...]:
+        """Where each rank's shard of `version` can be read, in rank order."""
+        manifest = {r.key.rank: r for r in self.manifests.get(version, ())}
+        sources = []
+        for rank in sorted(self.copies.get(version, {}).keys() | manifest.keys()):
+            held = self.intact(version, rank)
+            record = manifest.get(rank) or next(iter(held.values()), None)
+            if record is not None:
+                is_durable = version in self.durable
+                replicas = frozenset(h for h, r in held.items() if r.is_replica)
+                sources.append(ShardSources(record, tuple(held), is_durable, replicas))
+        return tuple(sources)
+
+    def level(self, version: Version) -> tuple[m.Level | None, str]:
+        """How safe a step is, and why it will get no safer (empty while it still may)."""
+        if version in self.durable:
+            return "durable", ""
+        if version.generation < self.generation:
+            reached: m.Level | None = "replicated" if version in self.commits else None
+            return reached, str(FencedError(self.name, version.generation, self.generation))
+        if version in self.commits or version in self.flushes.given_up:
+            return "replicated", self.flushes.given_up.get(version, "")
+        if version < self.watermark:
+            return None, "newer steps were committed before every shard of it was replicated"
+        return None, ""

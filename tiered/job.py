@@ -491,9 +491,12 @@ class Job(Catalogue):
         return [*commands, *self._collect()]
 
     def _collect_durable(self) -> list[m.Command]:
-        """On S3, too, what is older than the `keep`-th newest step of the branch goes."""
+        """On S3, too, what is older than the `keep`-th newest step of the branch goes.
+
+        Not while a life begins: it may be about to resume from an older step on purpose.
+        """
         settings = self.settings
-        if settings is None or settings.s3 is None:
+        if settings is None or settings.s3 is None or self.begin is not None:
             return []
         on_branch = sorted(v for v in self.durable if is_on_branch(v, self.parents))
         if len(on_branch) <= settings.s3.keep:

@@ -223,7 +223,7 @@ class Checkpointer:
         replicas = self.settings.memory.replicas
         if resolution.copies < 1 + (1 if replicas is None else replicas):
             logger.warning(
-                "%s too few hosts: copies of each shard: %d, and a lost host may take the last one; "
+                "%s too few hosts (copies of each shard: %d): a lost host may take the last one; "
                 "add hosts%s",
                 self._tag(), resolution.copies,
                 ", or accept it with Memory(replicas=0)" if replicas is None else "",

@@ -199,7 +199,7 @@ class Faults:
         key = random.choice(keys) if keys else None
         if key is not None and holder.chunks.get(key):
             index = random.choice(sorted(holder.chunks[key]))
-            holder.chunks[key][index] ^= 1 << random.randrange(40)
+            holder.chunks[key][index] += 1 << 40  # never back to what it was
             self.world.oracle.flipped(holder.id, key)
             self.world.kernel.log("a bit of %s flips on %s", key, holder.id)
 

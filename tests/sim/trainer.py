@@ -270,7 +270,8 @@ class Launcher(Process):
         if life is not self.life:
             return
         waited_s = self.world.kernel.now_s - life.progress_s
-        limit_s = STALL_S if any(r.generation for r in life.ranks) else BEGIN_TIMEOUT_S
+        stall_s = STALL_S + 2 * self.world.setup.step_s
+        limit_s = stall_s if any(r.generation for r in life.ranks) else BEGIN_TIMEOUT_S
         if not all(r.is_alive for r in life.ranks) or waited_s > limit_s:
             self.replace()
         else:

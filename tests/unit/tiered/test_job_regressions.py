@@ -223,6 +223,17 @@ def test_a_circle_of_parents_ends() -> None:
     assert not is_on_branch(Version(3, 1), {1: Version(2, 5), 2: Version(1, 5)})
 
 
+def test_nothing_is_deleted_from_s3_while_a_life_begins() -> None:
+    job = begun(JobSettings(Memory(every_steps=1), S3("s3://bucket", every_steps=1, keep=1)))
+    for step in (10, 20):
+        job.handle(m.ManifestPublished(Version(1, step), (record(1, step),)), 0.0)
+    assert job.durable == {Version(1, 20)}
+    life = m.BeginAsked(Life("two"), 0, 1, job.claims[1].settings, before=25)
+    job.handle(life, 0.0)
+    event = m.ManifestPublished(Version(1, 30), (record(1, 30),))
+    assert not of(m.DeleteDurable, job.handle(event, 0.0))
+
+
 def test_an_upload_on_a_lost_holder_is_not_waited_for() -> None:
     queue, version = FlushQueue(), Version(1, 10)
     first = queue.add(version, (0,), 0.0, lambda v, r: (A, B))

@@ -43,6 +43,7 @@ class FlushQueue:
         self.current: Flush | None = None
         self.waiting: Flush | None = None
         self.given_up: dict[Version, str] = {}
+        self.publishing: set[Version] = set()  # asked for and not answered, given up or not
 
     @property
     def versions(self) -> tuple[Version, ...]:
@@ -67,6 +68,8 @@ class FlushQueue:
     ) -> list[m.Command]:
         """Take one outcome, or the time; return what to do next."""
         flush = self.current
+        if isinstance(event, m.ManifestPublished | m.PublishFailed):
+            self.publishing.discard(event.version)
         match event:
             case m.ShardUploaded():
                 if flush is not None and flush.version == event.version:
@@ -110,6 +113,7 @@ class FlushQueue:
         if len(flush.uploaded) == len(flush.ranks):
             if now_s >= flush.publish_due_s:
                 flush.is_publishing = True
+                self.publishing.add(flush.version)
                 records = tuple(flush.uploaded[r] for r in sorted(flush.uploaded))
                 commands.append(m.PublishManifest(flush.version, records))
             return commands

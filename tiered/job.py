@@ -198,7 +198,8 @@ class Job(Catalogue):
         """Have S3 listed, unless it was: it may know newer steps, and newer generations."""
         assert self.begin is not None
         settings = self.begin.claim.settings
-        if settings.s3 is None or self._durable_problem is None:
+        is_known = self._durable_problem is None and not self.flushes.publishing
+        if settings.s3 is None or is_known:
             return []
         self.begin.is_listing = True
         return [m.ListDurable(settings)]
@@ -219,13 +220,14 @@ class Job(Catalogue):
         self._durable_problem = event.problem or None
         self.durable |= set(event.versions)
         self.parents = {**event.parents, **self.parents}
-        self._oldest_claimable = max(self._oldest_claimable, event.newest_generation + 1)
+        newest = max([event.newest_generation, *event.parents])  # S3 may have missed a claim
+        self._oldest_claimable = max(self._oldest_claimable, newest + 1)
         begin = self.begin
         if begin is None:
             return []
         was_listing, begin.is_listing = begin.is_listing, False
         generation = begin.claim.generation
-        if not begin.is_recorded and event.newest_generation >= generation:
+        if not begin.is_recorded and newest >= generation:
             # It may have been claimed while S3 was silent, and this be another cluster's of that
             # number, with a parent of its own. A number that nobody has costs nothing.
             begin.is_claimed = begin.is_fenced = begin.is_reading = False
@@ -277,7 +279,9 @@ class Job(Catalogue):
         notes = [*begin.unreadable, *choice.passed_over]
         s3, problem = begin.claim.settings.s3, begin.s3_problem or self._durable_problem
         if s3 is not None and problem is not None:
-            if version is None:  # it may well have a step: starting afresh would abandon it
+            # It may well have a newer step than what is known: starting afresh, or from an older
+            # step that only S3 has, would abandon that.
+            if version is None or not (begin.step is not None or self._is_in_memory(version)):
                 return self._refuse(DurableStoreError(s3.uri, "reading the index", problem))
             notes.append(f"steps on S3: {problem}")
         begin.choice = Choice(version, tuple(notes))
@@ -291,13 +295,15 @@ class Job(Catalogue):
         for rank in sorted(ranks):
             for holder in self.intact(version, rank):
                 copies.setdefault(holder, []).append(ShardKey(self.name, version, rank))
-        candidate = next(c for c in self.candidates() if c.version == version)
-        in_memory = candidate.world_size and len(candidate.in_memory) == candidate.world_size
-        needs_manifest = version in self.durable and not in_memory
+        needs_manifest = version in self.durable and not self._is_in_memory(version)
         begin.is_reading = True
         begin.being_read = {(h, key) for h, keys in copies.items() for key in keys}
         by_holder = tuple((h, tuple(keys)) for h, keys in sorted(copies.items()))
         return [m.VerifyShards(generation, version, by_holder, needs_manifest)]
+
+    def _is_in_memory(self, version: Version) -> bool:
+        candidate = next(c for c in self.candidates() if c.version == version)
+        return 0 < candidate.world_size == len(candidate.in_memory)
 
     def _is_believed(self, begin: Begin, version: Version) -> bool:
         """Whether a copy of each rank's shard was read whole, or S3 has the step.
@@ -368,7 +374,13 @@ class Job(Catalogue):
         self.begin = None
         self.parents[event.generation] = begin.choice.version
         self.passed_over[event.generation] = begin.choice.passed_over
-        return [*self._rearrange(), *self._repair(now_s), m.AnswerBegin(begin.claim.life)]
+        commands = [*self._rearrange(), *self._repair(now_s)]
+        if begin.choice.version in self.durable and not self._has_sources(begin.choice.version):
+            # A holder went since its copies were read; S3 has them, its manifest says where.
+            self.begin, begin.is_recorded = begin, True
+            begin.verified.clear()
+            return [*commands, *self._choose()]
+        return [*commands, m.AnswerBegin(begin.claim.life)]
 
     # -- holders and placement ---------------------------------------------------------------
 

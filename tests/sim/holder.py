@@ -88,6 +88,8 @@ class Holder(Process):
         self.check_take(offer)
         self.chunks.setdefault(offer.key, {})[offer.index] = outcome
         self.feed(inventory.ChunkFetched(offer.key, offer.plan, offer.index, offer.digest))
+        if (shard := self.core.shards.get(offer.key)) is not None and shard.is_sealed:
+            self.world.oracle.sealed(self.id, offer.key, self.chunks)
 
     def read_chunk(self, key: ShardKey, index: int) -> int:
         """Return a chunk that is pinned here."""
@@ -131,6 +133,7 @@ class Holder(Process):
                 i in chunks and is_same(digest(chunks[i]), d) for i, d in enumerate(record.digests)
             ):
                 self.feed(inventory.ChunkFoundCorrupt(key))
+                self._unreported.pop(key, None)  # or a late report would make it count again
                 bad.append(key)
         return bad
 

@@ -173,6 +173,10 @@ class Oracle:
             and (not reachable or (self._is_reachable(h, since_s) and sealed_s < since_s - TOLD_S))
         }
 
+    def has_copy(self, version: Version, rank: int) -> bool:
+        """Whether an intact copy is in memory now."""
+        return bool(self.holders(version, rank, NEVER_S, reachable=False))
+
     # -- judgements -----------------------------------------------------------------------------
 
     def committed(self, coordinator: "Coordinator", event: m.StepCommitted) -> None:
@@ -275,7 +279,8 @@ class Oracle:
                     self.violated("I3", f"{parent} is chosen, acknowledged {version} is there")
                 break
         allowed = [v for v in self.durable if before is None or v.step < before]
-        on_s3 = [v for v in allowed if self.is_on_branch(v) and self.durable[v] < since_s]
+        told_s = since_s - GRACE_S  # a listing may have been served before a manifest came
+        on_s3 = [v for v in allowed if self.is_on_branch(v) and self.durable[v] < told_s]
         if not on_s3 or (parent is not None and parent >= max(on_s3)):
             return
         is_in_memory = parent is not None and all(

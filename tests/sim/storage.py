@@ -49,20 +49,20 @@ class Store:
         """Run `run` at the store; then `done` with its value, or with DurableStoreError."""
         kernel = self.kernel
         delay_s = self.delay_s * (0.5 + kernel.random.random())
-        if delay_s > S3_TIMEOUT_S:
-            self.trouble_s = kernel.now_s
         kernel.after(delay_s / 2, self._serve, run, done, delay_s)
 
     def _serve(self, run: Callable[[], Any], done: Reply, delay_s: float) -> None:
-        outcome: Outcome = DurableStoreError("s3", "request", "it is down")
-        if self.is_up:
-            outcome = run()
-        if not self.is_up or (self.loss and self.kernel.random.random() < self.loss):
-            self.trouble_s = self.kernel.now_s
+        outcome: Outcome = run() if self.is_up else None
+        is_lost = not self.is_up or (self.loss and self.kernel.random.random() < self.loss)
+        if is_lost or delay_s > S3_TIMEOUT_S:
             outcome = DurableStoreError("s3", "request", "no answer")
-        elif delay_s > S3_TIMEOUT_S:
-            outcome = DurableStoreError("s3", "request", "no answer in time")
-        self.kernel.after(delay_s / 2, done, outcome)
+        wait_s = max(0.0, min(delay_s, S3_TIMEOUT_S) - delay_s / 2)
+        self.kernel.after(wait_s, self._answer, outcome, done)
+
+    def _answer(self, outcome: Outcome, done: Reply) -> None:
+        if isinstance(outcome, DurableStoreError):
+            self.trouble_s = self.kernel.now_s
+        done(outcome)
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete entries of the index, and objects."""

@@ -216,13 +216,14 @@ class World:
         if self.setup.settings.memory.replicas is None:
             need = min(need, 2)
         newest = max([*needed[:1], *([parent] if parent is not None else [])], default=None)
-        for version in [newest] if newest is not None else []:
-            for rank in range(self.setup.ranks):
-                have = self._true_copies(version, rank)
-                if 0 < len(have) < need:
-                    oracle.violated("L3", f"rank {rank} of {version} has only {have}, not {need}")
+        if newest is None or newest < oracle.mark:  # holders may not take back what they collected
+            return
+        for rank in range(self.setup.ranks):
+            have = self._held_copies(newest, rank)
+            if oracle.has_copy(newest, rank) and len(have) < need:
+                oracle.violated("L3", f"rank {rank} of {newest} has only {have}, not {need}")
 
-    def _true_copies(self, version: Version, rank: int) -> list[str]:
+    def _held_copies(self, version: Version, rank: int) -> list[str]:
         """Hosts with a copy, those included that do not know yet that theirs is corrupt."""
         key = ShardKey(self.job_name, version, rank)
         content = dict(enumerate(self.oracle.saved.get(key, ())))

@@ -234,6 +234,51 @@ def test_nothing_is_deleted_from_s3_while_a_life_begins() -> None:
     assert not of(m.DeleteDurable, job.handle(event, 0.0))
 
 
+def test_a_parent_on_s3_tells_of_its_generation_although_the_claim_is_missing() -> None:
+    job = Job("job")
+    for holder in (A, B):
+        job.handle(m.HolderUp(holder, "", ()), 0.0)
+    job.handle(asked("one", WITH_S3), 0.0)
+    commands = job.handle(m.DurableListed((), {3: None}, newest_generation=0), 0.0)
+    assert [c.claim.generation for c in of(m.ClaimGeneration, commands)] == [4]
+
+
+def test_a_life_asks_s3_again_while_a_publication_is_not_answered() -> None:
+    job = begun(WITH_S3)
+    for holder in (A, B):
+        job.handle(m.ShardReported(holder, record(1, 10)), 0.0)
+    uploaded = m.ShardUploaded(Version(1, 10), 0, record(1, 10))
+    assert of(m.PublishManifest, job.handle(uploaded, 0.0))
+    assert of(m.ListDurable, job.handle(asked("two", WITH_S3), 0.0))
+
+
+def test_a_holder_lost_before_the_answer_is_made_up_for_by_s3() -> None:
+    job = begun(WITH_S3)
+    job.durable.add(Version(1, 10))
+    job.handle(m.ShardReported(A, record(1, 10)), 0.0)
+    job.handle(asked("two", WITH_S3), 0.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 0.0)
+    job.handle(m.HoldersFenced(2), 0.0)
+    assert of(m.RecordParent, job.handle(m.ShardsVerified(2, Version(1, 10), ()), 0.0))
+    job.handle(m.HolderDown(A), 0.0)
+    commands = job.handle(m.ParentRecorded(2), 0.0)
+    assert not of(m.AnswerBegin, commands)
+    assert [c.needs_manifest for c in of(m.VerifyShards, commands)] == [True]
+    commands = job.handle(m.ShardsVerified(2, Version(1, 10), (), (record(1, 10),)), 0.0)
+    assert [c.error for c in of(m.AnswerBegin, commands)] == [None]
+
+
+def test_an_older_step_of_s3_is_not_taken_while_s3_is_silent() -> None:
+    job = begun(WITH_S3)
+    job.handle(m.ManifestPublished(Version(1, 10), (record(1, 10),)), 0.0)
+    job.handle(m.PublishFailed(Version(1, 20), "no answer", is_final=False), 0.0)
+    job.handle(asked("two", WITH_S3), 0.0)
+    job.handle(m.DurableListed(problem="silent"), 0.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 0.0)
+    commands = job.handle(m.HoldersFenced(2), 0.0)
+    assert [type(c.error) for c in of(m.AnswerBegin, commands)] == [DurableStoreError]
+
+
 def test_an_upload_on_a_lost_holder_is_not_waited_for() -> None:
     queue, version = FlushQueue(), Version(1, 10)
     first = queue.add(version, (0,), 0.0, lambda v, r: (A, B))

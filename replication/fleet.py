@@ -78,6 +78,7 @@ class Fleet:
         observer: str,
         joined: Callable[[HolderId, str], Coroutine[Any, Any, None]],
         lost: Callable[[HolderId], None],
+        may_end: Callable[[str], bool],
     ) -> None:
         """Start with no holders.
 
@@ -85,11 +86,13 @@ class Fleet:
             observer: Name of the actor that holders report to.
             joined: Called with a holder that has come (back) and its failure domain.
             lost: Called with a holder that is gone or silent.
+            may_end: Asked before the hung holder of a host is ended, and its copies with it.
         """
         self.members = Membership()
         self._observer = observer
         self._joined = joined
         self._lost = lost
+        self._may_end = may_end
         self._handles: dict[str, ActorRef] = {}
         self._also: set[str] = set()
 
@@ -129,6 +132,8 @@ class Fleet:
             match command:
                 case membership.StartHolder():
                     starting.append(self._start(command.node))
+                case membership.ReplaceHolder():
+                    self._end(command.node_id)
                 case membership.HolderJoined():
                     logger.info("holder %s is up", command.holder)
                     await self._joined(command.holder, command.domain)
@@ -138,6 +143,14 @@ class Fleet:
                 case _:
                     assert_never(command)
         await asyncio.gather(*starting)
+
+    def _end(self, node_id: str) -> None:
+        """End a holder that hangs on a host that lives; its copies are elsewhere by now."""
+        handle = self._handles.get(node_id)
+        if handle is None or not self._may_end(node_id):
+            return
+        logger.warning("holder on host %s hangs: replacing it", node_id[:8])
+        ray.kill(handle, no_restart=True)
 
     async def _start(self, node: Node) -> None:
         """Start a host's holder, or find it; heartbeats tell when it is up."""

@@ -188,6 +188,10 @@ class Holder:
         """Let go of every shard of `job` older than `below` that is not of a pinned version."""
         self._feed(inventory.WatermarkRaised(job, generation, below, pinned))
 
+    async def drop_step(self, job: str, version: Version) -> None:
+        """Let go of a step of `job` that was never committed."""
+        self._feed(inventory.StepDropped(job, version))
+
     async def forget(self, job: str) -> None:
         """Let go of everything of `job`."""
         self._feed(inventory.JobForgotten(job))

@@ -120,6 +120,14 @@ class WatermarkRaised:
 
 
 @dataclass(frozen=True, slots=True)
+class StepDropped:
+    """A step that was never committed is not wanted any more; late chunks of it neither."""
+
+    job: str
+    version: Version
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkFoundCorrupt:
     """A re-read chunk does not have its checksum: the whole copy stops counting."""
 
@@ -148,6 +156,7 @@ Event = (
     | ReplicationRequested
     | FenceRaised
     | WatermarkRaised
+    | StepDropped
     | ChunkFoundCorrupt
     | JobForgotten
     | Ticked
@@ -233,6 +242,7 @@ class Inventory:
         self.shards: dict[ShardKey, HeldShard] = {}
         self.fences: dict[str, int] = {}
         self.watermarks: dict[str, Version] = {}
+        self.dropped: dict[str, set[Version]] = {}
         self.buddies: dict[str, tuple[HolderId, ...]] = {}
         self.reservations: dict[tuple[str, int], Reservation] = {}
         self._retries: dict[tuple[HolderId, ShardKey, int], tuple[int, float]] = {}
@@ -270,12 +280,13 @@ class Inventory:
         return shard is not None and not shard.quarantined and index in shard.present
 
     def is_collected(self, key: ShardKey) -> bool:
-        """Whether the watermark has passed this shard: a late copy of it is not wanted.
+        """Whether the watermark has passed this shard, or its step was dropped: too late.
 
         What is pinned below the watermark is still here.
         """
-        watermark = self.watermarks.get(key.job)
-        return watermark is not None and key.version < watermark and key not in self.shards
+        is_old = key.version < self.watermarks.get(key.job, Version(0, 0))
+        is_dropped = key.version in self.dropped.get(key.job, ())
+        return (is_old or is_dropped) and key not in self.shards
 
     def check_generation(self, job: str, generation: int) -> None:
         """Refuse what a fenced-off generation asks for.
@@ -370,6 +381,10 @@ class Inventory:
                 return []
             case WatermarkRaised():
                 return self._collect(event)
+            case StepDropped():
+                self.dropped.setdefault(event.job, set()).add(event.version)
+                keys = [k for k in self.shards if (k.job, k.version) == (event.job, event.version)]
+                return [self._drop(key) for key in keys]
             case ChunkFoundCorrupt():
                 if shard := self.shards.get(event.key):
                     shard.quarantined = True
@@ -428,6 +443,8 @@ class Inventory:
         self.check_generation(event.job, event.generation)
         below = max(event.below, self.watermarks.get(event.job, event.below))
         self.watermarks[event.job] = below
+        dropped = self.dropped.get(event.job, set())
+        self.dropped[event.job] = {v for v in dropped if v >= below}
         gone = [k for k in self.shards if k.job == event.job and k.version < event.below]
         return [self._drop(key) for key in gone if key.version not in event.pinned]
 

@@ -69,10 +69,15 @@ class ShardPlan:
     Attributes:
         world_size: Ranks of the job that saved it; the step is complete with this many shards.
         chunk_sizes: Bytes of each chunk, in order; their sum is the image's size.
+        saved_s: When it was saved, in seconds since the epoch by the trainer's clock. For people
+            and for retention; nothing that makes bytes survive looks at it.
+        metrics: What the trainer said of the step, by name.
     """
 
     world_size: int
     chunk_sizes: tuple[int, ...]
+    saved_s: float = 0.0
+    metrics: tuple[tuple[str, float], ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -117,6 +122,8 @@ class ShardRecord:
             "rank": self.key.rank,
             "world_size": self.plan.world_size,
             "chunk_sizes": list(self.plan.chunk_sizes),
+            "saved_s": self.plan.saved_s,
+            "metrics": dict(self.plan.metrics),
             "digests": list(self.digests),
         }
 
@@ -124,7 +131,12 @@ class ShardRecord:
     def unpack(data: Mapping[str, Any]) -> "ShardRecord":
         """Read what `pack` wrote; raises ValueError, KeyError or TypeError on anything else."""
         version = Version(int(data["generation"]), int(data["step"]))
-        plan = ShardPlan(int(data["world_size"]), tuple(int(n) for n in data["chunk_sizes"]))
+        plan = ShardPlan(
+            int(data["world_size"]),
+            tuple(int(n) for n in data["chunk_sizes"]),
+            float(data["saved_s"]),
+            tuple(sorted((str(k), float(v)) for k, v in dict(data["metrics"]).items())),
+        )
         digests = tuple(bytes(d) for d in data["digests"])
         return ShardRecord(ShardKey(str(data["job"]), version, int(data["rank"])), plan, digests)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     )
     from tiered.checkpointer import Checkpointer, Restored
     from tiered.config import S3, Memory
-    from tiered.coordinator import JobStatus
+    from tiered.coordinator import DegradedStep, JobStatus
     from tiered.errors import (
         CheckpointError,
         ConfigError,
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
         WorldSizeError,
     )
     from tiered.handle import SaveHandle
-    from tiered.recovery import Recovered, recover, status
+    from tiered.recovery import Recovered, drain, explain_placement, recover, status
+    from tiered.retention import KeepBest, KeepEvery, KeepInterval
     from tiered.rng import RngState
 
 __all__ = [
@@ -51,10 +52,14 @@ __all__ = [
     "ChunkCorruptError",
     "ConfigError",
     "DeadlineError",
+    "DegradedStep",
     "DurableStoreError",
     "FencedError",
     "HolderUnavailableError",
     "JobStatus",
+    "KeepBest",
+    "KeepEvery",
+    "KeepInterval",
     "Memory",
     "MemoryBudgetError",
     "PlacementError",
@@ -69,6 +74,8 @@ __all__ = [
     "StepNotFoundError",
     "TieredError",
     "WorldSizeError",
+    "drain",
+    "explain_placement",
     "recover",
     "status",
 ]
@@ -87,7 +94,13 @@ _HOME = {
     "Restored": "tiered.checkpointer",
     "Memory": "tiered.config",
     "S3": "tiered.config",
+    "DegradedStep": "tiered.coordinator",
     "JobStatus": "tiered.coordinator",
+    "KeepBest": "tiered.retention",
+    "KeepEvery": "tiered.retention",
+    "KeepInterval": "tiered.retention",
+    "explain_placement": "tiered.recovery",
+    "drain": "tiered.recovery",
     "CheckpointError": "tiered.errors",
     "ConfigError": "tiered.errors",
     "DurableStoreError": "tiered.errors",

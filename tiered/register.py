@@ -7,6 +7,7 @@ needs. S3, where there is one, holds the same keys under a job's prefix, so that
 
     index/generation/00000003/claim                          who began it, with which settings
     index/generation/00000003/parent-00000002-000000000040   where it resumed from (`parent-none`)
+    index/generation/00000003/parent                         which of those is true (GCS only)
     index/step/00000003-000000000060                         the step's manifest, written last
     data/00000003-000000000060/rank-00001.safetensors        a shard's image
 """
@@ -14,7 +15,7 @@ needs. S3, where there is one, holds the same keys under a job's prefix, so that
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ray.experimental.internal_kv import (
     _internal_kv_get,
@@ -25,8 +26,11 @@ from ray.experimental.internal_kv import (
 from replication.checksum import DIGEST_BYTES
 from replication.holder import NAMESPACE
 from replication.records import Life, ShardRecord, Version, decode, encode
+from tiered import retention
 from tiered.config import S3, JobSettings, Memory
 from tiered.messages import Claim, DurableListed
+
+T = TypeVar("T", Memory, S3)
 
 _CLAIM = re.compile(r"index/generation/([0-9]{8,18})/claim")
 _PARENT = re.compile(r"index/generation/([0-9]{8,18})/parent-(?:none|([0-9]{8,18})-([0-9]{12,18}))")
@@ -42,6 +46,11 @@ def parent_key(generation: int, parent: Version | None) -> str:
     """Where a generation's parent is: in the key's name, so that a listing is enough."""
     name = "none" if parent is None else f"{parent.generation:08d}-{parent.step:012d}"
     return f"index/generation/{generation:08d}/parent-{name}"
+
+
+def parent_slot(generation: int) -> str:
+    """What decides, of two lives of the coordinator, whose parent it is: created once."""
+    return f"index/generation/{generation:08d}/parent"
 
 
 def manifest_key(version: Version) -> str:
@@ -112,8 +121,8 @@ def encode_claim(claim: Claim) -> bytes:
             "generation": claim.generation,
             "life": claim.life,
             "world_size": claim.world_size,
-            "memory": asdict(settings.memory),
-            "s3": None if settings.s3 is None else asdict(settings.s3),
+            "memory": _pack_tier(settings.memory),
+            "s3": None if settings.s3 is None else _pack_tier(settings.s3),
         },
     )
 
@@ -128,8 +137,17 @@ def decode_claim(data: bytes) -> Claim:
         raise ValueError(f"the claim has no {error}") from error
     if type(generation) is not int or type(world_size) is not int or type(life) is not str:
         raise TypeError(f"a claim of {generation=} by {life=} of {world_size=}")
-    settings = JobSettings(Memory(**memory), None if s3 is None else S3(**s3))
+    settings = JobSettings(_read_tier(Memory, memory), None if s3 is None else _read_tier(S3, s3))
     return Claim(generation, Life(life), world_size, settings)
+
+
+def _pack_tier(tier: Memory | S3) -> dict[str, Any]:
+    return {**asdict(tier), "also_keep": retention.pack(tier.also_keep)}
+
+
+def _read_tier(kind: type[T], data: Mapping[str, Any]) -> T:
+    """A tier's settings; what an older release did not write has its default."""
+    return kind(**{**data, "also_keep": retention.unpack(data.get("also_keep", ()))})
 
 
 def read_parents(keys: Iterable[str]) -> dict[int, Version | None]:

@@ -73,6 +73,23 @@ class Coordinator(Process):
 
         self._when_open(report)
 
+    def admit(self, version: Version, reply: Reply) -> None:
+        """Whether a rank saves a version; None while it has to wait for room."""
+
+        def ask() -> None:
+            if version.generation < self.job.generation:
+                reply(FencedError(self.job.name, version.generation, self.job.generation))
+                return
+            answer = None
+            for command in self.job.handle(m.SaveAsked(version), self.world.kernel.now_s):
+                if isinstance(command, m.AnswerSave):
+                    answer = command.admission
+                else:
+                    self._run(command)
+            reply(answer)
+
+        self._when_open(ask)
+
     def progress(self, versions: list[Version], reply: Reply) -> None:
         """How safe these saves are."""
         self._when_open(lambda: reply({v: self.job.level(v) for v in versions}))
@@ -133,6 +150,8 @@ class Coordinator(Process):
                 case membership.StartHolder():
                     delay_s = self.world.kernel.random.uniform(0.2, 2.0)
                     self.world.kernel.after(delay_s, self._start_holder, command.node.node_id)
+                case membership.ReplaceHolder():
+                    self._end(command.node_id)
                 case membership.HolderJoined():
                     if self.is_open:
                         self._holder_up(command.holder, command.domain)
@@ -141,6 +160,14 @@ class Coordinator(Process):
                         self.feed(m.HolderDown(command.holder))
                 case _:
                     assert_never(command)
+
+    def _end(self, place: str) -> None:
+        """End a hung holder; Ray reaches no host that is cut off."""
+        host, holder = self.world.hosts.get(place), self.world.holder_on(place)
+        if host is None or holder is None or self.job.is_last_keeper(place):
+            return
+        if host.is_alive and self.world.network.sends(self.host, host):
+            self.world.kill_holder(holder)
 
     def _start_holder(self, place: str) -> None:
         if not self.is_alive:
@@ -257,6 +284,13 @@ class Coordinator(Process):
                 self.collect(command)
             case m.DeleteDurable():
                 self._delete_durable(command.versions)
+            case m.DropStep():
+                for holder in command.holders:
+                    self._tell("drop_step", holder, command.version)
+            case m.ReadManifests():
+                self._read_manifests(command.versions)
+            case m.PolicyMissed() | m.PolicyMet() | m.AnswerSave():
+                pass
             case _:
                 assert_never(command)
 
@@ -417,12 +451,12 @@ class Coordinator(Process):
 
         def recorded(outcome: Outcome) -> None:
             if world.setup.settings.s3 is None:
-                self.feed(m.ParentRecorded(generation))
+                self.feed(m.ParentRecorded(generation, parent))
             else:
                 self._s3(lambda: world.store.index.create(key, b""), mirrored)
 
         def mirrored(outcome: Outcome) -> None:
-            self.feed(m.ParentRecorded(generation))
+            self.feed(m.ParentRecorded(generation, parent))
 
         self._register(record, recorded)
 
@@ -483,6 +517,18 @@ class Coordinator(Process):
         keys = self.world.register.keys("index/generation/")
         started = {register.claim_key(g) for g in register.read_parents(keys)}
         return [key for key in keys if key in started or not key.endswith("/claim")]
+
+    def _read_manifests(self, versions: tuple[Version, ...]) -> None:
+        index, name = self.world.store.index, self.job.name
+
+        def read() -> dict[Version, tuple[ShardRecord, ...]]:
+            found = {v: index.get(register.manifest_key(v)) for v in versions}
+            return {v: register.decode_manifest(name, v, d) for v, d in found.items() if d}
+
+        def done(outcome: Outcome) -> None:
+            self.feed(m.ManifestsRead({} if isinstance(outcome, DurableStoreError) else outcome))
+
+        self._s3(read, done)
 
     def _delete_durable(self, versions: tuple[Version, ...]) -> None:
         store = self.world.store

@@ -118,6 +118,10 @@ class Holder(Process):
         job = self.world.job_name
         self.feed(inventory.WatermarkRaised(job, generation, below, pinned))
 
+    def drop_step(self, version: Version) -> None:
+        """Let go of a step that was never committed."""
+        self.feed(inventory.StepDropped(self.world.job_name, version))
+
     def verify(self, keys: Sequence[ShardKey]) -> list[ShardKey]:
         """Read every byte of these shards; return those that are missing or corrupt here."""
         bad = []

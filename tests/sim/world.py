@@ -7,7 +7,7 @@ answered its trainers, committed new steps, drained the flush and collected its 
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from replication.inventory import Inventory
 from replication.membership import Membership, Node
@@ -23,6 +23,7 @@ from tests.sim.trainer import Launcher
 from tiered import register
 from tiered.config import S3, JobSettings, Memory
 from tiered.job import Job
+from tiered.retention import KeepEvery, KeepInterval
 
 RAY_NOTICES_S = 12.0  # a host that died stays in the cluster's list for so long
 
@@ -77,6 +78,13 @@ def draw_setup(seed: int, hosts: int | None = None, hours: float | None = None) 
     s3 = S3("s3://bucket", every_steps=rng.choice((2, 3, 5)), keep=rng.choice((1, 2, 3)))
     settings = JobSettings(memory, s3 if rng.random() < 0.6 else None)
     ranks = hosts or rng.choice((1, 2, 2, 3, 4))
+    memory = replace(
+        memory,
+        backpressure=rng.choice(("skip", "skip", "wait", "replace")),
+        in_flight=rng.choice((1, 2, 2, 3)),
+        also_keep=rng.choice(((), (), (KeepEvery(4, at_most=2),), (KeepInterval(60.0, 2),))),
+    )
+    settings = replace(settings, memory=memory)
     setup = Setup(count, ranks, rng.choice((1, 1, 2, 3)), settings)
     if hours is None:
         return setup
@@ -255,12 +263,12 @@ class World:
         acked = sorted(v for v in oracle.acked if v.generation == oracle.generation)
         if len(acked) < memory.keep + 2:
             return  # L1 says so
-        in_flight, flushed = 3, 2 * (self.setup.settings.s3 is not None)
+        flushed = 2 * (self.setup.settings.s3 is not None)
         for holder in self.holders.values():
             if not holder.is_alive:
                 continue
             held = sorted({key.version for key in holder.chunks})
-            if len(held) > memory.keep + in_flight + flushed:
+            if len(held) > memory.steps_held + 1 + flushed:
                 oracle.violated("I7", f"{holder.id} still holds {[str(v) for v in held]}")
-            if held and held[0].generation < oracle.generation:
+            if held and held[0].generation < oracle.generation and not memory.also_keep:
                 oracle.violated("L5", f"{holder.id} still holds {held[0]}")

@@ -12,6 +12,7 @@ from replication.inventory import (
     ChunkStaged,
     FenceRaised,
     Inventory,
+    JobForgotten,
     ReportShard,
     Ticked,
     WatermarkRaised,
@@ -68,3 +69,12 @@ def test_a_corrupt_copy_is_replaced_by_a_verified_one() -> None:
     assert core.records() == []
     commands = core.handle(ChunkFetched(KEY, PLAN, 1, b"%016d" % 1), 0.0)
     assert commands == [ReportShard(core.record(KEY))]
+
+
+def test_a_checksum_that_comes_after_its_chunk_was_let_go_seals_nothing() -> None:
+    core = Inventory(HolderId("a", "1"), 100)
+    core.handle(ChunkStaged(KEY, PLAN, 1), 0.0)  # and is being hashed
+    core.handle(JobForgotten("job"), 0.0)
+    core.handle(ChunkFetched(KEY, PLAN, 0, b"%016d" % 0), 0.0)
+    assert core.handle(ChunkHashed(KEY, 1, b"%016d" % 1), 0.0) == []
+    assert core.records() == []

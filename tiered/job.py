@@ -525,6 +525,8 @@ class Job(Catalogue):
             if is_current and version not in self.commits and self._is_replicated(version):
                 commands += self._commit(version, now_s)
         commands += self._collect()
+        if only in self.degraded:
+            commands += self._note_degraded(now_s)
         if only is None:
             commands += [*self._repair(now_s), *self._note_degraded(now_s)]
             commands += self.flushes.review(now_s, self._holders_of)

@@ -37,7 +37,7 @@ class Catalogue:
     @property
     def settings(self) -> JobSettings | None:
         """The settings of the newest claimed generation."""
-        return self.claims[self.generation].settings if self.claims else None
+        return self.claims[max(self.claims)].settings if self.claims else None
 
     @property
     def hosts(self) -> int:
@@ -60,12 +60,12 @@ class Catalogue:
     @property
     def copies_needed(self) -> int:
         """Copies that commit a shard: what the policy asks for, or as many as hosts live."""
-        return 1 + min(self.replicas, max(0, self.hosts - 1))
+        return max(1, min(1 + self.replicas, self.hosts))
 
     def intact(self, version: Version, rank: int) -> dict[HolderId, ShardRecord]:
         """The copies of a shard that count: on live holders, all with the same checksum."""
         records = self.copies.get(version, {}).get(rank, {})
-        return {h: r for h, r in sorted(records.items()) if h in self.holders}
+        return {h: records[h] for h in sorted(records) if h in self.holders}
 
     def candidates(self) -> list[Candidate]:
         """Everything that any tier knows of."""

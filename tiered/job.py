@@ -419,8 +419,8 @@ class Job(Catalogue):
         if key.version < self.watermark and key.version not in self.flushes.versions:
             return  # a holder that was away still has it; it is told to let go
         held = self.copies.setdefault(key.version, {}).setdefault(key.rank, {})
-        others = [r for h, r in held.items() if h in self.holders]
-        if not others or others[0].digest == record.digest:
+        other = next((r for h, r in held.items() if h in self.holders), None)
+        if other is None or other.digests == record.digests:
             held[holder] = record
 
     def _reported(self, event: m.ShardReported, now_s: float) -> list[m.Command]:
@@ -438,9 +438,10 @@ class Job(Catalogue):
         commands: list[m.Command] = []
         if self._is_rebuilding:
             return commands
+        generation = self.generation
         versions = [only] if only is not None else sorted(self.copies)
         for version in versions:
-            is_current = version.generation == self.generation
+            is_current = version.generation == generation
             if is_current and version not in self.commits and self._is_replicated(version):
                 commands += self._commit(version, now_s)
         commands += self._collect()
@@ -456,7 +457,7 @@ class Job(Catalogue):
             return False
         need = self.copies_needed
         return all(
-            len({h.node_id for h in self.intact(version, rank)}) >= need
+            len({h.node_id for h in ranks.get(rank, ()) if h in self.holders}) >= need
             for rank in range(record.plan.world_size)
         )
 
@@ -474,8 +475,8 @@ class Job(Catalogue):
         return commands
 
     def _collect(self) -> list[m.Command]:
-        settings = self.settings
-        committed = sorted(v for v in self.commits if v.generation == self.generation)
+        settings, generation = self.settings, self.generation
+        committed = sorted(v for v in self.commits if v.generation == generation)
         if settings is None or len(committed) < settings.memory.keep:
             return []
         mark, pinned = committed[-settings.memory.keep], self.flushes.versions
@@ -522,25 +523,30 @@ class Job(Catalogue):
 
     def needed_versions(self) -> Iterable[Version]:
         """Versions whose shards are worth repairing: committed ones, and the branch's newest."""
-        parent = self.parents.get(self.generation)
-        kept = {v for v in self.commits if v.generation == self.generation}
+        generation = self.generation
+        parent = self.parents.get(generation)
+        kept = {v for v in self.commits if v.generation == generation}
         return sorted(kept | ({parent} if parent is not None else set()), reverse=True)
 
     def _repair(self, now_s: float) -> list[m.Command]:
         """Ask for one more copy of each shard that has too few, newest step first."""
         commands: list[m.Command] = []
-        self._repairs = {
-            (key, to): due
-            for (key, to), due in self._repairs.items()
-            if due > now_s and to in self.holders
-        }
+        need = self.copies_needed
+        if self._repairs:
+            self._repairs = {
+                (key, to): due
+                for (key, to), due in self._repairs.items()
+                if due > now_s and to in self.holders
+            }
         for version in self.needed_versions():
-            for rank in sorted(self.copies.get(version, {})):
+            for rank, copies in sorted(self.copies.get(version, {}).items()):
+                nodes = {h.node_id for h in copies if h in self.holders}
+                if len(nodes) >= need:
+                    continue
                 held = self.intact(version, rank)
-                nodes = {h.node_id for h in held}
                 key = ShardKey(self.name, version, rank)
                 under_way = {to.node_id for k, to in self._repairs if k == key}
-                missing = self.copies_needed - len(nodes | under_way)
+                missing = need - len(nodes | under_way)
                 if not held or missing <= 0:
                     continue
                 tries = self._repair_tries.get(key, 0)  # the first one's copy may be corrupt

@@ -131,7 +131,7 @@ class Coordinator(Process):
         for command in self.members.handle(event):
             match command:
                 case membership.StartHolder():
-                    delay_s = self.world.kernel.random.uniform(0.2, 2.0)
+                    delay_s = self.world.kernel.uniform(0.2, 2.0)
                     self.world.kernel.after(delay_s, self._start_holder, command.node.node_id)
                 case membership.HolderJoined():
                     if self.is_open:
@@ -305,15 +305,15 @@ class Coordinator(Process):
             return
 
         def serve() -> None:
-            kernel.after(kernel.random.uniform(0.001, 0.02), finish, run())
+            kernel.after(kernel.uniform(0.001, 0.02), finish, run())
 
         def finish(outcome: Outcome) -> None:
             if self.is_alive:
                 done(outcome)
 
-        delay_s = kernel.random.uniform(0.001, 0.02)
-        if "register" in self.world.network.weather.sites and kernel.random.random() < 0.1:
-            delay_s += RESTART_S * kernel.random.random()
+        delay_s = kernel.uniform(0.001, 0.02)
+        if "register" in self.world.network.weather.sites and kernel.roll() < 0.1:
+            delay_s += RESTART_S * kernel.roll()
         kernel.after(delay_s, serve)
 
     def _s3(self, run: Callable[[], Any], done: Reply) -> None:
@@ -341,12 +341,11 @@ class Coordinator(Process):
             if isinstance(outcome, DurableStoreError):
                 self.feed(m.DurableListed(problem=outcome.problem))
             else:
-                listing = register.read_listing(outcome)
-                for generation in listing.parents:
+                for generation in outcome.parents:
                     self.world.oracle.begun(generation)
-                self.feed(listing)
+                self.feed(outcome)
 
-        self._s3(lambda: self.world.store.index.keys("index/"), listed)
+        self._s3(self.world.store.index.listing, listed)
 
     def _fence(self, command: m.FenceHolders) -> None:
         def fence(holder: HolderId) -> Callable[[Reply], None]:
@@ -448,7 +447,7 @@ class Coordinator(Process):
 
         def prepare() -> str:
             index = world.store.index
-            listing = register.read_listing(index.keys("index/"))
+            listing = index.listing()
             if listing.newest_generation > generation:
                 return "fenced"
             if any(other > version for other in listing.versions):

@@ -229,7 +229,7 @@ class Faults:
         world.holders.clear()
         for coordinator in world.coordinators:
             coordinator.is_alive = False
-        world.register.entries.clear()
+        world.register.delete(tuple(world.register.entries))
         world.network.blocked.clear()
         world.oracle.cluster_lost(register.read_parents(world.store.index.entries))
         for _ in range(world.setup.hosts):

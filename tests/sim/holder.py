@@ -165,7 +165,7 @@ class Holder(Process):
         for command in self.core.handle(event, world.kernel.now_s):
             match command:
                 case inventory.HashChunk():
-                    delay_s = world.kernel.random.uniform(0.001, 0.02)
+                    delay_s = world.kernel.uniform(0.001, 0.02)
                     world.kernel.after(delay_s, self._hash, command.key, command.index)
                 case inventory.OfferChunk():
                     self._offer(command)

@@ -204,11 +204,11 @@ class LifeOfJob:
     def start(self) -> None:
         """Every process starts, in its own time."""
         for rank in self.ranks:
-            rank.later(self.world.kernel.random.uniform(0.1, 3.0), rank.begin)
+            rank.later(self.world.kernel.uniform(0.1, 3.0), rank.begin)
 
     def arrive(self, rank: Rank) -> None:
         """A rank has done its part of a step; when all have, the next one begins."""
-        pause_s = self.world.setup.step_s * self.world.kernel.random.uniform(0.5, 1.5)
+        pause_s = self.world.setup.step_s * self.world.kernel.uniform(0.5, 1.5)
         if self.is_given_up:
             rank.zombie_saves += 1
             if rank.zombie_saves <= ZOMBIE_SAVES:
@@ -275,7 +275,7 @@ class Launcher(Process):
         if not all(r.is_alive for r in life.ranks) or waited_s > limit_s:
             self.replace()
         else:
-            self.world.kernel.after(self.world.kernel.random.uniform(1.0, 5.0), self._watch, life)
+            self.world.kernel.after(self.world.kernel.uniform(1.0, 5.0), self._watch, life)
 
     def replace(self, *, kill: bool = True) -> None:
         """Give the present life up, kill what of it can be killed, start another one."""
@@ -288,7 +288,7 @@ class Launcher(Process):
                 rank.is_alive = False
             elif not kill and rank.is_alive and rank.rank in life.arrived:
                 rank.later(1.0, rank.save)
-        self.world.kernel.after(self.world.kernel.random.uniform(0.5, 8.0), self.start)
+        self.world.kernel.after(self.world.kernel.uniform(0.5, 8.0), self.start)
 
     def ranks_on(self, host: Host) -> list[Rank]:
         """Every process on a host."""

@@ -8,6 +8,7 @@ answered its trainers, committed new steps, drained the flush and collected its 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 from replication.inventory import Inventory
 from replication.membership import Membership, Node
@@ -105,6 +106,8 @@ class World:
         self.is_paused = False
         self.coordinator: Coordinator
         self._names = 0
+        self._nodes: tuple[Node, ...] = ()
+        self._nodes_until_s = 0.0
         for _ in range(setup.hosts):
             self.add_host()
         self.coordinators: list[Coordinator] = []
@@ -117,11 +120,14 @@ class World:
     def nodes(self) -> tuple[Node, ...]:
         """Ray's list of hosts; it notices a death late."""
         now_s = self.kernel.now_s
-        return tuple(
-            Node(place, host.domain, self.setup.capacity)
-            for place, host in sorted(self.hosts.items())
-            if host.is_alive or now_s - host.died_s < RAY_NOTICES_S
-        )
+        if now_s >= self._nodes_until_s:
+            listed = [h for h in self.hosts.values() if h.is_alive or now_s < h.noticed_s]
+            self._nodes_until_s = min((h.noticed_s for h in listed if not h.is_alive), default=inf)
+            self._nodes = tuple(
+                Node(h.place, h.domain, self.setup.capacity)
+                for h in sorted(listed, key=lambda h: h.place)
+            )
+        return self._nodes
 
     def holder_on(self, place: str) -> Holder | None:
         """The holder that answers to a host's name, dead ones included."""
@@ -134,7 +140,7 @@ class World:
 
     def claimed_generation(self) -> int:
         """The newest generation that the register knows."""
-        return register.read_listing(self.register.entries).newest_generation
+        return self.register.listing().newest_generation
 
     def stored(self, key: ShardKey) -> tuple[int, ...] | None:
         """A shard's chunks on S3."""
@@ -148,6 +154,7 @@ class World:
         domain = f"rack{self._names % 3}" if self.setup.ranks % 2 else ""
         self._names += 1
         self.hosts[place] = Host(place, domain)
+        self._nodes_until_s = 0.0
         return self.hosts[place]
 
     def start_holder(self, place: str) -> bool:
@@ -175,7 +182,8 @@ class World:
 
     def kill_host(self, host: Host) -> None:
         """A machine ends, with all that runs on it."""
-        host.is_alive, host.died_s = False, self.kernel.now_s
+        host.is_alive, host.noticed_s = False, self.kernel.now_s + RAY_NOTICES_S
+        self._nodes_until_s = 0.0
         if (holder := self.holders.get(host.place)) is not None:
             self.kill_holder(holder)
         for rank in self.launcher.ranks_on(host):

@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING, Any, assert_never
 from replication import membership
 from replication.errors import FencedError, HolderUnavailableError, TieredError
 from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
+from tests.sim.limits import (
+    CALL_TIMEOUT_S,
+    COORDINATOR_RESTART_S,
+    HEARTBEAT_TIMEOUT_S,
+    SETTLE_TIMEOUT_S,
+    UPLOAD_TIMEOUT_S,
+    VERIFY_TIMEOUT_S,
+)
 from tests.sim.network import Host, Outcome, Process, Reply, gather
 from tiered import messages as m
 from tiered import register
@@ -20,13 +28,7 @@ from tiered.history import Resolution
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-HEARTBEAT_TIMEOUT_S = 2.0
-CALL_TIMEOUT_S = 10.0
-VERIFY_TIMEOUT_S = 60.0
-UPLOAD_TIMEOUT_S = 60.0
-SETTLE_TIMEOUT_S = 30.0
 Copies = tuple[tuple[HolderId, ShardKey], ...]
-RESTART_S = 1.5  # by then the register has served what another one had asked of it
 
 
 class Coordinator(Process):
@@ -42,7 +44,7 @@ class Coordinator(Process):
         self._is_opening = False
         self._waiting: list[Callable[[], None]] = []
         self._answers: dict[Life, list[Reply]] = {}
-        world.kernel.after(RESTART_S, self._beat)
+        world.kernel.after(COORDINATOR_RESTART_S, self._beat)
 
     @property
     def is_current(self) -> bool:
@@ -313,7 +315,7 @@ class Coordinator(Process):
 
         delay_s = kernel.uniform(0.001, 0.02)
         if "register" in self.world.network.weather.sites and kernel.roll() < 0.1:
-            delay_s += RESTART_S * kernel.roll()
+            delay_s += COORDINATOR_RESTART_S * kernel.roll()
         kernel.after(delay_s, serve)
 
     def _s3(self, run: Callable[[], Any], done: Reply) -> None:

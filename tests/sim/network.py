@@ -10,6 +10,7 @@ from typing import Any
 
 from replication.errors import HolderUnavailableError, TieredError
 from tests.sim.kernel import Kernel
+from tests.sim.limits import LATE_S
 
 HEAD = "head"
 NOTICEABLE_S = 0.5  # a message this late may have been missed by a deadline
@@ -128,7 +129,7 @@ class Network:
         roll = kernel.roll
         delay_s = 0.0005 + 0.0035 * roll() if source is target else 0.001 + 0.019 * roll()
         if call.kind in weather.sites and roll() < weather.fire:
-            delay_s += kernel.random.choice((0.3, 3.0, 20.0)) * roll()
+            delay_s += kernel.random.choice(LATE_S) * roll()
             if delay_s > NOTICEABLE_S:
                 self.note_trouble(source, target)
         kernel.after(delay_s, then, call, *args)

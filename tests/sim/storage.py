@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from tests.sim.kernel import Kernel
+from tests.sim.limits import S3_DELAY_S, S3_TIMEOUT_S
 from tests.sim.network import Outcome, Reply
 from tiered import register
 from tiered.errors import DurableStoreError
 from tiered.messages import DurableListed
-
-S3_TIMEOUT_S = 15.0
 
 
 class Index:
@@ -57,7 +56,7 @@ class Store:
         self.index = Index()
         self.objects: dict[str, tuple[int, ...]] = {}
         self.is_up = True
-        self.delay_s = 0.2
+        self.delay_s = S3_DELAY_S
         self.loss = 0.0
         self.trouble_s = -1e9
 

@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING
 from replication.errors import FencedError, MemoryBudgetError, ShardNotHeldError, TieredError
 from replication.records import HolderId, Life, ShardKey, ShardPlan, Version
 from tests.sim.holder import digest
+from tests.sim.limits import (
+    ASK_TIMEOUT_S,
+    BEGIN_TIMEOUT_S,
+    ROOM_TIMEOUT_S,
+    STAGE_TIMEOUT_S,
+    STALL_S,
+)
 from tests.sim.network import HEAD, Host, Outcome, Process, Reply, gather
 from tiered import messages as m
 from tiered.history import Resolution, ShardSources
@@ -18,11 +25,6 @@ from tiered.history import Resolution, ShardSources
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-ASK_TIMEOUT_S = 45.0  # then it asks again: the coordinator may have died
-BEGIN_TIMEOUT_S = 200.0
-HOLDER_TIMEOUT_S = 15.0
-ROOM_TIMEOUT_S = 20.0
-STALL_S = 60.0
 ZOMBIE_SAVES = 6
 
 
@@ -126,7 +128,7 @@ class Rank(Process):
                 raise ShardNotHeldError(peer.id.node_id, str(key))
             reply(dict(peer.chunks[key]))
 
-        self.world.network.call("fetch", self, peer, HOLDER_TIMEOUT_S, serve, got)
+        self.world.network.call("fetch", self, peer, STAGE_TIMEOUT_S, serve, got)
 
     def _ready(self) -> None:
         self.life.arrive(self)
@@ -167,7 +169,7 @@ class Rank(Process):
 
         def stage(index: int) -> Callable[[Reply], None]:
             return lambda done: self.world.network.call(
-                "stage", self, holder, HOLDER_TIMEOUT_S,
+                "stage", self, holder, STAGE_TIMEOUT_S,
                 lambda reply: reply(holder.stage_chunk(key, plan, index, content[index])), done,
             )  # fmt: skip
 

@@ -67,7 +67,7 @@ class Setup:
     heartbeat_s: float = 3.0
     fault_s: float = 100.0
     idle_s: float = 60.0
-    calm_s: float = 45.0
+    calm_s: float = 80.0
     is_patient: bool = False
 
 

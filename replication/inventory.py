@@ -17,7 +17,6 @@ keeps no bytes: the shell (`replication.holder`) pins those and carries the comm
 each outcome back as an event.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -460,13 +459,11 @@ class Inventory:
 
     # -- offers ------------------------------------------------------------------------------
 
-    def _peers_of(self, key: ShardKey, shard: HeldShard) -> Iterator[HolderId]:
-        buddies = self.buddies.get(key.job, ()) if shard.staged_here else ()
-        seen = {self.holder}
-        for peer in (*buddies, *sorted(shard.extra_peers)):
-            if peer not in seen:
-                seen.add(peer)
-                yield peer
+    def _peers_of(self, key: ShardKey, shard: HeldShard) -> list[HolderId]:
+        peers = self.buddies.get(key.job, ()) if shard.staged_here else ()
+        if shard.extra_peers:
+            peers = (*peers, *sorted(shard.extra_peers))
+        return [peer for peer in dict.fromkeys(peers) if peer != self.holder]
 
     def _offers(self, job: str, only: ShardKey | None = None) -> list[Command]:
         """Offer each hashed chunk to each peer that was not offered it yet."""
@@ -476,11 +473,12 @@ class Inventory:
             shard = self.shards[key]
             if shard.quarantined:
                 continue
+            offered = shard.offered
             for peer in self._peers_of(key, shard):
-                for index, digest in sorted(shard.digests.items()):
-                    if (peer, index) in shard.offered:
-                        continue
-                    shard.offered.add((peer, index))
+                due = [index for index in shard.digests if (peer, index) not in offered]
+                for index in sorted(due):
+                    offered.add((peer, index))
+                    digest = shard.digests[index]
                     commands.append(OfferChunk(peer, key, shard.plan, index, digest))
         return commands
 

@@ -7,11 +7,14 @@ orders history lexicographically by generation, then step.
 A shard is one rank's part of a step: one image of bytes, cut into chunks. Its `ShardPlan` is known
 before any byte moves; its `ShardRecord`, with a checksum for each chunk, once it is sealed.
 Records are written as msgpack with a format number, and read back strictly.
+
+`Version`, `ShardKey` and `HolderId` are named tuples, not dataclasses: they are the keys of every
+dictionary here, and a tuple is hashed and compared without running Python.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NewType
+from typing import Any, NamedTuple, NewType
 
 import msgpack
 import numpy as np
@@ -27,8 +30,7 @@ ActorRef = Any  # a Ray actor's handle, whose remote methods Ray does not type
 Life = NewType("Life", str)  # names one life of a job's workers; all its ranks give the same
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Version:
+class Version(NamedTuple):
     """A step as written by one generation; versions order history."""
 
     generation: int
@@ -38,8 +40,7 @@ class Version:
         return f"step {self.step} (generation {self.generation})"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class ShardKey:
+class ShardKey(NamedTuple):
     """Names one rank's shard of one version of one job; written once, by one writer."""
 
     job: str
@@ -51,8 +52,7 @@ class ShardKey:
         return f"[{self.job} gen={v.generation} rank={self.rank} step={v.step}]"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class HolderId:
+class HolderId(NamedTuple):
     """One life of the holder on one host; a restarted holder has lost its data and its name."""
 
     node_id: str

@@ -500,8 +500,8 @@ class Job(Catalogue):
         if is_current and key.version.step in self.admissions.replaced:
             return
         held = self.copies.setdefault(key.version, {}).setdefault(key.rank, {})
-        others = [r for h, r in held.items() if h in self.holders]
-        if not others or others[0].digest == record.digest:
+        other = next((r for h, r in held.items() if h in self.holders), None)
+        if other is None or other.digests == record.digests:
             held[holder] = record
 
     def _reported(self, event: m.ShardReported, now_s: float) -> list[m.Command]:
@@ -519,9 +519,10 @@ class Job(Catalogue):
         commands: list[m.Command] = []
         if self._is_rebuilding:
             return commands
+        generation = self.generation
         versions = [only] if only is not None else sorted(self.copies)
         for version in versions:
-            is_current = version.generation == self.generation
+            is_current = version.generation == generation
             if is_current and version not in self.commits and self._is_replicated(version):
                 commands += self._commit(version, now_s)
         commands += self._collect()
@@ -573,8 +574,8 @@ class Job(Catalogue):
         return commands
 
     def _collect(self) -> list[m.Command]:
-        settings = self.settings
-        committed = sorted(v for v in self.commits if v.generation == self.generation)
+        settings, generation = self.settings, self.generation
+        committed = sorted(v for v in self.commits if v.generation == generation)
         if settings is None or len(committed) < settings.memory.keep:
             return []
         mark = max(committed[-settings.memory.keep], self.watermark)
@@ -645,21 +646,25 @@ class Job(Catalogue):
 
     def needed_versions(self) -> Iterable[Version]:
         """Versions whose shards are worth repairing: committed ones, and the branch's newest."""
-        parent = self.parents.get(self.generation)
-        kept = {v for v in self.commits if v.generation == self.generation} | self._retained
+        generation = self.generation
+        parent = self.parents.get(generation)
+        kept = {v for v in self.commits if v.generation == generation} | self._retained
         return sorted(kept | ({parent} if parent is not None else set()), reverse=True)
 
     def _repair(self, now_s: float) -> list[m.Command]:
         """Ask for one more copy of each shard that has too few, newest step first."""
         commands: list[m.Command] = []
-        self._repairs = {
-            (key, to): due
-            for (key, to), due in self._repairs.items()
-            if due > now_s and to in self.holders
-        }
+        need = self.copies_needed
+        if self._repairs:
+            self._repairs = {
+                (key, to): due
+                for (key, to), due in self._repairs.items()
+                if due > now_s and to in self.holders
+            }
         for version in self.needed_versions():
             for rank in sorted(self.copies.get(version, {})):
-                commands += self._repair_shard(version, rank, now_s)
+                if len(self.copies_of(version, rank)) < need:
+                    commands += self._repair_shard(version, rank, now_s)
         return commands
 
     def _repair_shard(self, version: Version, rank: int, now_s: float) -> list[m.Command]:

@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING, Any, assert_never
 from replication import membership
 from replication.errors import FencedError, HolderUnavailableError, TieredError
 from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
+from tests.sim.limits import (
+    CALL_TIMEOUT_S,
+    COORDINATOR_RESTART_S,
+    HEARTBEAT_TIMEOUT_S,
+    SETTLE_TIMEOUT_S,
+    UPLOAD_TIMEOUT_S,
+    VERIFY_TIMEOUT_S,
+)
 from tests.sim.network import Host, Outcome, Process, Reply, gather
 from tiered import messages as m
 from tiered import register
@@ -20,13 +28,7 @@ from tiered.history import Resolution
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-HEARTBEAT_TIMEOUT_S = 2.0
-CALL_TIMEOUT_S = 10.0
-VERIFY_TIMEOUT_S = 60.0
-UPLOAD_TIMEOUT_S = 60.0
-SETTLE_TIMEOUT_S = 30.0
 Copies = tuple[tuple[HolderId, ShardKey], ...]
-RESTART_S = 1.5  # by then the register has served what another one had asked of it
 
 
 class Coordinator(Process):
@@ -42,7 +44,7 @@ class Coordinator(Process):
         self._is_opening = False
         self._waiting: list[Callable[[], None]] = []
         self._answers: dict[Life, list[Reply]] = {}
-        world.kernel.after(RESTART_S, self._beat)
+        world.kernel.after(COORDINATOR_RESTART_S, self._beat)
 
     @property
     def is_current(self) -> bool:
@@ -148,7 +150,7 @@ class Coordinator(Process):
         for command in self.members.handle(event):
             match command:
                 case membership.StartHolder():
-                    delay_s = self.world.kernel.random.uniform(0.2, 2.0)
+                    delay_s = self.world.kernel.uniform(0.2, 2.0)
                     self.world.kernel.after(delay_s, self._start_holder, command.node.node_id)
                 case membership.ReplaceHolder():
                     self._end(command.node_id)
@@ -339,15 +341,15 @@ class Coordinator(Process):
             return
 
         def serve() -> None:
-            kernel.after(kernel.random.uniform(0.001, 0.02), finish, run())
+            kernel.after(kernel.uniform(0.001, 0.02), finish, run())
 
         def finish(outcome: Outcome) -> None:
             if self.is_alive:
                 done(outcome)
 
-        delay_s = kernel.random.uniform(0.001, 0.02)
-        if "register" in self.world.network.weather.sites and kernel.random.random() < 0.1:
-            delay_s += RESTART_S * kernel.random.random()
+        delay_s = kernel.uniform(0.001, 0.02)
+        if "register" in self.world.network.weather.sites and kernel.roll() < 0.1:
+            delay_s += COORDINATOR_RESTART_S * kernel.roll()
         kernel.after(delay_s, serve)
 
     def _s3(self, run: Callable[[], Any], done: Reply) -> None:
@@ -375,12 +377,11 @@ class Coordinator(Process):
             if isinstance(outcome, DurableStoreError):
                 self.feed(m.DurableListed(problem=outcome.problem))
             else:
-                listing = register.read_listing(outcome)
-                for generation in listing.parents:
+                for generation in outcome.parents:
                     self.world.oracle.begun(generation)
-                self.feed(listing)
+                self.feed(outcome)
 
-        self._s3(lambda: self.world.store.index.keys("index/"), listed)
+        self._s3(self.world.store.index.listing, listed)
 
     def _fence(self, command: m.FenceHolders) -> None:
         def fence(holder: HolderId) -> Callable[[Reply], None]:
@@ -482,7 +483,7 @@ class Coordinator(Process):
 
         def prepare() -> str:
             index = world.store.index
-            listing = register.read_listing(index.keys("index/"))
+            listing = index.listing()
             if listing.newest_generation > generation:
                 return "fenced"
             if any(other > version for other in listing.versions):

@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING
 from replication.errors import FencedError, MemoryBudgetError, ShardNotHeldError, TieredError
 from replication.records import HolderId, Life, ShardKey, ShardPlan, Version
 from tests.sim.holder import digest
+from tests.sim.limits import (
+    ADMIT_TIMEOUT_S,
+    ASK_TIMEOUT_S,
+    BEGIN_TIMEOUT_S,
+    ROOM_TIMEOUT_S,
+    STAGE_TIMEOUT_S,
+    STALL_S,
+)
 from tests.sim.network import HEAD, Host, Outcome, Process, Reply, gather
 from tiered import messages as m
 from tiered.admission import Admission
@@ -19,12 +27,6 @@ from tiered.history import Resolution, ShardSources
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-ASK_TIMEOUT_S = 45.0  # then it asks again: the coordinator may have died
-BEGIN_TIMEOUT_S = 200.0
-HOLDER_TIMEOUT_S = 15.0
-ADMIT_TIMEOUT_S = 5.0
-ROOM_TIMEOUT_S = 20.0
-STALL_S = 60.0
 ZOMBIE_SAVES = 6
 
 
@@ -128,7 +130,7 @@ class Rank(Process):
                 raise ShardNotHeldError(peer.id.node_id, str(key))
             reply(dict(peer.chunks[key]))
 
-        self.world.network.call("fetch", self, peer, HOLDER_TIMEOUT_S, serve, got)
+        self.world.network.call("fetch", self, peer, STAGE_TIMEOUT_S, serve, got)
 
     def _ready(self) -> None:
         self.life.arrive(self)
@@ -165,7 +167,7 @@ class Rank(Process):
     def _drop(self, version: Version) -> None:
         holder = self.world.holder_on(self.host.place)
         self.world.network.call(
-            "drop_step", self, holder, HOLDER_TIMEOUT_S,
+            "drop_step", self, holder, STAGE_TIMEOUT_S,
             lambda reply: reply(holder.drop_step(version)),
         )  # fmt: skip
 
@@ -198,7 +200,7 @@ class Rank(Process):
 
         def stage(index: int) -> Callable[[Reply], None]:
             return lambda done: self.world.network.call(
-                "stage", self, holder, HOLDER_TIMEOUT_S,
+                "stage", self, holder, STAGE_TIMEOUT_S,
                 lambda reply: reply(holder.stage_chunk(key, plan, index, content[index])), done,
             )  # fmt: skip
 
@@ -239,11 +241,11 @@ class LifeOfJob:
     def start(self) -> None:
         """Every process starts, in its own time."""
         for rank in self.ranks:
-            rank.later(self.world.kernel.random.uniform(0.1, 3.0), rank.begin)
+            rank.later(self.world.kernel.uniform(0.1, 3.0), rank.begin)
 
     def arrive(self, rank: Rank) -> None:
         """A rank has done its part of a step; when all have, the next one begins."""
-        pause_s = self.world.setup.step_s * self.world.kernel.random.uniform(0.5, 1.5)
+        pause_s = self.world.setup.step_s * self.world.kernel.uniform(0.5, 1.5)
         if self.is_given_up:
             rank.zombie_saves += 1
             if rank.zombie_saves <= ZOMBIE_SAVES:
@@ -310,7 +312,7 @@ class Launcher(Process):
         if not all(r.is_alive for r in life.ranks) or waited_s > limit_s:
             self.replace()
         else:
-            self.world.kernel.after(self.world.kernel.random.uniform(1.0, 5.0), self._watch, life)
+            self.world.kernel.after(self.world.kernel.uniform(1.0, 5.0), self._watch, life)
 
     def replace(self, *, kill: bool = True) -> None:
         """Give the present life up, kill what of it can be killed, start another one."""
@@ -323,7 +325,7 @@ class Launcher(Process):
                 rank.is_alive = False
             elif not kill and rank.is_alive and rank.rank in life.arrived:
                 rank.later(1.0, rank.save)
-        self.world.kernel.after(self.world.kernel.random.uniform(0.5, 8.0), self.start)
+        self.world.kernel.after(self.world.kernel.uniform(0.5, 8.0), self.start)
 
     def ranks_on(self, host: Host) -> list[Rank]:
         """Every process on a host."""

@@ -39,6 +39,8 @@ class Memory:
             replica has arrived yet.
         in_flight: Saves on their way to their buddies at a time, the one being staged included.
         repair_bytes_per_s: What a host sends at most, on average, to make up for lost copies.
+        prepare: Make object-store memory for the next save ready in the background, so that a save
+            is one copy into warm memory; it is part of what `in_flight` saves take anyway.
     """
 
     every_steps: int = 10
@@ -51,6 +53,7 @@ class Memory:
     backpressure: Backpressure = "skip"
     in_flight: int = 2
     repair_bytes_per_s: int = 500_000_000
+    prepare: bool = True
 
     def __post_init__(self) -> None:
         _at_least("Memory.every_steps", self.every_steps, 1)
@@ -61,8 +64,9 @@ class Memory:
         if self.replicas is not None:
             _at_least("Memory.replicas", self.replicas, 0)
         check_policies("Memory.also_keep", self.also_keep, is_bounded=True)
-        if type(self.strict) is not bool:
-            raise ConfigError(f"Memory.strict={self.strict!r} must be True or False")
+        for name in ("strict", "prepare"):
+            if type(value := getattr(self, name)) is not bool:
+                raise ConfigError(f"Memory.{name}={value!r} must be True or False")
         if self.strict and self.replicas is None:
             raise ConfigError("Memory(strict=True) needs a number of replicas to be strict about")
         if self.backpressure not in get_args(Backpressure):

@@ -63,6 +63,42 @@ class HolderId:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkId:
+    """Names one chunk, and says how many bytes its shard's plan gives it."""
+
+    key: ShardKey
+    index: int
+    size_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.key} chunk {self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """Bytes `start` up to and without `stop`, counted from the beginning of a chunk."""
+
+    start: int
+    stop: int
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a holder's data plane listens."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
 class ShardPlan:
     """What is known of a shard before any byte moves.
 

@@ -18,12 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from replication.errors import (
+        AuthenticationError,
         ChunkCorruptError,
         DeadlineError,
         FencedError,
+        HolderTimeoutError,
         HolderUnavailableError,
         MemoryBudgetError,
         PlacementError,
+        ProtocolError,
+        ProtocolVersionError,
         ReplicationError,
         ShardNotHeldError,
         TieredError,
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "S3",
+    "AuthenticationError",
     "CheckpointError",
     "Checkpointer",
     "ChunkCorruptError",
@@ -53,11 +58,14 @@ __all__ = [
     "DeadlineError",
     "DurableStoreError",
     "FencedError",
+    "HolderTimeoutError",
     "HolderUnavailableError",
     "JobStatus",
     "Memory",
     "MemoryBudgetError",
     "PlacementError",
+    "ProtocolError",
+    "ProtocolVersionError",
     "Recovered",
     "ReplicationError",
     "Restored",
@@ -74,12 +82,16 @@ __all__ = [
 ]
 
 _HOME = {
+    "AuthenticationError": "replication.errors",
     "ChunkCorruptError": "replication.errors",
     "DeadlineError": "replication.errors",
     "FencedError": "replication.errors",
+    "HolderTimeoutError": "replication.errors",
     "HolderUnavailableError": "replication.errors",
     "MemoryBudgetError": "replication.errors",
     "PlacementError": "replication.errors",
+    "ProtocolError": "replication.errors",
+    "ProtocolVersionError": "replication.errors",
     "ReplicationError": "replication.errors",
     "ShardNotHeldError": "replication.errors",
     "TieredError": "replication.errors",

@@ -25,12 +25,22 @@ from typing import Any, assert_never
 import ray
 
 from replication import inventory
+from replication.buffers import pin
 from replication.checksum import digest
 from replication.durable import DurableStore
 from replication.errors import ChunkCorruptError, ShardNotHeldError
 from replication.inventory import Inventory, Reservation
-from replication.records import ActorRef, Chunk, HolderId, ShardKey, ShardPlan, ShardRecord, Version
-from replication.transport import RayTransport, fetch_timeout_s
+from replication.records import (
+    ActorRef,
+    Chunk,
+    ChunkId,
+    HolderId,
+    ShardKey,
+    ShardPlan,
+    ShardRecord,
+    Version,
+)
+from replication.transport import RayTransport, Source, fetch_timeout_s
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +63,6 @@ class HolderInfo:
     holder: HolderId
     capacity_bytes: int
     used_bytes: int
-
-
-def pin(chunk: Chunk) -> Chunk:
-    """Copy a chunk into this host's object store; return read-only views that keep it there.
-
-    The reference is dropped on purpose: bytes that only a view keeps are neither evicted nor
-    spilled to disk, where a held reference would be under memory pressure.
-    """
-    pinned: Chunk = ray.get(ray.put(chunk))
-    return pinned
 
 
 class Holder:
@@ -143,7 +143,8 @@ class Holder:
         timeout_s = fetch_timeout_s(plan.chunk_sizes[index])
 
         def receive() -> Chunk:
-            chunk = self._transport.fetch(handle, source.node_id, key, index, timeout_s)
+            whole = ChunkId(key, index, plan.chunk_sizes[index])
+            chunk = self._transport.fetch(Source(source.node_id, handle), whole, timeout_s)
             if digest(chunk) != expected:
                 raise ChunkCorruptError(f"host {source.node_id[:8]}", str(key), index)
             return pin(chunk)

@@ -9,14 +9,13 @@ from typing import Protocol
 
 import numpy as np
 import ray
-from ray.exceptions import RayError
 
 from replication.checksum import digest
 from replication.durable import DurableStore
 from replication.errors import ChunkCorruptError, HolderUnavailableError, TieredError
 from replication.holder import NAMESPACE, holder_name
-from replication.records import Chunk, HolderId
-from replication.transport import RayTransport, fetch_timeout_s
+from replication.records import Chunk, ChunkId, HolderId
+from replication.transport import RayTransport, Source, Transport, fetch_timeout_s
 from tiered import register
 from tiered.errors import StepNotFoundError
 from tiered.history import ShardSources
@@ -54,7 +53,7 @@ class HolderTier:
         self.name = f"host {holder.node_id[:8]}"
         self._holder = holder
         self._record = sources.record
-        self._transport = RayTransport()
+        self._transport: Transport = RayTransport()
 
     def read(self, index: int) -> Chunk:
         """See Tier."""
@@ -63,11 +62,10 @@ class HolderTier:
             handle = ray.get_actor(holder_name(node_id), NAMESPACE)
         except ValueError as error:  # Ray's word for: no such actor
             raise HolderUnavailableError(node_id, "it is gone") from error
-        timeout_s = fetch_timeout_s(self._record.plan.chunk_sizes[index])
-        try:
-            return self._transport.fetch(handle, node_id, self._record.key, index, timeout_s)
-        except RayError as error:  # the object was lost, the store is full, a bug: ask the next
-            raise HolderUnavailableError(node_id, f"{type(error).__name__}: {error}") from error
+        size_bytes = self._record.plan.chunk_sizes[index]
+        chunk = ChunkId(self._record.key, index, size_bytes)
+        source = Source(node_id, handle)
+        return self._transport.fetch(source, chunk, fetch_timeout_s(size_bytes))
 
 
 class DurableTier:

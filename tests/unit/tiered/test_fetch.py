@@ -6,10 +6,15 @@ from typing import Any
 import pytest
 import ray
 import torch
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from replication.errors import HolderUnavailableError, ShardNotHeldError, TieredError
-from replication.records import Chunk, HolderId
+from replication.errors import (
+    HolderTimeoutError,
+    HolderUnavailableError,
+    ProtocolError,
+    ShardNotHeldError,
+    TieredError,
+)
+from replication.records import Chunk, ChunkId, HolderId
 from tests.contract.fake_store import FakeStore
 from tests.unit.tiered.fake_shard import MemoryTier, Shard
 from tiered import register
@@ -189,9 +194,11 @@ def test_a_holder_is_asked_for_a_chunk_with_a_deadline(
 ) -> None:
     tier, transport = holder_tier(shard, monkeypatch, shard.chunks[1])
     assert image_of([tier.read(1)]) == image_of([shard.chunks[1]])
-    ((handle, node_id, key, index, timeout_s),) = transport.calls
-    assert THERE.node_id in handle
-    assert (node_id, key, index) == (THERE.node_id, shard.record.key, 1)
+    ((source, chunk, timeout_s),) = transport.calls
+    assert THERE.node_id in source.actor
+    assert source.node_id == THERE.node_id
+    size_bytes = shard.record.plan.chunk_sizes[1]
+    assert chunk == ChunkId(shard.record.key, 1, size_bytes)
     assert 15 <= timeout_s < 16
 
 
@@ -212,9 +219,8 @@ def test_a_holder_that_is_gone_is_unavailable(
     [
         ShardNotHeldError("b", "shard"),
         HolderUnavailableError("b", "silent"),
-        RayActorError(),
-        ObjectLostError("00" * 28, "address", ""),
-        RayTaskError("read_chunk", "traceback", KeyError("bug")),
+        HolderTimeoutError("b", "hung"),
+        ProtocolError("b", "another size"),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -28,10 +28,17 @@ from replication.errors import (
     ReplicationError,
     ShardNotHeldError,
 )
-from replication.records import Chunk, ChunkId, Endpoint
+from replication.records import Chunk, ChunkId, Endpoint, Way
 from replication.sink import Sink
 from replication.stream import BusyError, Clock, Deadline, Stream, Tls, connect
-from replication.transport import Source, check_size, read_whole
+from replication.transport import (
+    FallbackTransport,
+    RayTransport,
+    Source,
+    Transport,
+    check_size,
+    read_whole,
+)
 
 STREAMS = 2  # of one holder: a second one gave 1.5 times the first, further ones nothing
 PART_BYTES = 1 << 20  # received at once, then hashed while the next is on the wire
@@ -73,6 +80,25 @@ class _Peer:
     is_closed: bool = False  # forgotten here: what is given back is closed
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What a holder tells, by an actor call alone, to who may read from its data plane.
+
+    Attributes:
+        endpoint: Where it listens; None when it has no data plane.
+        secret: The cluster's.
+    """
+
+    endpoint: Endpoint | None
+    secret: wire.Secret
+
+
+def open_transports(secret: wire.Secret, tls: Tls | None) -> dict[Way, Transport]:
+    """The transports by name; the automatic one goes by the two others."""
+    tcp, by_ray = TcpTransport(secret, tls=tls), RayTransport()
+    return {"auto": FallbackTransport(tcp, by_ray), "tcp": tcp, "ray": by_ray}
+
+
 class TcpTransport:
     """Reads from the data planes of one cluster's holders; implements `Transport`.
 
@@ -102,30 +128,19 @@ class TcpTransport:
         self._limits = limits or ClientLimits()
         self._clock = clock
         self._lock = threading.Lock()
+        self.bytes_read = 0
         self._peers: dict[Endpoint, _Peer] = {}  # one a holder's life: never many
 
     def read(self, source: Source, chunk: ChunkId, sink: Sink, timeout_s: float) -> None:
         """See Transport."""
         if source.endpoint is None:
             raise HolderUnavailableError(source.node_id, "its data plane is not known")
-        deadline = Deadline(timeout_s, self._clock)
-        peer = self._peer(source.endpoint)
-        fruitless = 0
-        while True:
-            before = sink.done_bytes
-            try:
-                with self._borrowed(peer, source.node_id, deadline) as (stream, is_fresh):
-                    return self._exchange(stream, source.node_id, chunk, sink, deadline)
-            except TimeoutError as error:
-                got = f"after {sink.done_bytes} of {sink.total_bytes} bytes"
-                self._failed(peer, f"silent {got}")
-                raise HolderTimeoutError(source.node_id, f"no answer in time, {got}") from error
-            except OSError as error:
-                # A connection from an earlier read may be one that the holder has closed since.
-                fruitless = fruitless + is_fresh if sink.done_bytes == before else 0
-                if fruitless > 1:
-                    self._failed(peer, str(error))
-                    raise HolderUnavailableError(source.node_id, str(error)) from error
+        had_bytes = sink.done_bytes
+        try:
+            self._read(source.node_id, self._peer(source.endpoint), chunk, sink, timeout_s)
+        finally:
+            with self._lock:
+                self.bytes_read += sink.done_bytes - had_bytes
 
     def fetch(self, source: Source, chunk: ChunkId, timeout_s: float) -> Chunk:
         """See Transport."""
@@ -141,6 +156,28 @@ class TcpTransport:
             self._close_idle(peer)
 
     # -- one read -------------------------------------------------------------------------------
+
+    def _read(
+        self, node_id: str, peer: _Peer, chunk: ChunkId, sink: Sink, timeout_s: float
+    ) -> None:
+        """Read over one connection after another, as long as each brings something."""
+        deadline = Deadline(timeout_s, self._clock)
+        fruitless = 0
+        while True:
+            before = sink.done_bytes
+            try:
+                with self._borrowed(peer, node_id, deadline) as (stream, is_fresh):
+                    return self._exchange(stream, node_id, chunk, sink, deadline)
+            except TimeoutError as error:
+                got = f"after {sink.done_bytes} of {sink.total_bytes} bytes"
+                self._failed(peer, f"silent {got}")
+                raise HolderTimeoutError(node_id, f"no answer in time, {got}") from error
+            except OSError as error:
+                # A connection from an earlier read may be one that the holder has closed since.
+                fruitless = fruitless + is_fresh if sink.done_bytes == before else 0
+                if fruitless > 1:
+                    self._failed(peer, str(error))
+                    raise HolderUnavailableError(node_id, str(error)) from error
 
     def _exchange(
         self, stream: Stream, node_id: str, chunk: ChunkId, sink: Sink, deadline: Deadline

@@ -11,7 +11,7 @@ Records are written as msgpack with a format number, and read back strictly.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NewType
+from typing import Any, Literal, NewType
 
 import msgpack
 import numpy as np
@@ -24,6 +24,7 @@ RECORD_FORMAT = 1
 Buffer = npt.NDArray[np.uint8]  # one contiguous run of bytes, [n] uint8
 Chunk = list[Buffer]  # a chunk's bytes are the concatenation of its buffers
 ActorRef = Any  # a Ray actor's handle, whose remote methods Ray does not type
+Way = Literal["auto", "tcp", "ray"]  # how chunks go; auto: by TCP where it works, else by Ray
 Life = NewType("Life", str)  # names one life of a job's workers; all its ranks give the same
 
 

@@ -65,6 +65,10 @@ class Transport(Protocol):
 
     name: str
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of chunks that have come this way so far."""
+
     def read(self, source: Source, chunk: ChunkId, sink: Sink, timeout_s: float) -> None:
         """Fill `sink` with what it still misses of a chunk; nothing is allocated for the bytes.
 
@@ -87,6 +91,10 @@ class RayTransport:
 
     name = "ray"
 
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.bytes_read = 0
+
     def read(self, source: Source, chunk: ChunkId, sink: Sink, timeout_s: float) -> None:
         """See Transport; Ray moves whole chunks, so all of it is fetched and a part copied."""
         whole = self.fetch(source, chunk, timeout_s)
@@ -108,6 +116,8 @@ class RayTransport:
             reason = f"{type(error).__name__}: {error}"
             raise HolderUnavailableError(source.node_id, reason) from error
         check_size(chunk, size_of(whole), source.node_id)
+        with self._lock:
+            self.bytes_read += chunk.size_bytes
         return whole
 
     def close(self) -> None:
@@ -129,12 +139,16 @@ class FallbackTransport:
         self._second = second
         self._lock = threading.Lock()
         self._failing: set[str] = set()
-        self.bytes_by_name = {first.name: 0, second.name: 0}  # whole reads, by who finished them
+
+    @property
+    def bytes_read(self) -> int:
+        """See Transport; by either way."""
+        return self._first.bytes_read + self._second.bytes_read
 
     def read(self, source: Source, chunk: ChunkId, sink: Sink, timeout_s: float) -> None:
         """See Transport."""
         ends_s = time.monotonic() + timeout_s
-        if self._is_open(source):
+        if source.endpoint is not None:
             try:
                 self._first.read(source, chunk, sink, timeout_s)
             except (ShardNotHeldError, HolderTimeoutError):
@@ -142,15 +156,14 @@ class FallbackTransport:
             except ReplicationError as error:
                 self._failed(source, error)
             else:
-                self._worked(source, sink.total_bytes)
+                self._worked(source)
                 return
         self._second.read(source, chunk, sink, _left_s(ends_s, source))
-        self._count(self._second.name, sink.total_bytes)
 
     def fetch(self, source: Source, chunk: ChunkId, timeout_s: float) -> Chunk:
         """See Transport."""
         ends_s = time.monotonic() + timeout_s
-        if self._is_open(source):
+        if source.endpoint is not None:
             try:
                 whole = self._first.fetch(source, chunk, timeout_s)
             except (ShardNotHeldError, HolderTimeoutError):
@@ -158,19 +171,14 @@ class FallbackTransport:
             except ReplicationError as error:
                 self._failed(source, error)
             else:
-                self._worked(source, chunk.size_bytes)
+                self._worked(source)
                 return whole
-        whole = self._second.fetch(source, chunk, _left_s(ends_s, source))
-        self._count(self._second.name, chunk.size_bytes)
-        return whole
+        return self._second.fetch(source, chunk, _left_s(ends_s, source))
 
     def close(self) -> None:
         """See Transport."""
         self._first.close()
         self._second.close()
-
-    def _is_open(self, source: Source) -> bool:
-        return source.endpoint is not None
 
     def _failed(self, source: Source, error: ReplicationError) -> None:
         with self._lock:
@@ -182,7 +190,7 @@ class FallbackTransport:
                 source.node_id[:8], error, self._second.name,
             )  # fmt: skip
 
-    def _worked(self, source: Source, size_bytes: int) -> None:
+    def _worked(self, source: Source) -> None:
         with self._lock:
             is_news = source.node_id in self._failing
             self._failing.discard(source.node_id)
@@ -190,11 +198,6 @@ class FallbackTransport:
             logger.info(
                 "host %s: chunks come by way of %s again", source.node_id[:8], self._first.name
             )
-        self._count(self._first.name, size_bytes)
-
-    def _count(self, name: str, size_bytes: int) -> None:
-        with self._lock:
-            self.bytes_by_name[name] += size_bytes
 
 
 def check_size(chunk: ChunkId, size_bytes: int, node_id: str) -> None:

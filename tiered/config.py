@@ -3,7 +3,9 @@
 import math
 import re
 from dataclasses import KW_ONLY, dataclass
+from typing import get_args
 
+from replication.records import Way
 from tiered.errors import ConfigError
 
 MIB = 1 << 20
@@ -28,12 +30,17 @@ class Memory:
         replicas: Copies on other hosts, beside the own host's. None: 1 where the cluster has
             another host, 0 (with a warning) where it has not.
         chunk_bytes: Unit of storage and transfer.
+        transport: How chunks go from host to host. "tcp": over connections of our own, between the
+            addresses by which Ray knows the hosts, on ports that the system chooses. "ray": through
+            Ray's object transfer, which needs no further ports and is slower. "auto": the first
+            where it works, else the second.
     """
 
     every_steps: int = 10
     keep: int = 2
     replicas: int | None = None
     chunk_bytes: int = 64 * MIB
+    transport: Way = "auto"
 
     def __post_init__(self) -> None:
         _at_least("Memory.every_steps", self.every_steps, 1)
@@ -41,6 +48,9 @@ class Memory:
         _at_least("Memory.chunk_bytes", self.chunk_bytes, 4096)
         if self.replicas is not None:
             _at_least("Memory.replicas", self.replicas, 0)
+        if self.transport not in get_args(Way):
+            allowed = ", ".join(map(repr, get_args(Way)))
+            raise ConfigError(f"Memory.transport={self.transport!r} must be one of {allowed}")
 
 
 @dataclass(frozen=True, slots=True)

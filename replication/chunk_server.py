@@ -34,6 +34,7 @@ from replication.stream import Clock, Deadline, Stream, Tls, accept, admit
 logger = logging.getLogger(__name__)
 
 BACKLOG = 128
+ACCEPT_PAUSE_S = 0.05
 WARN_EVERY_S = 60.0  # about strangers, whatever number of them comes
 
 ReadChunk = Callable[[ShardKey, int], Chunk]
@@ -118,7 +119,7 @@ class ChunkServer:
         self._clock = clock
         self._lock = threading.Lock()
         self._connections: set[_Connection] = set()
-        self._is_closing = False
+        self._closing = threading.Event()
         self._warned_s: float | None = None
         self.counters = ServerCounters()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -135,7 +136,7 @@ class ChunkServer:
         """End every connection and thread; idempotent, and over within `timeout_s`."""
         ends_s = self._clock() + timeout_s
         with self._lock:
-            self._is_closing = True
+            self._closing.set()
             threads = [c.thread for c in self._connections]
             for connection in self._connections:
                 connection.stream.interrupt()
@@ -152,7 +153,7 @@ class ChunkServer:
         with selectors.DefaultSelector() as selector, self._listener, self._woken:
             selector.register(self._listener, selectors.EVENT_READ)
             selector.register(self._woken, selectors.EVENT_READ)
-            while not self._is_closing:
+            while not self._closing.is_set():
                 ready = {key.fileobj for key, _ in selector.select()}
                 if self._listener in ready:
                     try:
@@ -161,6 +162,7 @@ class ChunkServer:
                         self._take(sock, str(address[0]))
                     except OSError as error:  # gone again; or no file descriptor is free
                         self._warn("a connection could not be accepted", error)
+                        self._closing.wait(ACCEPT_PAUSE_S)  # and it may not be next time either
 
     def _take(self, sock: socket.socket, peer: str) -> None:
         try:
@@ -175,7 +177,9 @@ class ChunkServer:
             if len(strangers) >= self._limits.strangers:
                 self._evict(min(strangers, key=lambda c: c.since_s))
             most = self._limits.strangers + self._limits.connections
-            if self._is_closing or len(self._connections) >= most:  # the evicted are still going
+            if (
+                self._closing.is_set() or len(self._connections) >= most
+            ):  # the evicted are still going
                 connection.stream.close()
                 return
             connection.thread = threading.Thread(

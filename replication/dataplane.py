@@ -9,8 +9,8 @@ Rules:
        all together within the caller's deadline.
     4. A connection that breaks is opened again and the read goes on with the next missing byte, as
        long as each attempt brings something. A holder that could not be reached, or let a deadline
-       pass, is not asked again before a pause is over: until then a read fails at once, so that
-       nobody waits for it twice.
+       pass, is not asked again before a pause is over: until then a read fails at once, with the
+       same kind of error, so that nobody waits for it twice, here or by another transport.
 """
 
 import contextlib
@@ -30,7 +30,15 @@ from replication.errors import (
 )
 from replication.records import Chunk, ChunkId, Endpoint, Way
 from replication.sink import Sink
-from replication.stream import BusyError, Clock, Deadline, Stream, Tls, connect
+from replication.stream import (
+    BusyError,
+    Clock,
+    ConnectTimeoutError,
+    Deadline,
+    Stream,
+    Tls,
+    connect,
+)
 from replication.transport import (
     FallbackTransport,
     RayTransport,
@@ -54,7 +62,7 @@ class ClientLimits:
         connect_s: For a connection to open, its handshake included.
         read_s: How long a holder may send no byte of what it was asked for.
         pause_s: How long a holder that failed is left alone, at first; doubled with each failure.
-        longest_pause_s: The longest of those pauses.
+        longest_pause_s: The longest of those pauses; and the first, where packets vanish.
         idle_s: A connection that nobody used for so long is closed.
     """
 
@@ -76,6 +84,7 @@ class _Peer:
     open: int = 0  # connections, idle ones included
     failures: int = 0  # since it last worked
     paused_until_s: float = 0.0
+    problem: type[HolderUnavailableError] = HolderUnavailableError  # for which it is left alone
     reason: str = ""
     is_closed: bool = False  # forgotten here: what is given back is closed
 
@@ -170,14 +179,12 @@ class TcpTransport:
                     return self._exchange(stream, node_id, chunk, sink, deadline)
             except TimeoutError as error:
                 got = f"after {sink.done_bytes} of {sink.total_bytes} bytes"
-                self._failed(peer, f"silent {got}")
-                raise HolderTimeoutError(node_id, f"no answer in time, {got}") from error
+                raise self._failed(peer, node_id, f"no answer in time, {got}", error) from error
             except OSError as error:
                 # A connection from an earlier read may be one that the holder has closed since.
                 fruitless = fruitless + is_fresh if sink.done_bytes == before else 0
                 if fruitless > 1:
-                    self._failed(peer, str(error))
-                    raise HolderUnavailableError(node_id, str(error)) from error
+                    raise self._failed(peer, node_id, str(error), error) from error
 
     def _exchange(
         self, stream: Stream, node_id: str, chunk: ChunkId, sink: Sink, deadline: Deadline
@@ -234,7 +241,7 @@ class TcpTransport:
             while True:
                 if (pause_s := peer.paused_until_s - self._clock()) > 0:
                     reason = f"{peer.reason}; not asked again for {pause_s:.1f} s"
-                    raise HolderUnavailableError(node_id, reason)
+                    raise peer.problem(node_id, reason)
                 if peer.idle:
                     return peer.idle.pop()[0], False
                 if peer.open < self._limits.streams:
@@ -258,13 +265,13 @@ class TcpTransport:
         except BusyError as error:  # it works: no pause
             raise HolderUnavailableError(node_id, f"{endpoint}: {error}") from error
         except TimeoutError as error:
-            self._failed(peer, f"no handshake with {endpoint} within {limit_s:g} s")
-            raise HolderTimeoutError(node_id, peer.reason) from error
+            reason = f"no handshake with {endpoint} within {limit_s:g} s"
+            raise self._failed(peer, node_id, reason, error) from error
         except OSError as error:
-            self._failed(peer, f"no connection to {endpoint}: {error}")
-            raise HolderUnavailableError(node_id, peer.reason) from error
+            reason = f"no connection to {endpoint}: {error}"
+            raise self._failed(peer, node_id, reason, error) from error
         except ReplicationError as error:
-            self._failed(peer, str(error))
+            self._failed(peer, node_id, str(error), error)
             raise
 
     def _give_back(self, peer: _Peer, stream: Stream, *, is_sound: bool) -> None:
@@ -278,16 +285,23 @@ class TcpTransport:
                 stream.close()
             peer.changed.notify()
 
-    def _failed(self, peer: _Peer, reason: str) -> None:
-        """Leave a holder alone for a while; its idle connections are no better."""
+    def _failed(
+        self, peer: _Peer, node_id: str, reason: str, cause: Exception
+    ) -> HolderUnavailableError:
+        """Leave a holder alone for a while, its idle connections too; return what to raise."""
         limits = self._limits
         with peer.changed:
             pause_s = min(limits.longest_pause_s, limits.pause_s * 2**peer.failures)
+            if isinstance(cause, ConnectTimeoutError):  # the next try would cost as much
+                pause_s = limits.longest_pause_s
             peer.failures = min(peer.failures + 1, 16)
             peer.paused_until_s = self._clock() + pause_s
+            is_silent = isinstance(cause, TimeoutError)
+            peer.problem = HolderTimeoutError if is_silent else HolderUnavailableError
             peer.reason = reason
             peer.changed.notify_all()
         self._close_idle(peer)
+        return peer.problem(node_id, reason)
 
     def _peer(self, endpoint: Endpoint) -> _Peer:
         """What is known of a holder; on the way, connections that nobody used are closed."""

@@ -101,6 +101,7 @@ class Sink:
     def fill(self, pieces: Iterable[memoryview]) -> None:
         """Copy the missing bytes from memory; `pieces` begins with the first of them."""
         for piece in pieces:
+            assert piece.nbytes <= self.missing_bytes, "more bytes than are missing"
             start = 0
             while start < piece.nbytes:
                 (room,) = self.next_views(piece.nbytes - start)

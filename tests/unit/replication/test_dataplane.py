@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from replication import wire
+from replication import dataplane, wire
 from replication.checksum import Digest, digest
 from replication.chunk_server import ChunkServer, ServerLimits
 from replication.dataplane import ClientLimits, TcpTransport
@@ -22,7 +22,7 @@ from replication.errors import (
 )
 from replication.records import ByteRange, Chunk, Endpoint, ShardKey
 from replication.sink import Sink
-from replication.stream import Deadline, Stream, Tls, tls_like_ray
+from replication.stream import ConnectTimeoutError, Deadline, Stream, Tls, connect, tls_like_ray
 from replication.transport import Source
 from replication.wire import Status
 from tests.unit.replication.peers import (
@@ -237,7 +237,7 @@ def test_a_hung_holder_costs_one_wait_and_then_nothing() -> None:
             read_all(transport, server.endpoint, id_of(CHUNK))
         for _ in range(3):
             deadline = Deadline(5.0)
-            with pytest.raises(HolderUnavailableError, match=r"silent .* not asked again for"):
+            with pytest.raises(HolderTimeoutError, match=r"no answer .* not asked again for"):
                 read_all(transport, server.endpoint, id_of(CHUNK))
             assert deadline.left_s > 4.0
         assert server.connections == 1
@@ -264,6 +264,29 @@ def test_a_process_that_accepts_and_says_nothing_is_silent_not_absent() -> None:
         endpoint = Endpoint("127.0.0.1", listener.getsockname()[1])
         with pytest.raises(HolderTimeoutError, match="no handshake"):
             read_all(plane, endpoint, id_of(CHUNK))
+
+
+def test_where_packets_vanish_the_first_pause_is_the_longest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def vanish(*_: object) -> None:
+        raise ConnectTimeoutError("timed out")
+
+    monkeypatch.setattr(dataplane, "connect", vanish)
+    with reading_plane(limits=ClientLimits(longest_pause_s=30.0)) as transport:
+        for words in ("no connection to", r"not asked again for (30\.0|29\.\d) s"):
+            with pytest.raises(HolderUnavailableError, match=words) as failure:
+                read_all(transport, Endpoint("127.0.0.1", 1), id_of(CHUNK))
+            assert not isinstance(failure.value, HolderTimeoutError)  # another way may work
+
+
+def test_an_address_that_nothing_answers_at_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: object, timeout: float) -> None:
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", silent)
+    with pytest.raises(ConnectTimeoutError):
+        connect(Endpoint("127.0.0.1", 1), SECRET, None, Deadline(1.0))
 
 
 def test_pauses_grow_and_end_when_the_holder_is_back() -> None:

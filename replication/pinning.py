@@ -1,12 +1,17 @@
 """Chunks in this host's object store: put there with one copy, and pinned by a live view."""
 
 import pickle
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
 from replication.records import Buffer, Chunk
+
+MAPS = Path("/proc/self/maps")
+SHARED_MEMORY = ("/dev/shm/", "/memfd:")
 
 
 class _OutOfBand:
@@ -39,3 +44,27 @@ def pin(chunk: Chunk) -> Chunk:
     """
     pinned: Chunk = ray.get(put(chunk))
     return pinned
+
+
+def is_shared_memory(buffer: Buffer) -> bool:
+    """Whether a buffer lies in one mapping that may be written and is memory, not a file.
+
+    Every client of the object store maps it for reading and writing; only the arrays that Ray makes
+    are read-only. Whoever writes to one makes sure that nobody else knows it.
+    """
+    try:
+        lines = MAPS.read_text().splitlines()
+    except OSError:
+        return False
+    return is_in_shared_memory(lines, buffer.ctypes.data, buffer.nbytes)
+
+
+def is_in_shared_memory(maps: Iterable[str], address: int, size_bytes: int) -> bool:
+    """Read that from the lines of /proc/self/maps."""
+    for line in maps:
+        span, rights, _, _, _, *path = line.split(maxsplit=5)
+        start, stop = (int(edge, 16) for edge in span.split("-"))
+        if start <= address < stop:
+            is_memory = bool(path) and path[0].startswith(SHARED_MEMORY)
+            return rights == "rw-s" and is_memory and address + size_bytes <= stop
+    return False

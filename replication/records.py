@@ -14,7 +14,7 @@ dictionary here, and a tuple is hashed and compared without running Python.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NewType
+from typing import Any, Literal, NamedTuple, NewType
 
 import msgpack
 import numpy as np
@@ -27,6 +27,7 @@ RECORD_FORMAT = 1
 Buffer = npt.NDArray[np.uint8]  # one contiguous run of bytes, [n] uint8
 Chunk = list[Buffer]  # a chunk's bytes are the concatenation of its buffers
 ActorRef = Any  # a Ray actor's handle, whose remote methods Ray does not type
+Way = Literal["auto", "tcp", "ray"]  # how chunks go; auto: by TCP where it works, else by Ray
 Life = NewType("Life", str)  # names one life of a job's workers; all its ranks give the same
 
 
@@ -60,6 +61,42 @@ class HolderId(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.node_id[:8]}/{self.incarnation[:4]}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkId:
+    """Names one chunk, and says how many bytes its shard's plan gives it."""
+
+    key: ShardKey
+    index: int
+    size_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.key} chunk {self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """Bytes `start` up to and without `stop`, counted from the beginning of a chunk."""
+
+    start: int
+    stop: int
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a holder's data plane listens."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)

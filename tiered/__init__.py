@@ -18,12 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from replication.errors import (
+        AuthenticationError,
         ChunkCorruptError,
         DeadlineError,
         FencedError,
+        HolderTimeoutError,
         HolderUnavailableError,
         MemoryBudgetError,
         PlacementError,
+        ProtocolError,
+        ProtocolVersionError,
         ReplicationError,
         ShardNotHeldError,
         TieredError,
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "S3",
+    "AuthenticationError",
     "CheckpointError",
     "Checkpointer",
     "ChunkCorruptError",
@@ -55,6 +60,7 @@ __all__ = [
     "DegradedStep",
     "DurableStoreError",
     "FencedError",
+    "HolderTimeoutError",
     "HolderUnavailableError",
     "JobStatus",
     "KeepBest",
@@ -63,6 +69,8 @@ __all__ = [
     "Memory",
     "MemoryBudgetError",
     "PlacementError",
+    "ProtocolError",
+    "ProtocolVersionError",
     "Recovered",
     "ReplicationError",
     "Restored",
@@ -81,12 +89,16 @@ __all__ = [
 ]
 
 _HOME = {
+    "AuthenticationError": "replication.errors",
     "ChunkCorruptError": "replication.errors",
     "DeadlineError": "replication.errors",
     "FencedError": "replication.errors",
+    "HolderTimeoutError": "replication.errors",
     "HolderUnavailableError": "replication.errors",
     "MemoryBudgetError": "replication.errors",
     "PlacementError": "replication.errors",
+    "ProtocolError": "replication.errors",
+    "ProtocolVersionError": "replication.errors",
     "ReplicationError": "replication.errors",
     "ShardNotHeldError": "replication.errors",
     "TieredError": "replication.errors",

@@ -225,7 +225,8 @@ class Checkpointer:
         sources = resolution.shards[self._worker.rank]
         s3 = self.settings.s3
         store = S3Store(s3, self.job) if s3 is not None else None
-        reader = ShardReader(sources, tiers_of(sources, self._node_id, store))
+        way = self.settings.memory.transport
+        reader = ShardReader(sources, tiers_of(sources, self._node_id, store, way))
         with contextlib.closing(store) if store is not None else contextlib.nullcontext():
             restore_into(state, reader, allow_pickle=self._allow_pickle)
         self.restored = Restored(
@@ -446,7 +447,8 @@ class Checkpointer:
         )
         need = steps * (1 + replicas) * shard_bytes
         reservation = Reservation(self._generation, need, detail)
-        answer = self._holder.reserve.remote(self.job, self._worker.rank, reservation)
+        rank, way = self._worker.rank, memory.transport
+        answer = self._holder.reserve.remote(self.job, rank, reservation, way)
         self._answers([answer])
         self._declared_bytes = shard_bytes
 

@@ -5,6 +5,7 @@ import re
 from dataclasses import KW_ONLY, dataclass
 from typing import get_args
 
+from replication.records import Way
 from tiered.admission import Backpressure
 from tiered.errors import ConfigError
 from tiered.retention import Retention, check_policies
@@ -41,6 +42,10 @@ class Memory:
         repair_bytes_per_s: What a host sends at most, on average, to make up for lost copies.
         prepare: Make object-store memory for the next save ready in the background, so that a save
             is one copy into warm memory; it is part of what `in_flight` saves take anyway.
+        transport: How chunks go from host to host. "tcp": over connections of our own, between the
+            addresses by which Ray knows the hosts, on ports that the system chooses. "ray": through
+            Ray's object transfer, which needs no further ports and is slower. "auto": the first
+            where it works, else the second.
     """
 
     every_steps: int = 10
@@ -54,6 +59,7 @@ class Memory:
     in_flight: int = 2
     repair_bytes_per_s: int = 500_000_000
     prepare: bool = True
+    transport: Way = "auto"
 
     def __post_init__(self) -> None:
         _at_least("Memory.every_steps", self.every_steps, 1)
@@ -69,9 +75,10 @@ class Memory:
                 raise ConfigError(f"Memory.{name}={value!r} must be True or False")
         if self.strict and self.replicas is None:
             raise ConfigError("Memory(strict=True) needs a number of replicas to be strict about")
-        if self.backpressure not in get_args(Backpressure):
-            allowed = ", ".join(repr(name) for name in get_args(Backpressure))
-            raise ConfigError(f"Memory.backpressure={self.backpressure!r} must be one of {allowed}")
+        for name, kind in (("backpressure", Backpressure), ("transport", Way)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                allowed = ", ".join(map(repr, get_args(kind)))
+                raise ConfigError(f"Memory.{name}={value!r} must be one of {allowed}")
 
     @property
     def steps_held(self) -> int:

@@ -103,7 +103,9 @@ class Coordinator:
     def __init__(self) -> None:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)  # this process is ours
         logging.getLogger("botocore").setLevel(logging.WARNING)
-        self._fleet = Fleet(COORDINATOR_NAME, self._joined, self._lost, self._may_end)
+        self._fleet = Fleet(
+            COORDINATOR_NAME, self._joined, self._lost, self._may_end, register.cluster_secret
+        )
         self._ledgers: dict[str, Ledger] = {}
         self._jobs: dict[str, Job] = {}
         self._leaving: set[str] = set()

@@ -91,9 +91,11 @@ class Recovered:
 
     @contextlib.contextmanager
     def _reading(self, rank: int) -> Iterator[ShardReader]:
+        reader = self._reader(rank)
         try:
-            yield self._reader(rank)
+            yield reader
         finally:
+            reader.close()
             if self._store is not None:
                 self._store.close()
 

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from replication.pinning import put
+from replication.pinning import is_shared_memory, put
 from tiered.image import Layout, Span, bytes_between, data_chunk, overlapping
 
 logger = logging.getLogger(__name__)
@@ -154,31 +153,16 @@ class Stager:
 
 
 def writable(sealed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
-    """The same bytes of this host's object store, writable; None where they are mapped otherwise.
+    """The same bytes of the object store, writable; None where they are mapped otherwise.
 
-    Every client of the store maps all of it for reading and writing; only the arrays that Ray makes
-    say otherwise. For an object that nobody else knows yet.
+    For an object that nobody else knows yet.
     """
-    address, size = sealed.ctypes.data, sealed.nbytes
-    if not _is_mapped_writable(address, size):
+    if not is_shared_memory(sealed):
         return None
-    memory: Any = (ctypes.c_ubyte * size).from_address(address)
+    memory: Any = (ctypes.c_ubyte * sealed.nbytes).from_address(sealed.ctypes.data)
     memory.owner = sealed  # it keeps the object where it is
     view: np.ndarray[Any, Any] = np.frombuffer(memory, dtype=np.uint8)
     return view
-
-
-def _is_mapped_writable(address: int, size: int) -> bool:
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return False
-    for line in lines:
-        where, flags = line.split(None, 2)[:2]
-        low, high = (int(n, 16) for n in where.split("-"))
-        if low <= address < high:
-            return address + size <= high and flags == "rw-s"
-    return False
 
 
 def _slot(

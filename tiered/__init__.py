@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tiered.errors import (
         CheckpointError,
         ConfigError,
+        DurableStoreDownError,
         DurableStoreError,
         SaveError,
         StateError,
@@ -51,6 +52,7 @@ __all__ = [
     "ChunkCorruptError",
     "ConfigError",
     "DeadlineError",
+    "DurableStoreDownError",
     "DurableStoreError",
     "FencedError",
     "HolderUnavailableError",
@@ -90,6 +92,7 @@ _HOME = {
     "JobStatus": "tiered.coordinator",
     "CheckpointError": "tiered.errors",
     "ConfigError": "tiered.errors",
+    "DurableStoreDownError": "tiered.errors",
     "DurableStoreError": "tiered.errors",
     "SaveError": "tiered.errors",
     "StateError": "tiered.errors",

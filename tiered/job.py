@@ -511,9 +511,10 @@ class Job(Catalogue):
         if settings is None or settings.s3 is None or self.begin is not None:
             return []
         on_branch = sorted(v for v in self.durable if is_on_branch(v, self.parents))
-        if len(on_branch) <= settings.s3.keep:
+        keep = settings.s3.keep
+        if keep is None or len(on_branch) <= keep:
             return []
-        mark = on_branch[-settings.s3.keep]
+        mark = on_branch[-keep]
         gone = tuple(sorted(v for v in self.durable if v < mark))
         self.durable -= set(gone)
         for version in gone:

@@ -13,12 +13,13 @@ from chaos.s3_server import S3Server
 from replication.durable import DurableStore
 from replication.records import Chunk
 from tests.contract.fake_store import FakeStore
-from tiered.config import S3
+from tiered.config import MIB, S3
 from tiered.errors import DurableStoreError
-from tiered.s3 import DELETE_BATCH, PART_SIZE_BYTES, S3Store
+from tiered.s3 import DELETE_BATCH, S3Store
 
 BUCKET = "contract"
 WRITERS = 4
+PART_BYTES = 5 * MIB
 
 _roots = (f"job-{number}" for number in itertools.count())
 
@@ -31,7 +32,7 @@ def s3_settings() -> Iterator[S3]:
         for name, value in server.environment().items():
             patch.setenv(name, value)
         server.create_bucket(BUCKET)
-        yield S3(f"s3://{BUCKET}/check/points")
+        yield S3(f"s3://{BUCKET}/check/points", part_bytes=PART_BYTES)
 
 
 @pytest.fixture(params=["fake", "s3"])
@@ -71,12 +72,12 @@ def test_upload_of_no_bytes_stores_an_empty_object(
 
 
 def test_upload_in_several_parts_is_one_object(store: DurableStore) -> None:
-    image = image_of(2 * PART_SIZE_BYTES + 12_345)
-    cut = PART_SIZE_BYTES - 7
+    image = image_of(2 * PART_BYTES + 12_345)
+    cut = PART_BYTES - 7
     store.upload("large", chunks_of([image[:cut]], [image[cut : cut + 3], image[cut + 3 :]]))
 
     assert store.get("large") == image
-    edge = PART_SIZE_BYTES - 100
+    edge = PART_BYTES - 100
     assert store.read("large", edge, 200) == image[edge : edge + 200]
     assert store.read("large", len(image) - 1, 1) == image[-1:]
 

@@ -306,7 +306,10 @@ class _Handler(BaseHTTPRequestHandler):
                     return
         length = int(self.headers.get("Content-Length") or 0)
         left = length if until is None else min(length, until)
-        while left and (block := self.rfile.read(min(BLOCK_BYTES, left))):
+        while left:
+            block = self.rfile.read(min(BLOCK_BYTES, left))
+            if not block:
+                raise ConnectionAbortedError("the client broke off in its body")
             left -= len(block)
             self._request.request_bytes += len(block)
             yield block

@@ -5,6 +5,7 @@
 | no connection, cut off, timeout, a body that broke off | yes | it is down |
 | 500, 502, 503 (SlowDown), 504, 507, 429, throttling | yes | it is down, or should be left alone |
 | 409 and 412 of a conditional write | yes | it answers |
+| a body that arrived damaged, as its checksum tells | yes | it answers |
 | credentials not valid any more | once, with new ones | it answers |
 | 403, 404, a clock that is off, anything else | no | it answers |
 """
@@ -15,17 +16,19 @@ from email.utils import parsedate_to_datetime
 import botocore.exceptions as botocore
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import ClientError
+from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from tiered.config import S3
 
-FOREIGN = (ClientError, botocore.BotoCoreError, Boto3Error, HTTPError)
+FOREIGN = (ClientError, botocore.BotoCoreError, Boto3Error, HTTPError, ResponseParserError)
 
 _NETWORK = (botocore.HTTPClientError, botocore.ConnectionError, HTTPError)
 _BROKEN_BODY = (
     botocore.ResponseStreamingError,
     botocore.IncompleteReadError,
     botocore.FlexibleChecksumError,
+    ResponseParserError,  # a listing that broke off
 )
 _NO_CREDENTIALS = (
     botocore.NoCredentialsError,
@@ -45,6 +48,12 @@ _THROTTLES = {
     "Throttling",
     "ThrottlingException",
     "TooManyRequestsException",
+}
+_DAMAGED_REQUESTS = {  # what arrived is not what was sent
+    "BadDigest",
+    "InvalidDigest",
+    "XAmzContentChecksumMismatch",
+    "XAmzContentSHA256Mismatch",
 }
 _STALE_CREDENTIALS = {
     "ExpiredToken",
@@ -94,7 +103,9 @@ def is_passing(error: BaseException) -> bool:
 
     409: another conditional request was under way; 412: what was there is gone again.
     """
-    return is_outage(error) or isinstance(error, _BROKEN_BODY) or status_of(error) in (409, 412)
+    if is_outage(error) or isinstance(error, _BROKEN_BODY) or status_of(error) in (409, 412):
+        return True
+    return code_of(error) in _DAMAGED_REQUESTS
 
 
 def is_stale_credentials(error: BaseException) -> bool:

@@ -21,22 +21,14 @@ from chaos.s3_faults import Fault
 from chaos.s3_proxy import REDACTED, FaultProxy
 from chaos.s3_server import S3Server
 from replication.errors import DeadlineError
+from tests.contract.conftest import SHARED_BUCKET
 
-BUCKET = "proxied"
 BODY = bytes(range(256)) * 4096  # 1 MiB
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with S3Server() as running:
-        running.create_bucket(BUCKET)
-        yield running
-
-
 @pytest.fixture
-def proxy(server: S3Server) -> Iterator[FaultProxy]:
-    with FaultProxy(server.endpoint_url) as running:
-        yield running
+def server(shared_server: S3Server) -> S3Server:
+    return shared_server
 
 
 @pytest.fixture
@@ -57,21 +49,21 @@ def client(server: S3Server, proxy: FaultProxy) -> Iterator[Any]:
 
 
 def put(client: Any, key: str = "key", body: bytes = BODY) -> Any:
-    return client.put_object(Bucket=BUCKET, Key=key, Body=body)
+    return client.put_object(Bucket=SHARED_BUCKET, Key=key, Body=body)
 
 
 def get(client: Any, key: str = "key", **more: Any) -> bytes:
-    data: bytes = client.get_object(Bucket=BUCKET, Key=key, **more)["Body"].read()
+    data: bytes = client.get_object(Bucket=SHARED_BUCKET, Key=key, **more)["Body"].read()
     return data
 
 
 def test_without_faults_everything_passes_and_is_recorded(client: Any, proxy: FaultProxy) -> None:
     put(client, "a b/ü+%.bin")
     assert get(client, "a b/ü+%.bin", Range="bytes=5-9") == BODY[5:10]
-    assert client.list_objects_v2(Bucket=BUCKET, Prefix="a b/")["KeyCount"] == 1
-    assert client.head_object(Bucket=BUCKET, Key="a b/ü+%.bin")["ContentLength"] == len(BODY)
+    assert client.list_objects_v2(Bucket=SHARED_BUCKET, Prefix="a b/")["KeyCount"] == 1
+    assert client.head_object(Bucket=SHARED_BUCKET, Key="a b/ü+%.bin")["ContentLength"] == len(BODY)
     objects = {"Objects": [{"Key": "a b/ü+%.bin"}]}
-    assert "Errors" not in client.delete_objects(Bucket=BUCKET, Delete=objects)
+    assert "Errors" not in client.delete_objects(Bucket=SHARED_BUCKET, Delete=objects)
     with pytest.raises(ClientError, match="NoSuchKey"):
         get(client, "a b/ü+%.bin")
 
@@ -90,7 +82,7 @@ def test_without_faults_everything_passes_and_is_recorded(client: Any, proxy: Fa
 
 def test_the_record_holds_no_credentials(client: Any, proxy: FaultProxy, server: S3Server) -> None:
     put(client)
-    url = client.generate_presigned_url("get_object", {"Bucket": BUCKET, "Key": "key"})
+    url = client.generate_presigned_url("get_object", {"Bucket": SHARED_BUCKET, "Key": "key"})
     with urllib.request.urlopen(url) as answer:  # the signature is in the query
         assert answer.read() == BODY
     keys = server.environment()
@@ -102,13 +94,13 @@ def test_the_record_holds_no_credentials(client: Any, proxy: FaultProxy, server:
 
 
 def test_each_operation_has_its_name(client: Any, proxy: FaultProxy) -> None:
-    at = {"Bucket": BUCKET, "Key": "parts"}
+    at = {"Bucket": SHARED_BUCKET, "Key": "parts"}
     upload = client.create_multipart_upload(**at)["UploadId"]
     client.upload_part(**at, UploadId=upload, PartNumber=1, Body=b"x")
     client.list_parts(**at, UploadId=upload)
-    client.list_multipart_uploads(Bucket=BUCKET)
+    client.list_multipart_uploads(Bucket=SHARED_BUCKET)
     client.abort_multipart_upload(**at, UploadId=upload)
-    client.head_bucket(Bucket=BUCKET)
+    client.head_bucket(Bucket=SHARED_BUCKET)
     client.delete_object(**at)
     assert [r.operation for r in proxy.requests] == [
         "CreateMultipartUpload",
@@ -203,7 +195,7 @@ def test_a_request_that_is_held_for_ever_times_out(
         config=hasty,
     )
     with proxy.faulted(Fault("slow")), pytest.raises(ReadTimeoutError):
-        other.get_object(Bucket=BUCKET, Key="key")
+        other.get_object(Bucket=SHARED_BUCKET, Key="key")
     other.close()
 
 
@@ -213,7 +205,7 @@ def test_faults_count_and_follow_their_seed(client: Any, proxy: FaultProxy) -> N
         told = ""
         for _ in range(calls):
             try:
-                client.head_bucket(Bucket=BUCKET)
+                client.head_bucket(Bucket=SHARED_BUCKET)
                 told += "."
             except ClientError:
                 told += "x"
@@ -251,7 +243,7 @@ def test_a_dead_server_is_a_cut_connection(client: Any, server: S3Server) -> Non
             config=Config(retries={"total_max_attempts": 1}),
         )
         with pytest.raises(ConnectionClosedError):
-            other.head_bucket(Bucket=BUCKET)
+            other.head_bucket(Bucket=SHARED_BUCKET)
         other.close()
 
 
@@ -271,7 +263,7 @@ def test_stop_cuts_what_is_under_way_and_is_idempotent(server: S3Server) -> None
 
     def ask() -> None:
         try:
-            client.head_bucket(Bucket=BUCKET)
+            client.head_bucket(Bucket=SHARED_BUCKET)
         except (ClientError, HTTPClientError) as error:
             errors.append(error)
 

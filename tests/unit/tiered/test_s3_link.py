@@ -156,7 +156,7 @@ def test_addressing_and_limits_reach_the_client(
 
     config = seen["config"]
     assert config.s3 == style
-    assert config.retries == {"mode": "adaptive", "total_max_attempts": 1}
+    assert config.retries == {"mode": "standard", "total_max_attempts": 1}
     assert (config.connect_timeout, config.read_timeout) == (5.0, 30.0)
     assert (seen["region_name"], seen["profile_name"]) == ("eu-west-1", "p")
     assert seen["endpoint_url"] == settings.get("endpoint_url")

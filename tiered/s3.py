@@ -19,7 +19,6 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, cast
@@ -32,6 +31,7 @@ from replication.durable import DurableStore
 from tiered import s3_upload
 from tiered.config import MIB, S3, path_problem
 from tiered.errors import ConfigError
+from tiered.garbage import StoredObject, UnfinishedUpload
 from tiered.s3_errors import is_absent, may_have_been_served
 from tiered.s3_link import Link, leave, link_to, object_args, request_args
 
@@ -43,32 +43,6 @@ if TYPE_CHECKING:
 RANGE_BYTES = 8 * MIB  # of one GET; a longer read is several of them at once
 MAX_OBJECT_BYTES = 256 * MIB  # that `get` reads whole into memory
 DELETE_BATCH = 1000  # keys in one DeleteObjects request, S3's limit
-
-
-@dataclass(frozen=True, slots=True)
-class StoredObject:
-    """An object as a listing tells it; its time is of the store's clock."""
-
-    key: str
-    size_bytes: int
-    modified: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class UnfinishedUpload:
-    """A multipart upload that was neither completed nor aborted.
-
-    Attributes:
-        key: What it was to become.
-        upload_id: The store's name for it.
-        size_bytes: Of its parts so far.
-        modified: When it began or, if later, when its last part came, by the store's clock.
-    """
-
-    key: str
-    upload_id: str
-    size_bytes: int
-    modified: datetime
 
 
 class S3Store(DurableStore):
@@ -206,10 +180,10 @@ class S3Store(DurableStore):
 
         return self.link.ask("list", path, look)
 
-    def abort(self, uploads: Iterable[UnfinishedUpload]) -> None:
-        """Abort unfinished uploads and free their parts; one that has ended is no error."""
-        for upload in uploads:
-            s3_upload.abort(self.link, self._path(upload.key), upload.upload_id)
+    def abort(self, uploads: Iterable[tuple[str, str]]) -> None:
+        """Abort unfinished uploads, by key and upload id; one that has ended is no error."""
+        for key, upload_id in uploads:
+            s3_upload.abort(self.link, self._path(key), upload_id)
 
     def delete(self, keys: Iterable[str]) -> None:
         """See `DurableStore.delete`; goes on after a failed key, and reports it at the end."""

@@ -158,7 +158,7 @@ def test_an_upload_of_another_key_is_left_alone(store: S3Store, proxy: FaultProx
     store.link.client().create_multipart_upload(**at)
     store.upload("image", chunks_of(image_of()))
     assert [upload.key for upload in store.uploads("")] == ["image-2"]
-    store.abort(store.uploads(""))
+    store.abort((upload.key, upload.upload_id) for upload in store.uploads(""))
     assert store.uploads("") == []
 
 

@@ -276,8 +276,9 @@ class Holder:
             ChunkCorruptError: This copy is corrupt; nothing was uploaded.
             Exception: Whatever the store raises.
         """
-        record = await self._verified(key)
         with contextlib.closing(store):
+            await asyncio.to_thread(store.check)  # before a whole shard is read for nothing
+            record = await self._verified(key)
             await asyncio.to_thread(store.upload, object_key, self._whole(record))
         return record
 

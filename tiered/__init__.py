@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tiered.errors import (
         CheckpointError,
         ConfigError,
+        DurableStoreDownError,
         DurableStoreError,
         SaveError,
         StateError,
@@ -58,6 +59,7 @@ __all__ = [
     "ConfigError",
     "DeadlineError",
     "DegradedStep",
+    "DurableStoreDownError",
     "DurableStoreError",
     "FencedError",
     "HolderTimeoutError",
@@ -115,6 +117,7 @@ _HOME = {
     "drain": "tiered.recovery",
     "CheckpointError": "tiered.errors",
     "ConfigError": "tiered.errors",
+    "DurableStoreDownError": "tiered.errors",
     "DurableStoreError": "tiered.errors",
     "SaveError": "tiered.errors",
     "StateError": "tiered.errors",

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar, assert_never
 
+from replication.durable import upload_timeout_s
 from replication.errors import DeadlineError, FencedError, HolderUnavailableError, TieredError
 from replication.fleet import HEARTBEAT_S, HEARTBEAT_TIMEOUT_S, Fleet
 from replication.holder import LOG_FORMAT
@@ -22,7 +23,7 @@ from tiered import messages as m
 from tiered import register
 from tiered.admission import Admission
 from tiered.config import S3, JobSettings
-from tiered.errors import DurableStoreError, StepNotFoundError
+from tiered.errors import DurableStoreDownError, DurableStoreError, StepNotFoundError
 from tiered.history import Resolution
 from tiered.job import Job
 from tiered.ledger import Ledger
@@ -33,7 +34,6 @@ COORDINATOR_NAME = "coordinator"
 CALL_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 60.0
 VERIFY_TIMEOUT_S = 60.0
-UPLOAD_TIMEOUT_S = 3600.0
 S3_INDEX_TIMEOUT_S = 15.0
 SETTLE_TIMEOUT_S = 30.0
 BEGIN_TIMEOUT_S = 150.0
@@ -113,6 +113,7 @@ class Coordinator:
         self._started: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Event()
+        self._upload_problem = ""
         self._answers: dict[tuple[str, Life], asyncio.Future[TieredError | None]] = {}
 
     # -- called by trainers, holders and tools --------------------------------------------------
@@ -523,13 +524,25 @@ class Coordinator:
         version, rank, holder = command.version, command.rank, command.holder
         store = self._ledger(job).store(_settings(job))
         key = ShardKey(job.name, version, rank)
-        object_key = register.shard_key(version, rank)
+        args = (key, store, register.shard_key(version, rank))
+        copy = job.copies.get(version, {}).get(rank, {}).get(holder)
+        size_bytes = 0 if copy is None else copy.plan.size_bytes
+        timeout_s = upload_timeout_s(size_bytes, store.settings.bandwidth_bytes_per_s)
         try:
-            record = await self._fleet.call(
-                holder, "upload", UPLOAD_TIMEOUT_S, key, store, object_key
-            )
-        except Exception as error:  # noqa: BLE001 - the core decides who tries next
+            await asyncio.to_thread(store.check)  # while S3 is down no holder is bothered
+        except DurableStoreError as error:
             return m.UploadFailed(version, rank, holder, _first_line(error))
+        try:
+            record = await self._fleet.call(holder, "upload", timeout_s, *args)
+        except Exception as error:  # noqa: BLE001 - the core decides who tries next
+            reason, cause = _first_line(error), getattr(error, "cause", None) or error
+            if isinstance(cause, DurableStoreDownError):
+                store.report(cause.problem)
+            elif reason != self._upload_problem:  # once for each, not for each rank
+                logger.warning("%s rank %d not uploaded: %s", _tag(job, version), rank, reason)
+                self._upload_problem = reason
+            return m.UploadFailed(version, rank, holder, reason)
+        store.report(None)
         return m.ShardUploaded(version, rank, record)
 
     async def _publish(self, job: Job, command: m.PublishManifest) -> m.Event:

@@ -627,9 +627,10 @@ class Job(Catalogue):
         if settings is None or settings.s3 is None or self.begin is not None:
             return []
         on_branch = sorted(v for v in self.durable if is_on_branch(v, self.parents))
-        if len(on_branch) <= settings.s3.keep:
+        keep = settings.s3.keep
+        if keep is None or len(on_branch) <= keep:
             return []
-        mark, policies = on_branch[-settings.s3.keep], settings.s3.also_keep
+        mark, policies = on_branch[-keep], settings.s3.also_keep
         steps = [self.saved_step(v) for v in on_branch]
         unknown = {s.version for s in steps if s.metrics is None} - self._facts_asked
         if unknown and any(policy.needs_facts for policy in policies):

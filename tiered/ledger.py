@@ -62,6 +62,8 @@ class Ledger:
         if is_ours and claim.settings.s3 is not None:
             try:
                 is_ours = self.store(claim.settings).create(key, data)
+                if is_ours:
+                    self._mirrored.add(key)
             except DurableStoreError as error:
                 logger.warning("[%s] generation not claimed on S3 yet: %s", self.job, error)
         return GenerationClaimed(claim.generation, is_ours)
@@ -110,13 +112,10 @@ class Ledger:
         """Read a durable step's manifest.
 
         Raises:
-            ValueError: It is gone, or not the whole manifest of this version.
+            ValueError: It is gone, not the whole manifest of this version, or its shards are.
             DurableStoreError: S3 did not answer.
         """
-        data = self.store(settings).get(register.manifest_key(version))
-        if data is None:
-            raise ValueError("it is gone")
-        return register.decode_manifest(self.job, version, data)
+        return read_manifest(self.store(settings), self.job, version)
 
     def publish(
         self,
@@ -142,6 +141,9 @@ class Ledger:
         for started in sorted(self.recall().parents):  # what S3 missed while it was away
             if key := self._mirror(started, settings):
                 return f"another cluster has written {key} of this job"
+        sizes = store.sizes(register.data_prefix(version))
+        if missing := register.explain_missing(records, sizes):
+            return f"it is not whole on S3: {missing}"
         manifest = register.encode_manifest(self.job, version, records)
         if not store.create(register.manifest_key(version), manifest):
             return "another manifest of this step is there"
@@ -157,3 +159,19 @@ class Ledger:
         store.delete([register.manifest_key(version) for version in versions])
         for version in versions:
             store.delete(store.keys(register.data_prefix(version)))
+
+
+def read_manifest(store: S3Store, job: str, version: Version) -> tuple[ShardRecord, ...]:
+    """Read a durable step's manifest, and see that every shard is there with its size: one LIST.
+
+    Raises:
+        ValueError: It is gone, not the whole manifest of this version, or not what is there.
+        DurableStoreError: S3 did not answer.
+    """
+    data = store.get(register.manifest_key(version))
+    if data is None:
+        raise ValueError("it is gone")
+    records = register.decode_manifest(job, version, data)
+    if missing := register.explain_missing(records, store.sizes(register.data_prefix(version))):
+        raise ValueError(missing)
+    return records

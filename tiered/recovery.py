@@ -17,6 +17,7 @@ from tiered.coordinator import CALL_TIMEOUT_S, SETTLE_TIMEOUT_S, JobStatus
 from tiered.errors import ConfigError, StepNotFoundError, WorldSizeError
 from tiered.fetch import ShardReader, tiers_of
 from tiered.history import Candidate, Resolution, ShardSources, latest_consistent_step
+from tiered.ledger import read_manifest
 from tiered.restore import read_state, restore_into
 from tiered.s3 import S3Store
 
@@ -233,11 +234,8 @@ def _resolve_on_s3(job: str, store: S3Store, step: int | None, before: int | Non
 def _read_manifest(
     job: str, store: S3Store, version: Version
 ) -> tuple[str, tuple[ShardSources, ...]]:
-    data = store.get(register.manifest_key(version))
-    if data is None:
-        return "its manifest is gone", ()
     try:
-        records = register.decode_manifest(job, version, data)
+        records = read_manifest(store, job, version)
     except ValueError as error:
         return f"its manifest cannot be used: {error}", ()
     return "", tuple(ShardSources(record, (), is_durable=True) for record in records)

@@ -233,6 +233,25 @@ def decode_manifest(job: str, version: Version, data: bytes) -> tuple[ShardRecor
     return records
 
 
+def explain_missing(records: Iterable[ShardRecord], sizes: Mapping[str, int]) -> str:
+    """Which shards of a step are not on S3, or not with their size; empty when all are.
+
+    Args:
+        records: What the manifest says.
+        sizes: Of the objects that are there, by key.
+    """
+    problems = []
+    for record in records:
+        stored = sizes.get(shard_key(record.key.version, record.key.rank))
+        if stored is None:
+            problems.append(f"rank {record.key.rank}'s shard is missing")
+        elif stored != record.plan.size_bytes:
+            expected = record.plan.size_bytes
+            problems.append(f"rank {record.key.rank}'s shard has {stored} bytes, not {expected}")
+    more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return ", ".join(problems[:3]) + more
+
+
 def _read_entry(shard: Mapping[str, Any]) -> ShardRecord:
     """One shard's record, its numbers checked before any of them becomes a length of memory."""
     for name in ("generation", "step", "rank", "world_size"):

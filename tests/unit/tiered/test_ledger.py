@@ -44,9 +44,16 @@ class Cluster:
             self.ledgers.append(one)
 
 
+class S3WithShards(FakeStore):
+    """Every shard that anybody asks for was uploaded."""
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        return {register.shard_key(Version(g, s), 0): 1 for g in range(6) for s in (10, 20)}
+
+
 @pytest.fixture
 def s3() -> FakeStore:
-    store = FakeStore()
+    store = S3WithShards()
     store.settings = SETTINGS.s3  # type: ignore[attr-defined]
     return store
 

@@ -145,6 +145,10 @@ class Holder:
         self._core.reserve(job, rank, reservation)
         self._ways[job] = way
 
+    async def release(self, job: str, rank: int) -> None:
+        """Take back what a rank declared: it will save no more."""
+        self._core.release(job, rank)
+
     async def stage_chunk(self, key: ShardKey, plan: ShardPlan, index: int, chunk: Chunk) -> None:
         """Pin a chunk that a trainer on this host has put into the object store.
 

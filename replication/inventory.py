@@ -332,17 +332,35 @@ class Inventory:
 
         Raises:
             FencedError: The generation is fenced off.
-            MemoryBudgetError: With what other ranks declared it exceeds the budget.
+            MemoryBudgetError: With what other ranks declared, and what other jobs declared or have
+                here, it exceeds the budget.
         """
         self.check_generation(job, reservation.generation)
-        others = sum(r.need_bytes for k, r in self.reservations.items() if k != (job, rank))
-        need = others + reservation.need_bytes
+        theirs = sum(max(self._declared(j), self._held(j)) for j in self._jobs() - {job})
+        ranks = self._declared(job) - self._declared(job, rank)
+        need = theirs + ranks + reservation.need_bytes
         if need > self.capacity_bytes:
             detail = reservation.detail
-            if others:
-                detail += f"; {others:,} are declared by other ranks of this host"
+            if ranks:
+                detail += f"; {ranks:,} are declared by other ranks of this host"
+            if theirs:
+                detail += f"; {theirs:,} belong to other jobs"
             raise MemoryBudgetError(self.holder.node_id, need, self.capacity_bytes, detail)
         self.reservations[job, rank] = reservation
+
+    def release(self, job: str, rank: int) -> None:
+        """Take a declaration back: from now on only what the job has here counts; idempotent."""
+        self.reservations.pop((job, rank), None)
+
+    def _jobs(self) -> set[str]:
+        return {job for job, _ in self.reservations} | {key.job for key in self.shards}
+
+    def _declared(self, job: str, rank: int | None = None) -> int:
+        mine = ((j, r) for j, r in self.reservations if j == job and rank in (None, r))
+        return sum(self.reservations[key].need_bytes for key in mine)
+
+    def _held(self, job: str) -> int:
+        return sum(s.plan.size_bytes for key, s in self.shards.items() if key.job == job)
 
     # -- events ------------------------------------------------------------------------------
 

@@ -522,6 +522,7 @@ class Checkpointer:
             except TieredError:
                 continue  # it was logged when it happened
         self._stop_watching()
+        self._holder.release.remote(self.job, self._worker.rank)
         if self._is_local:
             if self._worker.world_size > 1 and dist.is_initialized():
                 dist.barrier()  # nobody else still needs the cluster

@@ -274,6 +274,23 @@ class Coordinator:
             left += [f"job {name!r}: {short}"] if short else []
         return tuple(left)
 
+    async def forget(self, job_name: str) -> None:
+        """Let go of everything that a job has in memory; what is on S3 stays.
+
+        Raises:
+            HolderUnavailableError: Some holder did not answer; ask again.
+        """
+        await self.hello()
+        job = await self._job(job_name)
+        calls = [self._fleet.call(h, "forget", CALL_TIMEOUT_S, job_name) for h in job.holders]
+        for holder, outcome in zip(
+            job.holders, await asyncio.gather(*calls, return_exceptions=True), strict=True
+        ):
+            if isinstance(outcome, BaseException):
+                raise HolderUnavailableError(holder.node_id, _first_line(outcome))
+        if job.begin is None:  # what is known of it is read anew, when somebody asks
+            del self._jobs[job_name]
+
     async def status(self, job_name: str) -> JobStatus:
         """What is known of a job now."""
         await self.hello()

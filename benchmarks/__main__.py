@@ -1,19 +1,22 @@
 """The command: `python -m benchmarks NAME`; see `python -m benchmarks --help`."""
 
 import contextlib
+import json
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from benchmarks import machine, peers, picture, report
+from benchmarks import machine, peers, picture, profile_run, report
 from benchmarks.peers import Peer
 from benchmarks.results import Case, Run
+from benchmarks.scaling import AXES, points
 from benchmarks.suite import Plan, Suite, plan_of
 from benchmarks.terminal import quiet
 
@@ -92,6 +95,49 @@ def all_cases(
             keep(run)
 
 
+@app.command()
+def scaling(
+    axis: Annotated[list[str] | None, typer.Option(help="One or more; all by default.")] = None,
+    most_mib: Annotated[int, typer.Option(help="Of the largest state.")] = 4096,
+    tensors_mib: Annotated[int, typer.Option(help="Cut into 10 to 100,000 tensors.")] = 256,
+    each_mib: Annotated[int, typer.Option(help="Of a rank, with 1 to 8 ranks or hosts.")] = 64,
+    repeat: Repeat = 3,
+    out: Out = Path("bench_out"),
+) -> None:
+    """How ours grows with bytes, tensors, ranks on a host, and hosts."""
+    chosen = list(points(axis or AXES, most_mib, tensors_mib, each_mib))
+    options = {"most_mib": most_mib, "tensors_mib": tensors_mib, "each_mib": each_mib}
+    with _run("scaling", out, {**options, "repeat": repeat}) as (run, suite, keep):
+        for point in chosen:
+            plan = replace(point.plan, repeat=repeat)
+            if not plan.fits(machine.available_bytes()):
+                suite.say(f"{point.axis} = {point.value}: does not fit this machine's memory")
+                continue
+            suite.say(f"{point.axis} = {point.value}")
+            case = suite.run(plan, [])
+            case.axis, case.value = point.axis, point.value
+            run.cases.append(case)
+            keep(run)
+
+
+@app.command()
+def profile(
+    size_mib: Size = 256,
+    tensors: Tensors = 60,
+    ranks: Ranks = 1,
+    repeat: Repeat = 5,
+    chunk_mib: Chunk = 64,
+    out: Out = Path("bench_out"),
+) -> None:
+    """Where each second of our saves and restores goes, function by function."""
+    plan = plan_of(size_mib, tensors, ranks, repeat, chunk_mib)
+    out.mkdir(parents=True, exist_ok=True)
+    with quiet(out / "logs" / "profile.log") as console:
+        found = profile_run.profile(plan, console.print)
+        console.print(profile_run.show(found))
+    (out / "profile.json").write_text(json.dumps(found.as_dict(), indent=1) + "\n")
+
+
 @app.command("report")
 def show_report(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
@@ -124,6 +170,8 @@ def choose(names: str) -> list[Peer]:
 
 def pictures(run: Run, file: Path) -> list[Path]:
     """Draw the run's pictures beside its file."""
+    if any(case.axis for case in run.cases):
+        return [picture.draw_scaling(run.cases, file.with_suffix(".png"))]
     drawn = []
     for number, case in enumerate(run.cases):
         if len(case.outcomes) > 1:

@@ -41,6 +41,8 @@ class Contender(Protocol):
         warm_up_saves: Until all memory that saves use has been used once.
         dies_each_time: Whether each restore follows a death of its own, or all follow one.
         restores: Whether it can.
+        restores_from_peer: Whether the bytes come from another process, so that a TCP stream is
+            the limit.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Contender(Protocol):
     warm_up_saves: int
     dies_each_time: bool
     restores: bool
+    restores_from_peer: bool
 
     @property
     def last_step(self) -> int:

@@ -22,7 +22,14 @@ class Measurement:
     """Runs one contender; what it measured until it failed, if it does, is kept."""
 
     def __init__(
-        self, contender: Contender, limits: Limits, case: Case, repeat: int, say: Say
+        self,
+        contender: Contender,
+        limits: Limits,
+        case: Case,
+        repeat: int,
+        say: Say,
+        *,
+        is_short: bool = False,
     ) -> None:
         """Nothing runs yet.
 
@@ -32,9 +39,10 @@ class Measurement:
             case: Gets the limits' samples.
             repeat: How often each figure is measured.
             say: Progress, for people.
+            is_short: Only whole saves, memory, and restores on the same host.
         """
         self._contender, self._limits, self._case = contender, limits, case
-        self._repeat, self._say = repeat, say
+        self._repeat, self._say, self._is_short = repeat, say, is_short
         self._step = -1
         self.outcome = Outcome(
             contender.name,
@@ -54,12 +62,16 @@ class Measurement:
             self._warm_up()
             outcome.saves = self._saves(1.0)
             outcome.memory = self._memory()
-            if isinstance(contender, Ours):
+            if isinstance(contender, Ours) and not self._is_short:
                 outcome.changed_share = CHANGED_SHARE
                 outcome.unchanged = self._saves(CHANGED_SHARE)
             if contender.restores:
-                outcome.restores = self._restores(contender.die, contender.dies_each_time)
-            if isinstance(contender, Ours):
+                restores = self._restores(contender.die, contender.dies_each_time)
+                if contender.restores_from_peer:
+                    outcome.buddy_restores = restores
+                else:
+                    outcome.restores = restores
+            if isinstance(contender, Ours) and not self._is_short:
                 outcome.buddy_restores = self._restores(contender.lose_host, True)
         except Exception as error:  # noqa: BLE001 - whatever a peer raises must not stop the run
             outcome.error = f"{type(error).__name__}: {error}"

@@ -4,7 +4,6 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -47,6 +46,7 @@ class Ours:
     warm_up_saves = SAVES_IN_MEMORY
     dies_each_time = True
     restores = True
+    restores_from_peer = False
 
     def __init__(
         self,
@@ -89,9 +89,24 @@ class Ours:
         return self._cluster
 
     @property
-    def trainers(self) -> Sequence[Any]:
-        """The actors, rank by rank."""
-        return self._trainers
+    def trainer_pids(self) -> list[int]:
+        """Of the ranks: of the new ones when the old ones are dead."""
+        return self._each("pid", actors=self._trainers or self._next)
+
+    @property
+    def holder_pids(self) -> dict[str, int]:
+        """By node id."""
+        return {
+            host: process.pid
+            for host in self.cluster.hosts
+            for process in self.cluster.host_processes(host)
+            if any(part.startswith("ray::Holder") for part in process.cmdline())
+        }
+
+    @property
+    def places(self) -> list[str]:
+        """The ranks' hosts, by node id."""
+        return list(self._places)
 
     @property
     def last_step(self) -> int:

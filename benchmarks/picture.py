@@ -1,7 +1,7 @@
 """The picture that the README shows: speeds relative to what the machine can do."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,9 +10,6 @@ from benchmarks import figures
 from benchmarks.figures import Ratio
 from benchmarks.report import OURS, describe_case
 from benchmarks.results import Case, Outcome
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 OUR_COLOUR, PEER_COLOUR, PALE_COLOUR = "#1f6feb", "#6e7781", "#c9d1d9"
 
@@ -48,27 +45,26 @@ def draw(case: Case, path: Path) -> Path:
     return path
 
 
-def draw_scaling(series: dict[str, list[tuple[float, Case]]], path: Path) -> Path:
-    """Draw how ours grows with bytes, tensors, ranks and hosts; returns the path.
-
-    Args:
-        series: For each axis its points, (value, case).
-        path: Of the PNG.
-    """
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    panels = figure.subplots(1, len(series), sharey=True, squeeze=False)[0]
-    for panel, (axis, points) in zip(panels, series.items(), strict=True):
-        for label, of, colour in (
-            ("stall, to memcpy", lambda o: figures.stall(o.saves), OUR_COLOUR),
-            ("protected, to TCP", lambda o: figures.complete(o.saves), "#bf5700"),
-            ("restore, to memcpy", lambda o: figures.restore(o.restores), PEER_COLOUR),
-        ):
-            found = [(x, of(case.outcomes[0])) for x, case in points if case.outcomes]
-            drawn = [(x, r.median) for x, r in found if r is not None]
+def draw_scaling(cases: Sequence[Case], path: Path) -> Path:
+    """Draw how ours grows along each axis; returns the path of the PNG."""
+    axes = list(dict.fromkeys(case.axis for case in cases))
+    figure = Figure(figsize=(3 * len(axes) + 1, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
+    lines: list[tuple[str, Callable[[Outcome], Ratio | None], str]] = [
+        ("stall, to memcpy", lambda o: figures.stall(o.saves), OUR_COLOUR),
+        ("protected, to TCP", lambda o: figures.complete(o.saves), "#bf5700"),
+        ("restore, to memcpy", lambda o: figures.restore(o.restores), PEER_COLOUR),
+    ]
+    for panel, axis in zip(panels, axes, strict=True):
+        of_axis = [case for case in cases if case.axis == axis and case.outcomes]
+        for label, of, colour in lines:
+            points = [(case.value, of(case.outcomes[0])) for case in of_axis]
+            drawn = [(value, found.median) for value, found in points if found is not None]
             if drawn:
-                xs, ys = zip(*drawn, strict=True)
-                panel.plot(xs, ys, marker="o", markersize=4, label=label, color=colour)
-        panel.set_xscale("log", base=2 if axis != "tensors" else 10)
+                panel.plot(
+                    *zip(*drawn, strict=True), marker="o", markersize=4, label=label, color=colour
+                )
+        panel.set_xscale("log", base=10 if axis == "tensors" else 2)
         panel.set_xlabel(axis)
         panel.axhline(1.0, color="black", linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)

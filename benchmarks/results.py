@@ -142,6 +142,7 @@ class Case:
         limits: Every measurement of the limits, by the number of processes.
         outcomes: Of the contenders.
         note: Why it is not what was asked for, if so.
+        axis, value: What this case is one point of, when a run is about growth.
     """
 
     size_bytes: int
@@ -154,6 +155,8 @@ class Case:
     limits: list[dict[str, Any]] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     note: str = ""
+    axis: str = ""
+    value: int = 0
 
 
 @dataclass(slots=True)

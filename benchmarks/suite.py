@@ -10,7 +10,7 @@ from benchmarks import environments, machine
 from benchmarks.contender import Contender
 from benchmarks.limits import Limits
 from benchmarks.measure import Measurement
-from benchmarks.ours import Ours, store_bytes
+from benchmarks.ours import SAVES_IN_MEMORY, Ours, store_bytes
 from benchmarks.peers import Peer
 from benchmarks.peers.contender import PeerContender
 from benchmarks.results import Case, Outcome
@@ -35,6 +35,7 @@ class Plan:
         training_hosts: With ranks.
         chunk_bytes: Ours.
         repeat: Of each figure.
+        is_short: Without what changes little: see `Measurement`.
     """
 
     spec: StateSpec
@@ -43,6 +44,7 @@ class Plan:
     training_hosts: int = 1
     chunk_bytes: int = 64 << 20
     repeat: int = 5
+    is_short: bool = False
 
     @property
     def need_bytes(self) -> int:
@@ -53,13 +55,17 @@ class Plan:
         """
         total = self.spec.size_bytes * self.ranks * self.training_hosts
         store = store_bytes(self.spec, self.ranks)
-        used = 4 * total * min(3, self.hosts + 1 if self.training_hosts == 1 else 2)
-        return max(used + 4 * total + 2 * min(total, 1 << 30), store + 2 * 4 * total)
+        used = SAVES_IN_MEMORY * total * (2 if self.is_short else 3)
+        return max(used + 4 * total + 2 * min(total, 1 << 30), store + 2 * SAVES_IN_MEMORY * total)
+
+    def fits(self, available_bytes: int) -> bool:
+        """Whether it would."""
+        return self.need_bytes <= SHARE_OF_MEMORY * available_bytes
 
     def fitted(self, available_bytes: int) -> tuple["Plan", str]:
         """The plan, with smaller states if they would not fit; and a word on that."""
         plan = self
-        while plan.need_bytes > SHARE_OF_MEMORY * available_bytes:
+        while not plan.fits(available_bytes):
             smaller = plan.spec.size_bytes // 2
             if smaller < max(LEAST_BYTES, 16 * plan.spec.tensors):
                 break
@@ -79,7 +85,7 @@ class Suite:
             say: Progress, for people.
             logs: Folder for what the processes say.
         """
-        self._say, self._logs = say, logs
+        self.say, self._logs = say, logs
         logs.mkdir(parents=True, exist_ok=True)
 
     def run(self, plan: Plan, peers: Sequence[Peer], *, with_ours: bool = True) -> Case:
@@ -113,7 +119,7 @@ class Suite:
 
     def _run_peer(self, peer: Peer, limits: Limits, case: Case, plan: Plan) -> Outcome:
         try:
-            self._say(f"{peer.name}: its environment")
+            self.say(f"{peer.name}: its environment")
             python = environments.python_of(peer.name, peer.requirements)
             with self._s3(peer) as environment:
                 contender = PeerContender(
@@ -124,16 +130,18 @@ class Suite:
                 with Limits(contender.spec, contender.ranks, self._logs) as own:
                     return self._measure(contender, own, case, plan)
         except Exception as error:  # noqa: BLE001 - a peer that fails must not stop the run
-            self._say(f"{peer.name}: {error}")
+            self.say(f"{peer.name}: {error}")
             return Outcome(peer.name, unavailable=f"{type(error).__name__}: {error}")
 
     def _measure(self, contender: Contender, limits: Limits, case: Case, plan: Plan) -> Outcome:
         began_s = time.monotonic()
 
         def say(line: str) -> None:
-            self._say(f"{contender.name}: {line}")
+            self.say(f"{contender.name}: {line}")
 
-        outcome = Measurement(contender, limits, case, plan.repeat, say).run()
+        outcome = Measurement(
+            contender, limits, case, plan.repeat, say, is_short=plan.is_short
+        ).run()
         say(f"done in {time.monotonic() - began_s:.0f} s")
         return outcome
 

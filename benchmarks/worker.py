@@ -21,9 +21,10 @@ import traceback
 from typing import Any
 
 
-def _read(calls: "queue.SimpleQueue[dict[str, Any]]") -> None:
-    for line in sys.stdin:
-        calls.put(json.loads(line))
+def _read(source: int, calls: "queue.SimpleQueue[dict[str, Any]]") -> None:
+    with open(source) as lines:
+        for line in lines:
+            calls.put(json.loads(line))
     if os.getpgid(0) == os.getpid():  # started with a group of its own: nobody else is in it
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
@@ -33,8 +34,12 @@ def main() -> None:
     """Serve calls until standard input closes."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    # Not through sys.stdin: a child that a library forks would wait for the lock of our reading.
+    source = os.dup(0)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
     calls: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(calls,), daemon=True).start()
+    threading.Thread(target=_read, args=(source, calls), daemon=True).start()
     module, _, name = sys.argv[1].partition(":")
     worker: Any = None
     while True:

@@ -44,16 +44,17 @@ class PeerContender:
             environment: On top of this process' own, the S3 server's keys for example.
         """
         self.peer, self.name = peer, peer.name
-        self.ranks = max(ranks, peer.least_ranks)
+        self.ranks = -(-ranks // peer.ranks_step) * peer.ranks_step
         self.spec = divided(spec, ranks, self.ranks)
         self.complete_means, self.restore_means = peer.complete_means, peer.restore_means
         self.is_protected = peer.is_protected
         self.restores = peer.restores
+        self.restores_from_peer = peer.restores_from_peer
         self._python, self._log = python, logs / f"{peer.name}.log"
         self._environment = dict(environment)
         self._folder = Path()
         self._workers: Workers | None = None
-        self._step = -1
+        self._step = 0  # some take 0 for none
 
     @property
     def last_step(self) -> int:
@@ -72,7 +73,7 @@ class PeerContender:
     def save(self, step: int) -> Saved:
         """See Contender."""
         times = self._running.call("save", self._timeout_s, step=step)
-        if self._step >= 0:
+        if self._step:
             self._running.call("forget", step=self._step)
         self._step = step
         began_s = min(t["began_s"] for t in times)
@@ -122,6 +123,8 @@ class PeerContender:
             workers.kill()
         if self._folder != Path():
             shutil.rmtree(self._folder, ignore_errors=True)
+            for left in SHARED_MEMORY.glob(f"{self._folder.name}*"):
+                left.unlink(missing_ok=True)  # shared memory that a peer named after the folder
             self._folder = Path()
 
     @property

@@ -13,7 +13,9 @@ from tests.unit.benchmarks.samples import run
 runner = CliRunner()
 
 
-@pytest.mark.parametrize("command", [[], ["compare"], ["all"], ["list"], ["report"]])
+@pytest.mark.parametrize(
+    "command", [[], ["compare"], ["all"], ["scaling"], ["profile"], ["list"], ["report"]]
+)
 def test_help(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"])
     assert result.exit_code == 0

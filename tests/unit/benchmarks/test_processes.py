@@ -1,3 +1,4 @@
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,12 @@ class Echo:
     def fail(self) -> None:
         raise ValueError("no luck")
 
+    def fork(self) -> int | None:
+        child = multiprocessing.get_context("fork").Process(target=int)
+        child.start()
+        child.join(10)
+        return child.exitcode
+
     def sleep(self) -> None:
         time.sleep(60)
 
@@ -37,6 +44,7 @@ def test_calls_are_answered_failures_told_and_late_ones_ended(worker: Worker) ->
             worker.call("fail")
         assert "no luck" in failed.value.log
         assert worker.call("twice", text="c") == "cc"
+        assert worker.call("fork") == 0, "a forked child must not wait for our standard input"
         with pytest.raises(WorkerError, match="sleep is late"):
             worker.call("sleep", timeout_s=0.01)
     finally:

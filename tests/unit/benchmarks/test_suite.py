@@ -30,7 +30,8 @@ class FakeContender:
     """A contender without processes; `fails` names the call that raises."""
 
     name, complete_means, restore_means, is_protected = "fake", "done", "memory", False
-    spec, ranks, warm_up_saves, dies_each_time, restores = SPEC, 1, 2, False, True
+    spec, ranks, warm_up_saves, dies_each_time = SPEC, 1, 2, False
+    restores, restores_from_peer = True, False
 
     def __init__(self, fails: str = "", error: Exception | None = None) -> None:
         self._fails, self._error = fails, error or WorkerError("ended", "last words")

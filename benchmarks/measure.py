@@ -1,6 +1,5 @@
 """One contender's measurements, each beside those of the limits."""
 
-import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -79,10 +78,16 @@ class Measurement:
                 outcome.extra["log"] = error.log.splitlines()
             self._say(f"failed: {outcome.error}")
         finally:
-            with contextlib.suppress(WorkerError):
-                contender.stop()
+            self._stop()
         outcome.extra["seconds"] = round(time.monotonic() - began_s, 1)
         return outcome
+
+    def _stop(self) -> None:
+        try:
+            self._contender.stop()
+        except Exception as error:  # noqa: BLE001 - what was measured stays true; the next one runs
+            self.outcome.extra["stop"] = f"{type(error).__name__}: {error}"
+            self._say(f"not stopped cleanly: {error}")
 
     def _next_step(self) -> int:
         self._step = max(self._step, self._contender.last_step) + 1

@@ -31,6 +31,14 @@ def tree(roots: Iterable[int]) -> list[psutil.Process]:
     return list(found.values())
 
 
+def command(process: psutil.Process) -> str:
+    """Its command line; empty when it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def cpu_s(processes: Iterable[psutil.Process]) -> dict[int, float]:
     """Processor time, user and system, of each process so far."""
     times = {}

@@ -100,7 +100,7 @@ class Ours:
             host: process.pid
             for host in self.cluster.hosts
             for process in self.cluster.host_processes(host)
-            if any(part.startswith("ray::Holder") for part in process.cmdline())
+            if observer.command(process).startswith("ray::Holder")
         }
 
     @property

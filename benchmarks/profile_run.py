@@ -14,7 +14,7 @@ from benchmarks.ours import Ours
 from benchmarks.profiling import RATE_HZ, ProfilerError, Profilers, Spot, spots
 from benchmarks.suite import Plan
 
-SAVE, RESTORE = "save (benchmarks/trainer.py)", "restore (benchmarks/trainer.py)"
+SAVE, RESTORE = "save (benchmarks/trainer.py)", "restore (tiered/checkpointer.py)"
 LEAST_SHARE = 0.02
 Raw = dict[str, list[str]]  # py-spy's lines by role
 Say = Callable[[str], None]

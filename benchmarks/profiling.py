@@ -135,7 +135,7 @@ class Profilers:
         path = Path(self._folder.name) / f"{pid}.raw"
         command = [str(program), "record", "--pid", str(pid), "--rate", str(RATE_HZ), "--format",
                    "raw", "--output", str(path), "--duration", "unlimited", "--full-filenames",
-                   "--threads", *(["--idle"] if idle else [])]  # fmt: skip
+                   "--threads", "--nonblocking", *(["--idle"] if idle else [])]  # fmt: skip
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )

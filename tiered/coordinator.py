@@ -135,10 +135,11 @@ class Coordinator:
             raise DeadlineError("beginning a generation", BEGIN_TIMEOUT_S) from None
         if error is not None:
             raise error
-        generations = [c.generation for c in job.claims.values() if c.life == life]
-        if generations[0] < job.generation:
-            raise FencedError(job_name, generations[0], job.generation)
-        return job.resolution(generations[0])
+        # A life may own two claims: the first was overtaken while S3 was silent.
+        generation = max(c.generation for c in job.claims.values() if c.life == life)
+        if generation < job.generation:
+            raise FencedError(job_name, generation, job.generation)
+        return job.resolution(generation)
 
     async def resolve(
         self, job_name: str, step: int | None = None, before: int | None = None
@@ -179,6 +180,12 @@ class Coordinator:
             if holder not in job.holders:  # its inventory may have been read before it had this
                 raise HolderUnavailableError(holder.node_id, "not known to be up yet; report again")
             self._feed(job, m.ShardReported(holder, record))
+
+    async def report_corrupt(self, holder: HolderId, keys: list[ShardKey]) -> None:
+        """A holder's copies of these shards are corrupt, and count no more."""
+        await self._ready()
+        for key in keys:
+            self._feed(await self._job(key.job), m.CopyFoundCorrupt(holder, key))
 
     async def progress(
         self, job_name: str, generation: int, known: Progress, timeout_s: float

@@ -108,6 +108,9 @@ class Job(Catalogue):
                 return self._started(event, now_s)
             case m.ShardReported():
                 return self._reported(event, now_s)
+            case m.CopyFoundCorrupt():
+                self._drop_copy(event.holder, event.key)
+                return self._repair(now_s)
             case m.ShardUploaded() | m.UploadFailed() | m.ManifestPublished() | m.PublishFailed():
                 return self._flush_event(event, now_s)
             case m.Ticked():
@@ -346,7 +349,7 @@ class Job(Catalogue):
         if begin is None or event.generation != begin.claim.generation:
             return []
         for holder, key in event.bad:
-            self.copies.get(key.version, {}).get(key.rank, {}).pop(holder, None)
+            self._drop_copy(holder, key)
             begin.unreadable.append(f"{key}: the copy on host {holder.node_id[:8]} is corrupt")
         for holder, key in event.unread:
             held = self.copies.get(key.version, {}).get(key.rank, {})
@@ -422,6 +425,12 @@ class Job(Catalogue):
         other = next((r for h, r in held.items() if h in self.holders), None)
         if other is None or other.digests == record.digests:
             held[holder] = record
+
+    def _drop_copy(self, holder: HolderId, key: ShardKey) -> None:
+        """A corrupt copy counts no more, nor will it when a begin is over."""
+        self.copies.get(key.version, {}).get(key.rank, {}).pop(holder, None)
+        if (begin := self.begin) is not None:
+            begin.set_aside = [(h, r) for h, r in begin.set_aside if (h, r.key) != (holder, key)]
 
     def _reported(self, event: m.ShardReported, now_s: float) -> list[m.Command]:
         if event.holder not in self.holders:

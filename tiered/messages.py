@@ -134,6 +134,14 @@ class ShardReported:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyFoundCorrupt:
+    """A holder has read its copy of a shard, and it is not what it was."""
+
+    holder: HolderId
+    key: ShardKey
+
+
+@dataclass(frozen=True, slots=True)
 class ShardUploaded:
     """A rank's shard is on S3, whole."""
 
@@ -185,6 +193,7 @@ Event = (
     | ShardsVerified
     | ParentRecorded
     | ShardReported
+    | CopyFoundCorrupt
     | ShardUploaded
     | UploadFailed
     | ManifestPublished

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from replication.records import ShardKey, Version
-from tests.sim.holder import Holder
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -90,20 +89,13 @@ class Convergence:
         return problems
 
     def _held_copies(self, version: Version, rank: int) -> list[str]:
-        """Hosts with a copy, those included that do not know yet that theirs is corrupt."""
+        """Hosts with a copy that is what was saved."""
         key = ShardKey(self.world.job_name, version, rank)
         content = dict(enumerate(self.world.oracle.saved.get(key, ())))
         return sorted(
             holder.id.node_id
             for holder in self.world.holders.values()
-            if holder.is_alive
-            and (holder.chunks.get(key) == content or self._is_flipped(holder, key))
-        )
-
-    def _is_flipped(self, holder: Holder, key: ShardKey) -> bool:
-        shard = holder.core.shards.get(key)
-        return (
-            (holder.id, key) in self.world.oracle.lost_s and shard is not None and shard.is_sealed
+            if holder.is_alive and holder.chunks.get(key) == content
         )
 
     def _garbage(self) -> Problems:

@@ -62,10 +62,18 @@ class Coordinator(Process):
 
         self._when_settled(self.world.kernel.now_s + SETTLE_TIMEOUT_S, ask)
 
-    def report_shards(self, holder: HolderId, records: list[ShardRecord], reply: Reply) -> None:
-        """A holder has these shards."""
+    def report(
+        self,
+        holder: HolderId,
+        records: list[ShardRecord],
+        corrupt: list[ShardKey],
+        reply: Reply,
+    ) -> None:
+        """A holder has these shards, and of those its copy is corrupt."""
 
         def report() -> None:
+            for key in corrupt:
+                self.feed(m.CopyFoundCorrupt(holder, key))
             for record in records:
                 if holder not in self.job.holders:
                     reply(HolderUnavailableError(holder.node_id, "not up yet"))

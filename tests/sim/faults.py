@@ -15,6 +15,7 @@ SITES = (
     "stage", "take", "read", "report", "begin", "progress", "list", "fence", "set_buddies",
     "replicate", "collect", "verify", "upload", "fetch", "register",
 )  # fmt: skip
+FLIP = 1 << 40  # added to a chunk's content; never back to what it was
 
 
 class Faults:
@@ -203,7 +204,7 @@ class Faults:
         key = random.choice(keys) if keys else None
         if key is not None and holder.chunks.get(key):
             index = random.choice(sorted(holder.chunks[key]))
-            holder.chunks[key][index] += 1 << 40  # never back to what it was
+            holder.chunks[key][index] += FLIP
             self.world.oracle.flipped(holder.id, key)
             self.world.kernel.log("a bit of %s flips on %s", key, holder.id)
 

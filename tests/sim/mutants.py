@@ -15,7 +15,8 @@ from replication import inventory
 from replication.inventory import Inventory
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
 from tests.sim.coordinator import Coordinator, Copies
-from tests.sim.holder import Holder
+from tests.sim.faults import FLIP
+from tests.sim.holder import Holder, digest
 from tests.sim.network import Outcome, Reply
 from tests.sim.world import Cores, World, draw_setup
 from tiered import messages as m
@@ -134,7 +135,7 @@ class KeepList(Holder):
         self.core.check_generation(self.world.job_name, generation)
         shards = self.core.shards
         for key in [k for k in shards if shards[k].is_sealed and k.version not in keep]:
-            del self.core.shards[key]
+            self.core._drop(key)
             self.world.oracle.dropped(self.id, key)
             self.chunks.pop(key, None)
 
@@ -165,7 +166,7 @@ class DeleteOnFailedVerify(Coordinator):
         if bad:
             for holder in self.world.holders.values():
                 for key in [k for k in holder.core.shards if k.version == command.version]:
-                    del holder.core.shards[key]
+                    holder.core._drop(key)
                     holder.chunks.pop(key, None)
             bad = tuple((h, key) for h, keys in command.copies for key in keys)
         super().verified(command, bad, unread)
@@ -333,6 +334,11 @@ class Mutant:
     patch: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
+def _as_saved(content: int) -> bytes:
+    """The checksum that a chunk had before any bit of it flipped."""
+    return digest(content % FLIP)
+
+
 def _no_branch() -> AbstractContextManager[Any]:
     return mock.patch("tiered.history.is_on_branch", return_value=True)
 
@@ -343,7 +349,7 @@ MUTANTS: dict[str, Mutant] = {
     "ack_before_store": Mutant(Cores(holder=AckBeforeStore), 20),
     "parent_not_durable": Mutant(Cores(coordinator=ParentNotDurable), 20),
     "evictable_copies": Mutant(Cores(holder=Evictable), 100),
-    "no_digest": Mutant(Cores(is_same=lambda have, expected: True), 50),
+    "no_digest": Mutant(Cores(is_same=lambda have, expected: True, read=_as_saved), 50),
     "key_by_step": Mutant(Cores(job=KeyByStep), 100),
     "no_branch_rule": Mutant(Cores(), 100, _no_branch),
     "gc_before_commit": Mutant(Cores(job=GcBeforeCommit), 100),

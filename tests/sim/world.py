@@ -16,7 +16,7 @@ from replication.records import HolderId, ShardKey
 from tests.sim.convergence import Convergence
 from tests.sim.coordinator import Coordinator
 from tests.sim.faults import Faults
-from tests.sim.holder import Holder
+from tests.sim.holder import Holder, digest
 from tests.sim.kernel import Kernel
 from tests.sim.limits import NODE_LOST_S, shrunk_cores
 from tests.sim.network import HEAD, Host, Network
@@ -43,6 +43,7 @@ class Cores:
     holder: type[Holder] = Holder
     coordinator: type[Coordinator] = Coordinator
     is_same: Callable[[bytes, bytes], bool] = same
+    read: Callable[[int], bytes] = digest
 
 
 @dataclass(frozen=True, slots=True)

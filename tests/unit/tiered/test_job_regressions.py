@@ -284,3 +284,29 @@ def test_an_upload_on_a_lost_holder_is_not_waited_for() -> None:
     first = queue.add(version, (0,), 0.0, lambda v, r: (A, B))
     then = queue.review(1.0, lambda v, r: (B,))
     assert [c.holder for c in of(m.UploadShard, (*first, *then))] == [A, B]
+
+
+def test_a_copy_that_its_holder_found_corrupt_is_made_again() -> None:
+    job = begun(holders=(A, B, C))
+    for holder in (A, B):
+        job.handle(m.ShardReported(holder, record(1, 10)), 0.0)
+    assert Version(1, 10) in job.commits
+    key = record(1, 10).key
+    commands = job.handle(m.CopyFoundCorrupt(B, key), 1.0)
+    assert list(job.intact(key.version, 0)) == [A]
+    assert [(c.source, c.key) for c in of(m.ReplicateShard, commands)] == [(A, key)]
+    assert job.handle(m.CopyFoundCorrupt(B, key), 1.0) == []  # told again
+
+
+def test_a_copy_found_corrupt_while_it_was_set_aside_is_not_put_back() -> None:
+    job = begun()
+    for holder in (A, B):
+        job.handle(m.ShardReported(holder, record(1, 10)), 0.0)
+    job.handle(asked("two"), 1.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 1.0)
+    job.handle(m.HoldersFenced(2), 1.0)
+    key = record(1, 10).key
+    job.handle(m.ShardsVerified(2, key.version, (), unread=((B, key),)), 2.0)
+    job.handle(m.CopyFoundCorrupt(B, key), 2.0)
+    job.handle(m.ParentRecorded(2), 2.0)
+    assert list(job.intact(key.version, 0)) == [A]

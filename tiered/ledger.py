@@ -70,9 +70,21 @@ class Ledger:
         self._gcs.create(key, b"")
         if settings.s3 is not None:
             try:
-                self.store(settings).create(key, b"")
+                self._mirror(self.store(settings))
             except DurableStoreError as error:
                 logger.warning("[%s] parent not recorded on S3 yet: %s", self.job, error)
+
+    def _mirror(self, store: S3Store) -> None:
+        """Write to S3 what it missed while it was away, the oldest first.
+
+        A parent without those that it descends from would end the branch there: a new cluster
+        would not find the steps that are durable, and start afresh.
+        """
+        known = set(store.keys("index/generation/"))
+        for key in self._gcs.keys("index/generation/"):
+            if key not in known and not store.create(key, self._gcs.get(key) or b""):
+                logger.warning("[%s] another cluster has written %s of this job", self.job, key)
+                return
 
     def manifest(self, version: Version, settings: JobSettings) -> tuple[ShardRecord, ...]:
         """Read a durable step's manifest.

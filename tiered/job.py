@@ -378,8 +378,10 @@ class Job(Catalogue):
         self.parents[event.generation] = begin.choice.version
         self.passed_over[event.generation] = begin.choice.passed_over
         commands = [*self._rearrange(), *self._repair(now_s)]
-        if begin.choice.version in self.durable and not self._has_sources(begin.choice.version):
-            # A holder went since its copies were read; S3 has them, its manifest says where.
+        version, s3 = begin.choice.version, begin.claim.settings.s3
+        is_on_s3 = version in self.durable or (s3 is not None and self._durable_problem is not None)
+        if is_on_s3 and not self._has_sources(version):
+            # A copy went since it was read. S3 has it, its manifest says where; or it may have it.
             self.begin, begin.is_recorded = begin, True
             begin.verified.clear()
             return [*commands, *self._choose()]

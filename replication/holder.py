@@ -186,10 +186,18 @@ class Holder:
         self._feed(inventory.ReplicationRequested(key, to))
 
     async def collect(
-        self, job: str, generation: int, below: Version, pinned: tuple[Version, ...] = ()
+        self,
+        job: str,
+        generation: int,
+        below: Version,
+        pinned: tuple[Version, ...] = (),
+        branch: tuple[Version, ...] | None = None,
     ) -> None:
-        """Let go of every shard of `job` older than `below` that is not of a pinned version."""
-        self._feed(inventory.WatermarkRaised(job, generation, below, pinned))
+        """Let go of every shard of `job` that is older than `below`, or abandoned, and not pinned.
+
+        See `inventory.WatermarkRaised`.
+        """
+        self._feed(inventory.WatermarkRaised(job, generation, below, pinned, branch))
 
     async def forget(self, job: str) -> None:
         """Let go of everything of `job`."""

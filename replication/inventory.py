@@ -114,12 +114,24 @@ class WatermarkRaised:
         pinned: Versions below it that are still needed (they are being flushed). A version is
             pinned when it is the newest one and released later, never pinned again, so that the
             order in which these messages arrive does not matter.
+        branch: The last step of each older generation that this one descends from: what those
+            have beyond is abandoned, and goes too. None where that is not known.
     """
 
     job: str
     generation: int
     below: Version
     pinned: tuple[Version, ...] = ()
+    branch: tuple[Version, ...] | None = None
+
+    def is_needed(self, version: Version) -> bool:
+        """Whether a version is to be kept."""
+        if version in self.pinned:
+            return True
+        if self.branch is None or version.generation >= self.generation:
+            return version >= self.below
+        last = {end.generation: end.step for end in self.branch}
+        return version >= self.below and version.step <= last.get(version.generation, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -471,8 +483,8 @@ class Inventory:
         self.check_generation(event.job, event.generation)
         below = max(event.below, self.watermarks.get(event.job, event.below))
         self.watermarks[event.job] = below
-        gone = [k for k in self.shards if k.job == event.job and k.version < event.below]
-        return [self._drop(key) for key in gone if key.version not in event.pinned]
+        gone = [k for k in self.shards if k.job == event.job and not event.is_needed(k.version)]
+        return [self._drop(key) for key in gone]
 
     def _forget(self, job: str) -> list[Command]:
         self.reservations = {k: r for k, r in self.reservations.items() if k[0] != job}

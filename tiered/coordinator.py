@@ -452,9 +452,9 @@ class Coordinator:
         would take from them what the new generation resumed from.
         """
         if await asyncio.to_thread(self._ledger(job).newest_generation) == command.generation:
-            args = (job.name, command.generation, command.below, command.pinned)
+            order = (command.generation, command.below, command.pinned, command.branch)
             for holder in command.holders:
-                self._tell(holder, "collect", *args)
+                self._tell(holder, "collect", job.name, *order)
 
     async def _delete_durable(self, job: Job, versions: tuple[Version, ...]) -> None:
         try:

@@ -7,8 +7,12 @@ Rules (the specification's names in brackets; docs/ARCHITECTURE.md tells the sto
     2. A step is committed when every rank's shard is whole on its own host and on as many others
        as the policy asks for, by the holders' own word, with the same checksum everywhere. With
        fewer hosts alive than that, what there is counts, and the step is marked degraded.
-    3. Memory below the `keep`-th newest step committed *in this generation* is collected; a mark
-       that only rises, so order does not matter. What is being flushed is pinned below it.
+    3. Memory below the `keep`-th newest step is collected, counting those committed *in this
+       generation* and, of those that it has inherited, whole ones that were committed, or that
+       are replicated now; a mark that only rises, so order does not matter. What is being flushed
+       is pinned below it. What older generations left beyond the step that this one resumed from
+       is on no branch any more: half steps go at once, whole ones when this generation has
+       committed a step of its own.
     4. What is known (`tiered.catalogue`) is a cache, rebuilt after the coordinator's death from the
        register, the holders' inventories and S3's listing.
     5. A shard of a step that is still needed with fewer copies than the policy asks for is
@@ -29,6 +33,7 @@ from tiered.catalogue import Catalogue
 from tiered.errors import ConfigError, DurableStoreError, StepNotFoundError, WorldSizeError
 from tiered.history import (
     Choice,
+    branch_ends,
     is_on_branch,
     latest_consistent_step,
 )
@@ -70,6 +75,8 @@ class Job(Catalogue):
         self._durable_problem: str | None = "S3 was not listed yet"
         self._oldest_claimable = 1
         self._pinned: set[Version] = set()
+        self._spared: set[Version] = set()  # abandoned, and whole
+        self._collected_by = 0  # the generation that last ordered a collection
         self._is_rebuilding = False
         self._overtaken: dict[Life, m.Claim] = {}
         self._repairs: dict[tuple[ShardKey, HolderId], float] = {}
@@ -135,10 +142,8 @@ class Job(Catalogue):
     def _remind(self, holder: HolderId) -> list[m.Command]:
         """Tell a holder what it may have missed; telling it again changes nothing."""
         commands: list[m.Command] = [m.FenceNewHolder(self.generation, holder)]
-        if self.watermark > Version(0, 0):
-            pinned = self.flushes.versions
-            collect = m.CollectBelow(self.generation, self.watermark, (holder,), pinned)
-            commands.append(collect)
+        if self._collected_by == self.generation:
+            commands.append(self._order_collection(holder))
         return commands
 
     # -- begin: claim, fence, list, choose, verify, record, answer ---------------------------
@@ -377,7 +382,7 @@ class Job(Catalogue):
         self.begin = None
         self.parents[event.generation] = begin.choice.version
         self.passed_over[event.generation] = begin.choice.passed_over
-        commands = [*self._rearrange(), *self._repair(now_s)]
+        commands = [*self._rearrange(), *self._repair(now_s), *self._collect()]
         version, s3 = begin.choice.version, begin.claim.settings.s3
         is_on_s3 = version in self.durable or (s3 is not None and self._durable_problem is not None)
         if is_on_s3 and not self._has_sources(version):
@@ -462,12 +467,13 @@ class Job(Catalogue):
         return commands
 
     def _is_replicated(self, version: Version) -> bool:
+        return self._is_whole(version, self.copies_needed)
+
+    def _is_whole(self, version: Version, need: int = 1) -> bool:
+        """Whether each rank's shard has as many copies, on live hosts."""
         ranks = self.copies.get(version, {})
         record = next((r for rs in ranks.values() for r in rs.values()), None)
-        if record is None:
-            return False
-        need = self.copies_needed
-        return all(
+        return record is not None and all(
             len({h.node_id for h in ranks.get(rank, ()) if h in self.holders}) >= need
             for rank in range(record.plan.world_size)
         )
@@ -487,18 +493,40 @@ class Job(Catalogue):
 
     def _collect(self) -> list[m.Command]:
         settings, generation = self.settings, self.generation
-        committed = sorted(v for v in self.commits if v.generation == generation)
-        if settings is None or len(committed) < settings.memory.keep:
+        if settings is None or generation not in self.parents or self._is_rebuilding:
             return []
-        mark, pinned = committed[-settings.memory.keep], self.flushes.versions
-        if mark <= self.watermark and not self._pinned - set(pinned):
+        keep = settings.memory.keep
+        kept = sorted(v for v in self.commits if v.generation == generation)[-keep:]
+        abandoned, self._spared = set[Version](), set()
+        if (missing := keep - len(kept)) > 0:
+            inherited, abandoned = self._inherited(generation)
+            if not kept:
+                self._spared = {v for v in abandoned if v in self.commits or self._is_whole(v)}
+            kept = [*inherited[-missing:], *kept]
+        mark = max(self.watermark, kept[0]) if len(kept) == keep else self.watermark
+        pinned = {*self.flushes.versions, *self._spared}
+        is_new = mark > self.watermark or self._collected_by != generation
+        if not is_new and not self._pinned - pinned:
             return []
-        mark = max(mark, self.watermark)
-        self.watermark, self._pinned = mark, set(pinned)
-        self.copies = {v: r for v, r in self.copies.items() if v >= mark or v in pinned}
+        self.watermark, self._pinned, self._collected_by = mark, pinned, generation
+        gone = {v for v in self.copies if v < mark or v in abandoned} - pinned
+        self.copies = {v: ranks for v, ranks in self.copies.items() if v not in gone}
         self.commits = {v: d for v, d in self.commits.items() if v >= mark or v in pinned}
         self._repair_tries = {k: n for k, n in self._repair_tries.items() if k.version >= mark}
-        return [m.CollectBelow(self.generation, mark, tuple(sorted(self.holders)), pinned)]
+        return [self._order_collection(*sorted(self.holders))]
+
+    def _order_collection(self, *holders: HolderId) -> m.CollectBelow:
+        pinned = tuple(sorted(self._pinned))
+        branch = branch_ends(self.parents, self.watermark)
+        return m.CollectBelow(self.generation, self.watermark, holders, pinned, branch)
+
+    def _inherited(self, generation: int) -> tuple[list[Version], set[Version]]:
+        """Older generations' steps that count among those to keep; and those on no branch."""
+        older = {v for v in self.copies if v.generation < generation}
+        on_branch = {v for v in older if is_on_branch(v, self.parents)}
+        need = self.copies_needed
+        counted = (v for v in on_branch if self._is_whole(v, 1 if v in self.commits else need))
+        return sorted(counted), older - on_branch
 
     def _holders_of(self, version: Version, rank: int) -> tuple[HolderId, ...]:
         return tuple(self.intact(version, rank))

@@ -271,12 +271,22 @@ class SetBuddies:
 
 @dataclass(frozen=True, slots=True)
 class CollectBelow:
-    """Tell these holders to let go of what is older than `below`, but for what is being flushed."""
+    """Tell these holders to let go of what is older than `below`, but for what is pinned.
+
+    Attributes:
+        generation: Who says so.
+        below: The watermark.
+        holders: Whom to tell.
+        pinned: What stays although it is older, or abandoned.
+        branch: The last step of each older generation that this one descends from: what those
+            have beyond is abandoned, and goes too. None where that is not known.
+    """
 
     generation: int
     below: Version
     holders: tuple[HolderId, ...]
     pinned: tuple[Version, ...] = ()
+    branch: tuple[Version, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,3 +117,16 @@ def test_what_is_dropped_while_it_is_read_is_not_found_corrupt() -> None:
     core.handle(Ticked(), 10.0)
     core.handle(WatermarkRaised("job", 1, Version(1, 11)), 10.0)
     assert core.handle(ChunkRead(KEY, 0, b""), 11.0) == []
+
+
+def test_what_older_generations_have_beyond_the_branch_goes_whatever_the_watermark() -> None:
+    core = Inventory(HolderId("a", "1"), 100)
+    versions = [Version(1, 5), Version(1, 6), Version(2, 1), Version(3, 3), Version(3, 4)]
+    for version in versions:
+        core.handle(ChunkFetched(ShardKey("job", version, 0), PLAN, 0, b"%016d" % 0), 0.0)
+    branch = (Version(3, 3), Version(1, 5))  # of generation 4; 2 is on no branch
+    pinned = (Version(2, 1),)
+    core.handle(WatermarkRaised("job", 4, Version(1, 0), pinned, branch), 0.0)
+    assert [k.version for k in core.shards] == [Version(1, 5), Version(2, 1), Version(3, 3)]
+    core.handle(WatermarkRaised("job", 4, Version(1, 0), (), ()), 0.0)  # it began from nothing
+    assert not core.shards

@@ -34,7 +34,10 @@ class Convergence:
         world, setup, kernel = self.world, self.world.setup, self.world.kernel
         settle_s = setup.idle_s / 2
         if world.is_paused:
-            self._until(kernel.now_s + setup.idle_s, self._redundancy)
+            self._until(
+                kernel.now_s + setup.idle_s,
+                lambda slack_s: [*self._redundancy(slack_s), *self._abandoned()],
+            )
             world.is_paused, settle_s = False, 0.0
         resumed_s = kernel.now_s
         since_s = resumed_s + settle_s
@@ -97,6 +100,18 @@ class Convergence:
             for holder in self.world.holders.values()
             if holder.is_alive and holder.chunks.get(key) == content
         )
+
+    def _abandoned(self) -> Problems:
+        """Half steps of dead generations are gone before anything new is committed."""
+        oracle = self.world.oracle
+        return [
+            ("L5", f"{holder.id} still holds {key}")
+            for holder in self.world.holders.values()
+            for key in (holder.chunks if holder.is_alive else ())
+            if key.version.generation < oracle.generation
+            and not oracle.is_on_branch(key.version)
+            and len(oracle.copies.get(key.version, ())) < self.world.setup.ranks
+        ]
 
     def _garbage(self) -> Problems:
         oracle, settings = self.world.oracle, self.world.setup.settings

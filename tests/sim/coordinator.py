@@ -285,8 +285,9 @@ class Coordinator(Process):
         """
 
         def confirmed(newest: int) -> None:
+            order = (command.generation, command.below, command.pinned, command.branch)
             for holder in command.holders if newest == command.generation else ():
-                self._tell("collect", holder, command.generation, command.below, command.pinned)
+                self._tell("collect", holder, *order)
 
         self._register(self.world.claimed_generation, confirmed)
 
@@ -310,11 +311,13 @@ class Coordinator(Process):
 
         Who was replaced is cut off from it.
         """
-        kernel = self.world.kernel
+        kernel, cluster = self.world.kernel, self.world.clusters
         if not self.is_current:
             return
 
         def serve() -> None:
+            if cluster != self.world.clusters:
+                return  # the register was lost, and this is another one
             kernel.after(kernel.uniform(0.001, 0.02), finish, run())
 
         def finish(outcome: Outcome) -> None:
@@ -428,7 +431,13 @@ class Coordinator(Process):
             if world.setup.settings.s3 is None:
                 self.feed(m.ParentRecorded(generation))
             else:
-                self._s3(lambda: world.store.index.create(key, b""), mirrored)
+                self._s3(mirror, mirrored)
+
+        def mirror() -> None:
+            """Ancestors first: a branch with a link missing would end there."""
+            for missed in [*self.started_keys(), key]:
+                if not world.store.index.create(missed, world.register.entries.get(missed, b"")):
+                    return
 
         def mirrored(outcome: Outcome) -> None:
             self.feed(m.ParentRecorded(generation))

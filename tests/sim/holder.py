@@ -60,6 +60,7 @@ class Holder(Process):
         if not self.core.has_chunk(key, index):
             self.chunks.setdefault(key, {})[index] = content
         self.feed(inventory.ChunkStaged(key, plan, index))
+        self.world.oracle.pinned(self.id, self.chunks)
 
     # -- called by other holders, and by whoever restores ---------------------------------------
 
@@ -97,6 +98,7 @@ class Holder(Process):
         self.check_take(offer)
         self.chunks.setdefault(offer.key, {})[offer.index] = outcome
         self.feed(inventory.ChunkFetched(offer.key, offer.plan, offer.index, offer.digest))
+        self.world.oracle.pinned(self.id, self.chunks)
         if (shard := self.core.shards.get(offer.key)) is not None and shard.is_sealed:
             self.world.oracle.sealed(self.id, offer.key, self.chunks)
 
@@ -122,10 +124,16 @@ class Holder(Process):
         """Make one more copy."""
         self.feed(inventory.ReplicationRequested(key, to))
 
-    def collect(self, generation: int, below: Version, pinned: tuple[Version, ...] = ()) -> None:
-        """Let go of what is older."""
+    def collect(
+        self,
+        generation: int,
+        below: Version,
+        pinned: tuple[Version, ...],
+        branch: tuple[Version, ...] | None,
+    ) -> None:
+        """Let go of what is older, or abandoned."""
         job = self.world.job_name
-        self.feed(inventory.WatermarkRaised(job, generation, below, pinned))
+        self.feed(inventory.WatermarkRaised(job, generation, below, pinned, branch))
 
     def verify(self, keys: Sequence[ShardKey]) -> list[ShardKey]:
         """Read every byte of these shards; return those that are missing or corrupt here."""

@@ -71,16 +71,12 @@ class GcBeforeCommit(Job):
 
 
 class ParentCounts(Job):
-    """The version that was resumed from counts as one of those to keep."""
+    """What was inherited counts among what is kept, though it lacks copies."""
 
-    def _collect(self) -> list[m.Command]:
-        real, parent = self.commits, self.parents.get(self.generation)
-        if parent is not None and parent >= self.watermark:
-            alias = Version(self.generation, -1)
-            self.commits = real | {alias: False}
-        commands = super()._collect()
-        self.commits = {v: d for v, d in real.items() if v >= self.watermark}
-        return commands
+    def _inherited(self, generation: int) -> tuple[list[Version], set[Version]]:
+        _, abandoned = super()._inherited(generation)
+        older = {v for v in self.copies if v.generation < generation}
+        return sorted(older - abandoned), abandoned
 
 
 class GcUnfenced(Inventory):
@@ -131,7 +127,13 @@ class Evictable(Holder):
 class KeepList(Holder):
     """Collection by a list of what to keep, which may be out of date when it comes."""
 
-    def collect(self, generation: int, below: Version, keep: tuple[Version, ...] = ()) -> None:
+    def collect(
+        self,
+        generation: int,
+        below: Version,
+        keep: tuple[Version, ...],
+        branch: tuple[Version, ...] | None,
+    ) -> None:
         self.core.check_generation(self.world.job_name, generation)
         shards = self.core.shards
         for key in [k for k in shards if shards[k].is_sealed and k.version not in keep]:
@@ -145,7 +147,7 @@ class SendsKeepList(Coordinator):
 
     def _tell(self, method: str, holder: HolderId, *args: Any) -> None:
         if method == "collect":
-            args = (*args[:2], (*(v for v in self.job.copies if v >= args[1]), args[1]))
+            args = (*args[:2], (*(v for v in self.job.copies if v >= args[1]), args[1]), None)
         super()._tell(method, holder, *args)
 
 
@@ -272,6 +274,44 @@ class ForgetsLostPublication(Job):
         return commands
 
 
+class CountsItsOwn(Job):
+    """Nothing inherited counts among what is kept: two generations' steps are held at once."""
+
+    def _inherited(self, generation: int) -> tuple[list[Version], set[Version]]:
+        return [], super()._inherited(generation)[1]
+
+
+class KeepsAbandoned(Job):
+    """What a crash left half saved stays until enough new steps are committed."""
+
+    def _order_collection(self, *holders: HolderId) -> m.CollectBelow:
+        return replace(super()._order_collection(*holders), branch=None)
+
+
+class NeverScrubs(Inventory):
+    """What nobody reads is never read."""
+
+    def _scrub(self, now_s: float) -> list[inventory.Command]:
+        return []
+
+
+class CorruptUntold(Inventory):
+    """A corrupt copy is told of to whoever asked to have it read, if to anybody."""
+
+    def _quarantine(self, key: ShardKey) -> list[inventory.Command]:
+        return super()._quarantine(key) and []
+
+    def _remind(self, now_s: float) -> list[inventory.Command]:
+        return []
+
+
+class CorruptToldOnce(Inventory):
+    """A corrupt copy is told of once, and a report of it as whole may come later."""
+
+    def _remind(self, now_s: float) -> list[inventory.Command]:
+        return []
+
+
 class RefusesOldCopies(Inventory):
     """What a generation resumed from is fenced off like a zombie's write."""
 
@@ -367,6 +407,11 @@ MUTANTS: dict[str, Mutant] = {
     "answers_without_sources": Mutant(Cores(job=AnswersWithoutSources), None),
     "believes_unread": Mutant(Cores(job=BelievesUnread), None),
     "forgets_lost_publication": Mutant(Cores(job=ForgetsLostPublication), None),
+    "counts_its_own": Mutant(Cores(job=CountsItsOwn), None),
+    "keeps_abandoned": Mutant(Cores(job=KeepsAbandoned), None),
+    "never_scrubs": Mutant(Cores(inventory=NeverScrubs), None),
+    "corrupt_untold": Mutant(Cores(inventory=CorruptUntold), None),
+    "corrupt_told_once": Mutant(Cores(inventory=CorruptToldOnce), None),
     "refuses_old_copies": Mutant(Cores(inventory=RefusesOldCopies), 100),
     "keeps_quarantined": Mutant(Cores(inventory=KeepsQuarantined), None),
     "uploads_unverified": Mutant(Cores(holder=UploadsUnverified), 200),

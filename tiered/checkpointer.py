@@ -39,7 +39,13 @@ from replication.transport import fetch_timeout_s
 from tiered import cluster
 from tiered.config import S3, JobSettings, Memory, check_job_name, check_step
 from tiered.coordinator import BEGIN_TIMEOUT_S, START_TIMEOUT_S, Progress
-from tiered.errors import ConfigError, SaveError, StateError, WorldSizeError
+from tiered.errors import (
+    ConfigError,
+    SaveError,
+    StateError,
+    StepNotFoundError,
+    WorldSizeError,
+)
 from tiered.fetch import ShardReader, tiers_of
 from tiered.handle import SaveHandle
 from tiered.history import Resolution
@@ -194,7 +200,16 @@ class Checkpointer:
         store = S3Store(s3, self.job) if s3 is not None else None
         reader = ShardReader(sources, tiers_of(sources, self._node_id, store))
         with contextlib.closing(store) if store is not None else contextlib.nullcontext():
-            restore_into(state, reader, allow_pickle=self._allow_pickle)
+            try:
+                restore_into(state, reader, allow_pickle=self._allow_pickle)
+            except StepNotFoundError:
+                if reader.is_rotten:  # or the next life would try the same step
+                    cluster.ask(
+                        self._coordinator, "report_unreadable",
+                        self.job, resolution.version, self._worker.rank,
+                        timeout_s=HOLDER_TIMEOUT_S,
+                    )  # fmt: skip
+                raise
         self.restored = Restored(
             step=resolution.version.step,
             generation=resolution.version.generation,

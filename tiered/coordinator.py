@@ -187,6 +187,11 @@ class Coordinator:
         for key in keys:
             self._feed(await self._job(key.job), m.CopyFoundCorrupt(holder, key))
 
+    async def report_unreadable(self, job_name: str, version: Version, rank: int) -> None:
+        """A rank could not restore a step: what S3 has of it is not what was saved."""
+        await self._ready()
+        self._feed(await self._job(job_name), m.DurableFoundCorrupt(version, rank))
+
     async def progress(
         self, job_name: str, generation: int, known: Progress, timeout_s: float
     ) -> Progress:

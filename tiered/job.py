@@ -73,6 +73,7 @@ class Job(Catalogue):
         self.begin: Begin | None = None
         self.placement: Placement | None = None
         self._durable_problem: str | None = "S3 was not listed yet"
+        self._rotten: set[Version] = set()  # on S3, and not what was saved
         self._oldest_claimable = 1
         self._pinned: set[Version] = set()
         self._spared: set[Version] = set()  # abandoned, and whole
@@ -115,6 +116,10 @@ class Job(Catalogue):
                 return self._started(event, now_s)
             case m.ShardReported():
                 return self._reported(event, now_s)
+            case m.DurableFoundCorrupt():  # the next life resumes from an older one
+                self._rotten.add(event.version)
+                self.durable.discard(event.version)
+                return []
             case m.CopyFoundCorrupt():
                 self._drop_copy(event.holder, event.key)
                 return self._repair(now_s)
@@ -226,7 +231,7 @@ class Job(Catalogue):
 
     def _durable_listed(self, event: m.DurableListed) -> list[m.Command]:
         self._durable_problem = event.problem or None
-        self.durable |= set(event.versions)
+        self.durable |= set(event.versions) - self._rotten
         self.parents = {**event.parents, **self.parents}
         newest = max([event.newest_generation, *event.parents])  # S3 may have missed a claim
         self._oldest_claimable = max(self._oldest_claimable, newest + 1)

@@ -142,6 +142,14 @@ class CopyFoundCorrupt:
 
 
 @dataclass(frozen=True, slots=True)
+class DurableFoundCorrupt:
+    """A rank has read a step from S3, its last resort, and it is not what was saved."""
+
+    version: Version
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class ShardUploaded:
     """A rank's shard is on S3, whole."""
 
@@ -194,6 +202,7 @@ Event = (
     | ParentRecorded
     | ShardReported
     | CopyFoundCorrupt
+    | DurableFoundCorrupt
     | ShardUploaded
     | UploadFailed
     | ManifestPublished

@@ -312,6 +312,25 @@ def test_a_copy_found_corrupt_while_it_was_set_aside_is_not_put_back() -> None:
     assert list(job.intact(key.version, 0)) == [A]
 
 
+def test_a_step_that_rots_on_s3_is_not_tried_by_life_after_life() -> None:
+    job = Job("job")
+    for holder in (A, B):
+        job.handle(m.HolderUp(holder, "", ()), 0.0)
+    listing = m.DurableListed((Version(1, 10), Version(1, 20)), {1: None}, 1)
+    choices = []
+    for generation, life in ((2, "two"), (3, "three")):
+        job.handle(asked(life, WITH_S3), 0.0)
+        job.handle(listing, 0.0)
+        job.handle(m.GenerationClaimed(generation, is_ours=True), 0.0)
+        (read,) = of(m.VerifyShards, job.handle(m.HoldersFenced(generation), 0.0))
+        manifest = (record(1, read.version.step),)
+        job.handle(m.ShardsVerified(generation, read.version, (), manifest), 0.0)
+        job.handle(m.ParentRecorded(generation), 0.0)
+        choices.append(read.version.step)
+        job.handle(m.DurableFoundCorrupt(read.version, 0), 1.0)
+    assert choices == [20, 10]
+
+
 def saved(job: Job, steps: Iterable[int], holders: tuple[HolderId, ...] = (A, B)) -> list:
     """What is ordered while these steps of the present generation become whole on these holders."""
     commands = []

@@ -83,6 +83,15 @@ class Coordinator(Process):
 
         self._when_open(report)
 
+    def report_unreadable(self, version: Version, rank: int, reply: Reply) -> None:
+        """What S3 has of a step is not what was saved."""
+
+        def report() -> None:
+            self.feed(m.DurableFoundCorrupt(version, rank))
+            reply(None)
+
+        self._when_open(report)
+
     def progress(self, versions: list[Version], reply: Reply) -> None:
         """How safe these saves are."""
         self._when_open(lambda: reply({v: self.job.level(v) for v in versions}))

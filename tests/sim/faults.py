@@ -39,6 +39,7 @@ class Faults:
             "flip": (4.0, self._flip),
             "s3": (3.0, self._disturb_s3),
             "swizzle": (1.0, self._swizzle),
+            "rot": (1.0, self._rot),
             "join": (1.0, self._join),
             "ask": (1.5, self._ask),
             "cluster": (0.15, self._lose_cluster),
@@ -246,6 +247,20 @@ class Faults:
             self.world.kernel.log("S3 is well")
 
         self._later(3.0, 2 * MINUTE_S, mend)
+
+    def _rot(self) -> None:
+        """A shard on S3 is not what was stored, or shorter."""
+        world, random = self.world, self.world.kernel.random
+        versions = sorted(world.oracle.durable)
+        if not versions:
+            return
+        version, rank = random.choice(versions), random.randrange(world.setup.ranks)
+        key = register.shard_key(version, rank)
+        if world.store.objects.get(key):
+            *others, last = world.store.objects[key]
+            world.store.objects[key] = (*others, *([last + FLIP] if random.random() < 0.5 else []))
+            world.oracle.rotten.add(version)
+            world.kernel.log("rank %d of %s rots on S3", rank, version)
 
     def _lose_cluster(self) -> None:
         """Everything but S3 is gone; a new cluster takes the job up."""

@@ -59,6 +59,7 @@ class Oracle:
         self.asked_s: dict[int, float] = {}
         self.durable: dict[Version, float] = {}
         self.ever_durable: set[Version] = set()
+        self.rotten: set[Version] = set()  # on S3, and not what was stored
         self.counts: dict[str, int] = defaultdict(int)
         self._bounds: dict[int, int | None] = {}
         self.mark = Version(0, 0)  # what is older may be collected
@@ -111,7 +112,7 @@ class Oracle:
         self.ever_durable.add(version)
         for rank in range(self.world.setup.ranks):
             key = ShardKey(self.world.job_name, version, rank)
-            if self.world.stored(key) != self.saved.get(key):
+            if version not in self.rotten and self.world.stored(key) != self.saved.get(key):
                 self.violated("I6", f"{version} was published without a true shard of rank {rank}")
 
     def durable_deleted(self, versions: tuple[Version, ...]) -> None:
@@ -306,7 +307,8 @@ class Oracle:
                 if parent is None or parent < version:
                     self.violated("I3", f"{parent} is chosen, acknowledged {version} is there")
                 break
-        allowed = [v for v in self.durable if before is None or v.step < before]
+        good = self.durable.keys() - self.rotten
+        allowed = [v for v in good if before is None or v.step < before]
         told_s = since_s - GRACE_S  # a listing may have been served before a manifest came
         on_s3 = [v for v in allowed if self.is_on_branch(v) and self.durable[v] < told_s]
         if not on_s3 or (parent is not None and parent >= max(on_s3)):

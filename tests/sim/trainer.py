@@ -43,6 +43,7 @@ class Rank(Process):
         self.pending: list[Version] = []
         self._born_s = world.kernel.now_s
         self._has_declared = False
+        self._has_read_s3 = False
 
     def later(self, delay_s: float, run: Callable[[], None]) -> None:
         """Run something of this process, unless it is dead by then; after it woke, if it hangs."""
@@ -109,10 +110,12 @@ class Rank(Process):
             self._ready()
             return
         if not places:
-            self.fail(f"no intact copy of {key}")
+            self._give_up(key, is_rotten=sources.is_durable and self._has_read_s3)
             return
 
         def got(outcome: Outcome) -> None:
+            if place is None:
+                self._has_read_s3 = not isinstance(outcome, TieredError)
             if not isinstance(outcome, TieredError):
                 for index, content in outcome.items():
                     if self.world.cores.is_same(digest(content), digests[index]):
@@ -131,6 +134,21 @@ class Rank(Process):
             reply(dict(peer.chunks[key]))
 
         self.world.network.call("fetch", self, peer, STAGE_TIMEOUT_S, serve, got)
+
+    def _give_up(self, key: ShardKey, *, is_rotten: bool) -> None:
+        """The process ends; if S3 has something else than was saved, the next one must know."""
+
+        def told(_: Outcome) -> None:
+            self.fail(f"no intact copy of {key}")
+
+        coordinator = self.world.coordinator
+        if is_rotten:
+            self.world.network.call(
+                "progress", self, coordinator, STAGE_TIMEOUT_S,
+                lambda reply: coordinator.report_unreadable(key.version, key.rank, reply), told,
+            )  # fmt: skip
+        else:
+            told(None)
 
     def _ready(self) -> None:
         self.life.arrive(self)

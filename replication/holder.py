@@ -101,7 +101,8 @@ class Holder:
         Args:
             node_id: The host.
             capacity_bytes: Budget for all shards here.
-            observer: Name of the actor that wants to know of sealed shards (`report_shards`).
+            observer: Name of the actor that wants to know of sealed shards (`report_shards`) and
+                of corrupt ones (`report_corrupt`).
             secret: Of the cluster's data plane.
         """
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)  # this process is ours
@@ -117,6 +118,7 @@ class Holder:
         self._buffers = ReceiveBuffers()
         self._receivers = ThreadPoolExecutor(RECEIVERS, thread_name_prefix="tiered-receive")
         self._unreported: dict[ShardKey, ShardRecord] = {}
+        self._corrupt: set[ShardKey] = set()  # of which the observer was not told yet
         self._has_unreported = asyncio.Event()
         self._offer_slots: dict[HolderId, asyncio.Semaphore] = {}
         self._peers: dict[HolderId, ActorRef] = {}
@@ -202,6 +204,7 @@ class Holder:
         """
         self._core.check_copy(key, plan)
         if self._core.has_chunk(key, index):
+            self._feed(inventory.ChunkKnown(key))
             return
         self._trim()
         origin = Source(source.node_id, await self._peer(source), endpoint)
@@ -257,10 +260,18 @@ class Holder:
         self._feed(inventory.ReplicationRequested(key, to))
 
     async def collect(
-        self, job: str, generation: int, below: Version, pinned: tuple[Version, ...] = ()
+        self,
+        job: str,
+        generation: int,
+        below: Version,
+        pinned: tuple[Version, ...] = (),
+        branch: tuple[Version, ...] | None = None,
     ) -> None:
-        """Let go of every shard of `job` older than `below` that is not of a pinned version."""
-        self._feed(inventory.WatermarkRaised(job, generation, below, pinned))
+        """Let go of every shard of `job` that is older than `below`, or abandoned, and not pinned.
+
+        See `inventory.WatermarkRaised`.
+        """
+        self._feed(inventory.WatermarkRaised(job, generation, below, pinned, branch))
 
     async def drop_step(self, job: str, version: Version) -> None:
         """Let go of a step of `job` that was never committed."""
@@ -349,11 +360,19 @@ class Holder:
                 case inventory.OfferChunk():
                     self._spawn(self._offer(command))
                 case inventory.ReportShard():
+                    self._corrupt.discard(command.record.key)
                     self._unreported[command.record.key] = command.record
                     self._has_unreported.set()
+                case inventory.ReportCorrupt():
+                    self._unreported.pop(command.key, None)  # or it would count again
+                    self._corrupt.add(command.key)
+                    self._has_unreported.set()
+                case inventory.ReadChunk():
+                    self._spawn(self._reread(command.key, command.index))
                 case inventory.DropShard():
                     self._chunks.pop(command.key, None)
                     self._unreported.pop(command.key, None)
+                    self._corrupt.discard(command.key)
                     self._trim()
                 case _:
                     assert_never(command)
@@ -373,6 +392,15 @@ class Holder:
         if chunk is not None:
             value = await asyncio.to_thread(digest, chunk)
             self._feed(inventory.ChunkHashed(key, index, value))
+
+    async def _reread(self, key: ShardKey, index: int) -> None:
+        chunk = self._chunks.get(key, {}).get(index)
+        value = b"" if chunk is None else await asyncio.to_thread(digest, chunk)
+        self._feed(inventory.ChunkRead(key, index, value))
+        shard = self._core.shards.get(key)
+        if shard is not None and shard.quarantined:
+            error = ChunkCorruptError("this host's memory", str(key), index)
+            logger.error("%s; the copy no longer counts", error)
 
     async def _offer(self, offer: inventory.OfferChunk) -> None:
         slots = self._offer_slots.setdefault(offer.to, asyncio.Semaphore(OFFERS_AT_ONCE))
@@ -409,19 +437,25 @@ class Holder:
             self._feed(inventory.Ticked())
 
     async def _report_forever(self) -> None:
-        """Tell the observer of sealed shards, in batches, until it has answered."""
+        """Tell the observer of sealed and of corrupt shards, in batches, until it has answered."""
         pause_s = TICK_S
         while True:
             await self._has_unreported.wait()
             self._has_unreported.clear()
-            batch = list(self._unreported.values())
-            if not batch:
+            batch, corrupt = list(self._unreported.values()), sorted(self._corrupt)
+            if not batch and not corrupt:
                 continue
             try:
                 observer: ActorRef
                 observer = await asyncio.to_thread(ray.get_actor, self._observer, NAMESPACE)
-                answer = observer.report_shards.remote(self._core.holder, batch)
-                await asyncio.wait_for(answer, REPORT_TIMEOUT_S)
+                holder, timeout_s = self._core.holder, REPORT_TIMEOUT_S
+                if corrupt:
+                    answer = observer.report_corrupt.remote(holder, corrupt)
+                    await asyncio.wait_for(answer, timeout_s)
+                    self._corrupt.difference_update(corrupt)
+                if batch:
+                    answer = observer.report_shards.remote(holder, batch)
+                    await asyncio.wait_for(answer, timeout_s)
             except Exception as error:  # noqa: BLE001 - it may be restarting: ask again, for ever
                 logger.warning("cannot report to %s yet: %s", self._observer, error)
                 self._has_unreported.set()

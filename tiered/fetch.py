@@ -205,12 +205,14 @@ class ShardReader:
         sources: What to read.
         tiers: Where from, in order of preference.
         bytes_by_label: How many bytes came from where, filled as chunks are read.
+        is_rotten: What S3 has is not what was saved.
     """
 
     sources: ShardSources
     tiers: list[Tier]
     bytes_by_label: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    is_rotten: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
@@ -297,6 +299,8 @@ class ShardReader:
             except TieredError as error:
                 logger.warning("%s %s; trying the next copy", record.key, error)
                 problems.append(str(error))
+                is_corrupt = isinstance(error, ChunkCorruptError)
+                self.is_rotten = self.is_rotten or (is_corrupt and tier.label == DURABLE)
                 # Not asked again while another answers; but two copies that are damaged in
                 # different chunks still make a whole shard.
                 with self._lock:

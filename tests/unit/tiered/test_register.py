@@ -77,6 +77,7 @@ def test_parents_are_in_the_names() -> None:
     keys = [parent_key(generation, parent) for generation, parent in parents.items()]
     assert read_parents(keys) == parents
     assert read_listing(keys).parents == parents
+    assert read_listing(keys).newest_generation == 123456789
 
 
 @pytest.mark.parametrize(

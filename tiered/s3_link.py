@@ -205,17 +205,24 @@ class Link:
         """An answer that cannot be used."""
         return DurableStoreError(self._name, f"{operation} of {path}", problem)
 
-    def close(self) -> None:
-        """Let go of connections and threads; idempotent, and the next call opens new ones."""
+    def detach(self) -> Callable[[], None]:
+        """Forget connections and threads, so that the next call makes new ones.
+
+        Returns:
+            What ends the old ones; it blocks until their last work is done.
+        """
         with self._lock:
             client, self._client = self._client, None
-            pools = self._uploads, self._reads
+            pools = [pool for pool in (self._uploads, self._reads) if pool is not None]
             self._uploads = self._reads = None
-        for pool in pools:
-            if pool is not None:
+
+        def close() -> None:
+            for pool in pools:
                 pool.shutdown(wait=True)
-        if client is not None:
-            client.close()
+            if client is not None:
+                client.close()
+
+        return close
 
     def _may_retry(self) -> bool:
         with self._lock:
@@ -317,8 +324,10 @@ def leave(link: Link) -> None:
         if known is not link:  # made before a fork
             return
         _links[link.key] = link, users - 1
-    if users == 1:
-        link.close()
+        if users > 1:
+            return
+        close = link.detach()  # before anybody else can be given this link
+    close()
 
 
 def _key(settings: S3) -> _Key:

@@ -79,9 +79,9 @@ class S3Store(DurableStore):
         """See `DurableStore.upload`; nothing of the image is copied."""
         s3_upload.upload(self.link, self._path(key), chunks)
 
-    def check(self) -> None:
-        """See `DurableStore.check`."""
-        self.link.check(self._base)
+    def check(self, *, is_urgent: bool = False) -> None:
+        """See `DurableStore.check`; `is_urgent`: do not go by what was known, ask."""
+        self.link.check(self._base, is_urgent=is_urgent)
 
     def create(self, key: str, data: bytes) -> bool:
         """See `DurableStore.create`.

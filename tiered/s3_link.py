@@ -113,7 +113,13 @@ class Link:
             return self._client
 
     def ask(
-        self, operation: str, path: str, call: Callable[["S3Client"], T], *, is_small: bool = True
+        self,
+        operation: str,
+        path: str,
+        call: Callable[["S3Client"], T],
+        *,
+        is_small: bool = True,
+        is_urgent: bool = False,
     ) -> T:
         """Make one request, and make it again while that can help.
 
@@ -123,6 +129,7 @@ class Link:
             call: Makes the request and reads its answer; it may be called several times.
             is_small: The answer is due soon: it is not asked for again after CALL_BUDGET_S, and a
                 long silence opens the breaker.
+            is_urgent: While the store is down, ask it once all the same.
 
         Raises:
             DurableStoreDownError: The store did not serve it, or was not asked since it is down.
@@ -131,7 +138,7 @@ class Link:
         began_s = monotonic()
         with self._lock:
             was_open = self._breaker.is_open
-            verdict = self._breaker.admit(began_s)
+            verdict = self._breaker.admit(began_s, is_urgent=is_urgent)
             if self._breaker.is_open and not was_open:
                 self._log_opened()
             ticket = self._breaker.watch(began_s) if is_small and verdict != "wait" else 0
@@ -179,10 +186,11 @@ class Link:
                 self._note(None, is_probe=is_probe)
                 return answer
 
-    def check(self, prefix: str) -> None:
+    def check(self, prefix: str, *, is_urgent: bool = False) -> None:
         """Raise if the store is known to be down; costs nothing while it is not.
 
-        While it is, now and then one cheap request finds out whether it still is.
+        While it is, now and then (with `is_urgent`: now) one cheap request finds out whether it
+        still is.
         """
         with self._lock:
             is_open = self._breaker.is_open
@@ -195,6 +203,7 @@ class Link:
                 lambda client: client.list_objects_v2(
                     Bucket=settings.bucket, Prefix=prefix, MaxKeys=1, **args
                 ),
+                is_urgent=is_urgent,
             )
 
     def report(self, problem: str | None) -> None:

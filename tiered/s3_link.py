@@ -353,8 +353,8 @@ def _new_client(settings: S3) -> "S3Client":
     config = Config(
         connect_timeout=settings.connect_timeout_s,
         read_timeout=settings.read_timeout_s,
-        # `Link.ask` is what repeats. Not adaptive: after one SlowDown that holds every request of
-        # the client to one in a second or two, which made a flush ten times as long.
+        # `Link.ask` is what repeats. Not adaptive: after a SlowDown that slows down every request
+        # of the client, also those that nobody throttles.
         retries={"mode": "standard", "total_max_attempts": 1},
         max_pool_connections=settings.upload_concurrency + 2 * READ_THREADS,
         tcp_keepalive=True,

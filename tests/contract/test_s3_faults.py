@@ -54,10 +54,7 @@ def operations(proxy: FaultProxy) -> list[str]:
     [
         (500, "InternalError"),
         (503, "SlowDown"),
-        (503, "ServiceUnavailable"),
-        (429, "TooManyRequests"),
         (400, "RequestTimeout"),
-        (502, ""),
         (507, "InsufficientStorage"),
     ],
 )

@@ -17,7 +17,6 @@ keeps no bytes: the shell (`replication.holder`) pins those and carries the comm
 each outcome back as an event.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -120,6 +119,14 @@ class WatermarkRaised:
 
 
 @dataclass(frozen=True, slots=True)
+class StepDropped:
+    """A step that was never committed is not wanted any more; late chunks of it neither."""
+
+    job: str
+    version: Version
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkFoundCorrupt:
     """A re-read chunk does not have its checksum: the whole copy stops counting."""
 
@@ -148,6 +155,7 @@ Event = (
     | ReplicationRequested
     | FenceRaised
     | WatermarkRaised
+    | StepDropped
     | ChunkFoundCorrupt
     | JobForgotten
     | Ticked
@@ -233,6 +241,7 @@ class Inventory:
         self.shards: dict[ShardKey, HeldShard] = {}
         self.fences: dict[str, int] = {}
         self.watermarks: dict[str, Version] = {}
+        self.dropped: dict[str, set[Version]] = {}
         self.buddies: dict[str, tuple[HolderId, ...]] = {}
         self.reservations: dict[tuple[str, int], Reservation] = {}
         self._retries: dict[tuple[HolderId, ShardKey, int], tuple[int, float]] = {}
@@ -270,12 +279,13 @@ class Inventory:
         return shard is not None and not shard.quarantined and index in shard.present
 
     def is_collected(self, key: ShardKey) -> bool:
-        """Whether the watermark has passed this shard: a late copy of it is not wanted.
+        """Whether the watermark has passed this shard, or its step was dropped: too late.
 
         What is pinned below the watermark is still here.
         """
-        watermark = self.watermarks.get(key.job)
-        return watermark is not None and key.version < watermark and key not in self.shards
+        is_old = key.version < self.watermarks.get(key.job, Version(0, 0))
+        is_dropped = key.version in self.dropped.get(key.job, ())
+        return (is_old or is_dropped) and key not in self.shards
 
     def check_generation(self, job: str, generation: int) -> None:
         """Refuse what a fenced-off generation asks for.
@@ -322,17 +332,35 @@ class Inventory:
 
         Raises:
             FencedError: The generation is fenced off.
-            MemoryBudgetError: With what other ranks declared it exceeds the budget.
+            MemoryBudgetError: With what other ranks declared, and what other jobs declared or have
+                here, it exceeds the budget.
         """
         self.check_generation(job, reservation.generation)
-        others = sum(r.need_bytes for k, r in self.reservations.items() if k != (job, rank))
-        need = others + reservation.need_bytes
+        theirs = sum(max(self._declared(j), self._held(j)) for j in self._jobs() - {job})
+        ranks = self._declared(job) - self._declared(job, rank)
+        need = theirs + ranks + reservation.need_bytes
         if need > self.capacity_bytes:
             detail = reservation.detail
-            if others:
-                detail += f"; {others:,} are declared by other ranks of this host"
+            if ranks:
+                detail += f"; {ranks:,} are declared by other ranks of this host"
+            if theirs:
+                detail += f"; {theirs:,} belong to other jobs"
             raise MemoryBudgetError(self.holder.node_id, need, self.capacity_bytes, detail)
         self.reservations[job, rank] = reservation
+
+    def release(self, job: str, rank: int) -> None:
+        """Take a declaration back: from now on only what the job has here counts; idempotent."""
+        self.reservations.pop((job, rank), None)
+
+    def _jobs(self) -> set[str]:
+        return {job for job, _ in self.reservations} | {key.job for key in self.shards}
+
+    def _declared(self, job: str, rank: int | None = None) -> int:
+        mine = ((j, r) for j, r in self.reservations if j == job and rank in (None, r))
+        return sum(self.reservations[key].need_bytes for key in mine)
+
+    def _held(self, job: str) -> int:
+        return sum(s.plan.size_bytes for key, s in self.shards.items() if key.job == job)
 
     # -- events ------------------------------------------------------------------------------
 
@@ -370,6 +398,10 @@ class Inventory:
                 return []
             case WatermarkRaised():
                 return self._collect(event)
+            case StepDropped():
+                self.dropped.setdefault(event.job, set()).add(event.version)
+                keys = [k for k in self.shards if (k.job, k.version) == (event.job, event.version)]
+                return [self._drop(key) for key in keys]
             case ChunkFoundCorrupt():
                 if shard := self.shards.get(event.key):
                     shard.quarantined = True
@@ -428,6 +460,8 @@ class Inventory:
         self.check_generation(event.job, event.generation)
         below = max(event.below, self.watermarks.get(event.job, event.below))
         self.watermarks[event.job] = below
+        dropped = self.dropped.get(event.job, set())
+        self.dropped[event.job] = {v for v in dropped if v >= below}
         gone = [k for k in self.shards if k.job == event.job and k.version < event.below]
         return [self._drop(key) for key in gone if key.version not in event.pinned]
 
@@ -443,13 +477,11 @@ class Inventory:
 
     # -- offers ------------------------------------------------------------------------------
 
-    def _peers_of(self, key: ShardKey, shard: HeldShard) -> Iterator[HolderId]:
-        buddies = self.buddies.get(key.job, ()) if shard.staged_here else ()
-        seen = {self.holder}
-        for peer in (*buddies, *sorted(shard.extra_peers)):
-            if peer not in seen:
-                seen.add(peer)
-                yield peer
+    def _peers_of(self, key: ShardKey, shard: HeldShard) -> list[HolderId]:
+        peers = self.buddies.get(key.job, ()) if shard.staged_here else ()
+        if shard.extra_peers:
+            peers = (*peers, *sorted(shard.extra_peers))
+        return [peer for peer in dict.fromkeys(peers) if peer != self.holder]
 
     def _offers(self, job: str, only: ShardKey | None = None) -> list[Command]:
         """Offer each hashed chunk to each peer that was not offered it yet."""
@@ -459,11 +491,12 @@ class Inventory:
             shard = self.shards[key]
             if shard.quarantined:
                 continue
+            offered = shard.offered
             for peer in self._peers_of(key, shard):
-                for index, digest in sorted(shard.digests.items()):
-                    if (peer, index) in shard.offered:
-                        continue
-                    shard.offered.add((peer, index))
+                due = [index for index in shard.digests if (peer, index) not in offered]
+                for index in sorted(due):
+                    offered.add((peer, index))
+                    digest = shard.digests[index]
                     commands.append(OfferChunk(peer, key, shard.plan, index, digest))
         return commands
 

@@ -3,7 +3,8 @@
 A host is believed dead after `MISSES` unanswered heartbeats in a row, or at once when Ray says
 that the holder's process died; Ray's own detection of a lost node takes 12 s or more and is not
 waited for. A holder that answers again with the same incarnation kept its data and is back; with a
-new one it has lost everything, so the old one is announced lost first.
+new one it has lost everything, so the old one is announced lost first. One that is silent for
+`HOPELESS_MISSES` on a host that lives is replaced: until it is, no rank there can save.
 """
 
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from typing import assert_never
 from replication.records import HolderId
 
 MISSES = 3
+HOPELESS_MISSES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,15 @@ class HolderLost:
     holder: HolderId
 
 
+@dataclass(frozen=True, slots=True)
+class ReplaceHolder:
+    """End the hung holder of this host; another is started when its death is seen."""
+
+    node_id: str
+
+
 Event = NodesSeen | Answered | Missed
-Command = StartHolder | HolderJoined | HolderLost
+Command = StartHolder | HolderJoined | HolderLost | ReplaceHolder
 
 
 @dataclass(slots=True)
@@ -128,15 +137,16 @@ class Membership:
                 assert_never(event)
 
     def _gone(self, nodes: Iterable[Node]) -> list[Command]:
-        present = {node.node_id for node in nodes}
-        gone = [s for node_id, s in self._states.items() if node_id not in present]
-        self._states = {n: s for n, s in self._states.items() if n in present}
+        absent = self._states.keys() - {node.node_id for node in nodes}
+        gone = [self._states.pop(node_id) for node_id in sorted(absent)]
         return [HolderLost(s.holder) for s in gone if s.is_up and s.holder is not None]
 
     def _seen(self, nodes: Iterable[Node]) -> list[Command]:
         commands: list[Command] = []
         for node in nodes:
-            state = self._states.setdefault(node.node_id, _State(node))
+            state = self._states.get(node.node_id)
+            if state is None:
+                state = self._states[node.node_id] = _State(node)
             if not state.is_started:
                 state.is_started = True
                 commands.append(StartHolder(node))
@@ -166,4 +176,7 @@ class Membership:
             state.is_up = False
             assert state.holder is not None
             return [HolderLost(state.holder)]
+        if not event.is_dead and state.misses == HOPELESS_MISSES:
+            state.misses = MISSES  # and again later, should that not help
+            return [ReplaceHolder(event.node_id)]
         return []

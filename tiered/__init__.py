@@ -18,19 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from replication.errors import (
+        AuthenticationError,
         ChunkCorruptError,
         DeadlineError,
         FencedError,
+        HolderTimeoutError,
         HolderUnavailableError,
         MemoryBudgetError,
         PlacementError,
+        ProtocolError,
+        ProtocolVersionError,
         ReplicationError,
         ShardNotHeldError,
         TieredError,
     )
     from tiered.checkpointer import Checkpointer, Restored
     from tiered.config import S3, Memory
-    from tiered.coordinator import JobStatus
+    from tiered.coordinator import DegradedStep, JobStatus
     from tiered.errors import (
         CheckpointError,
         ConfigError,
@@ -42,24 +46,33 @@ if TYPE_CHECKING:
         WorldSizeError,
     )
     from tiered.handle import SaveHandle
-    from tiered.recovery import Recovered, recover, status
+    from tiered.recovery import Recovered, drain, explain_placement, forget, recover, status
+    from tiered.retention import KeepBest, KeepEvery, KeepInterval
     from tiered.rng import RngState
 
 __all__ = [
     "S3",
+    "AuthenticationError",
     "CheckpointError",
     "Checkpointer",
     "ChunkCorruptError",
     "ConfigError",
     "DeadlineError",
+    "DegradedStep",
     "DurableStoreDownError",
     "DurableStoreError",
     "FencedError",
+    "HolderTimeoutError",
     "HolderUnavailableError",
     "JobStatus",
+    "KeepBest",
+    "KeepEvery",
+    "KeepInterval",
     "Memory",
     "MemoryBudgetError",
     "PlacementError",
+    "ProtocolError",
+    "ProtocolVersionError",
     "Recovered",
     "ReplicationError",
     "Restored",
@@ -71,17 +84,24 @@ __all__ = [
     "StepNotFoundError",
     "TieredError",
     "WorldSizeError",
+    "drain",
+    "explain_placement",
+    "forget",
     "recover",
     "status",
 ]
 
 _HOME = {
+    "AuthenticationError": "replication.errors",
     "ChunkCorruptError": "replication.errors",
     "DeadlineError": "replication.errors",
     "FencedError": "replication.errors",
+    "HolderTimeoutError": "replication.errors",
     "HolderUnavailableError": "replication.errors",
     "MemoryBudgetError": "replication.errors",
     "PlacementError": "replication.errors",
+    "ProtocolError": "replication.errors",
+    "ProtocolVersionError": "replication.errors",
     "ReplicationError": "replication.errors",
     "ShardNotHeldError": "replication.errors",
     "TieredError": "replication.errors",
@@ -89,7 +109,14 @@ _HOME = {
     "Restored": "tiered.checkpointer",
     "Memory": "tiered.config",
     "S3": "tiered.config",
+    "DegradedStep": "tiered.coordinator",
     "JobStatus": "tiered.coordinator",
+    "KeepBest": "tiered.retention",
+    "KeepEvery": "tiered.retention",
+    "KeepInterval": "tiered.retention",
+    "explain_placement": "tiered.recovery",
+    "drain": "tiered.recovery",
+    "forget": "tiered.recovery",
     "CheckpointError": "tiered.errors",
     "ConfigError": "tiered.errors",
     "DurableStoreDownError": "tiered.errors",

@@ -4,13 +4,32 @@ A cache: holders' inventories are the truth about memory, manifests about S3, th
 generations. `tiered.job` fills it from events and decides.
 """
 
+from dataclasses import dataclass
+
 from replication.errors import FencedError
 from replication.placement import Host
 from replication.records import HolderId, ShardRecord, Version
 from tiered import messages as m
+from tiered.admission import Admissions
 from tiered.config import JobSettings
 from tiered.flush import FlushQueue
 from tiered.history import Candidate, Choice, Resolution, ShardSources, latest_consistent_step
+from tiered.retention import SavedStep
+
+
+@dataclass(frozen=True, slots=True)
+class Degraded:
+    """A kept step with fewer copies than the policy asks for.
+
+    Attributes:
+        version: Which.
+        ranks: Whose shards have too few copies.
+        since_s: Since when, on the coordinator's monotonic clock.
+    """
+
+    version: Version
+    ranks: tuple[int, ...]
+    since_s: float
 
 
 class Catalogue:
@@ -28,6 +47,9 @@ class Catalogue:
         self.manifests: dict[Version, tuple[ShardRecord, ...]] = {}
         self.watermark = Version(0, 0)
         self.flushes = FlushQueue()
+        self.admissions = Admissions()
+        self.leaving: set[str] = set()
+        self.degraded: dict[Version, Degraded] = {}
 
     @property
     def generation(self) -> int:
@@ -37,17 +59,25 @@ class Catalogue:
     @property
     def settings(self) -> JobSettings | None:
         """The settings of the newest claimed generation."""
-        return self.claims[self.generation].settings if self.claims else None
+        return self.claims[max(self.claims)].settings if self.claims else None
+
+    @property
+    def staying(self) -> dict[HolderId, str]:
+        """Live holders on hosts that nobody said would go away; all, if all will."""
+        if not self.leaving:
+            return self.holders
+        staying = {h: d for h, d in self.holders.items() if h.node_id not in self.leaving}
+        return staying or self.holders
 
     @property
     def hosts(self) -> int:
-        """Live hosts with a holder."""
-        return len({h.node_id for h in self.holders})
+        """Live hosts with a holder that will stay."""
+        return len({h.node_id for h in self.staying})
 
     @property
     def placed_hosts(self) -> list[Host]:
-        """Live hosts with their failure domains."""
-        return [Host(h.node_id, domain) for h, domain in sorted(self.holders.items())]
+        """Those hosts with their failure domains."""
+        return [Host(h.node_id, domain) for h, domain in sorted(self.staying.items())]
 
     @property
     def replicas(self) -> int:
@@ -60,12 +90,55 @@ class Catalogue:
     @property
     def copies_needed(self) -> int:
         """Copies that commit a shard: what the policy asks for, or as many as hosts live."""
-        return 1 + min(self.replicas, max(0, self.hosts - 1))
+        need = 1 + self.replicas
+        if self.settings is not None and self.settings.memory.strict:
+            return need
+        return max(1, min(need, self.hosts))
+
+    @property
+    def too_few_hosts(self) -> str:
+        """Why a strict policy cannot be met now, or nothing."""
+        if self.hosts >= self.copies_needed:
+            return ""
+        return (
+            f"replicas={self.replicas} needs {1 + self.replicas} hosts and {self.hosts} live; add "
+            "hosts, or accept fewer copies for a while with Memory(strict=False)"
+        )
 
     def intact(self, version: Version, rank: int) -> dict[HolderId, ShardRecord]:
         """The copies of a shard that count: on live holders, all with the same checksum."""
         records = self.copies.get(version, {}).get(rank, {})
-        return {h: r for h, r in sorted(records.items()) if h in self.holders}
+        return {h: records[h] for h in sorted(records) if h in self.holders}
+
+    def copies_of(self, version: Version, rank: int) -> set[str]:
+        """Hosts whose copy of a shard counts for the policy."""
+        staying, held = self.staying, self.copies.get(version, {}).get(rank, {})
+        return {h.node_id for h in held if h in staying}
+
+    def short_ranks(self, version: Version) -> tuple[int, ...]:
+        """Ranks of a step with fewer copies than the policy asks for, with hosts or without."""
+        need = 1 + self.replicas
+        ranks = self.copies.get(version, {})
+        return tuple(r for r in sorted(ranks) if len(self.copies_of(version, r)) < need)
+
+    def is_last_keeper(self, node_id: str) -> bool:
+        """Whether a host, which may not answer now, has the only copy of a shard in memory."""
+        return any(
+            not self.intact(version, rank) and any(h.node_id == node_id for h in held)
+            for version, ranks in self.copies.items()
+            for rank, held in ranks.items()
+        )
+
+    def saved_step(self, version: Version) -> SavedStep:
+        """What retention may know of a step: the word of its lowest rank."""
+        records = [
+            r for _, held in sorted(self.copies.get(version, {}).items())[:1] for r in held.values()
+        ]
+        records += self.manifests.get(version, ())[:1]
+        if not records:
+            return SavedStep(version, saved_s=None, metrics=None)
+        plan = records[0].plan
+        return SavedStep(version, plan.saved_s, dict(plan.metrics))
 
     def candidates(self) -> list[Candidate]:
         """Everything that any tier knows of."""
@@ -116,6 +189,10 @@ class Catalogue:
             return reached, str(FencedError(self.name, version.generation, self.generation))
         if version in self.commits or version in self.flushes.given_up:
             return "replicated", self.flushes.given_up.get(version, "")
+        if (newer := self.admissions.replaced.get(version.step)) is not None:
+            return None, f"step {newer} took its place before it was replicated"
+        if problem := self.too_few_hosts:
+            return None, problem
         if version < self.watermark:
             return None, "newer steps were committed before every shard of it was replicated"
         return None, ""

@@ -1,6 +1,8 @@
 """The checkpointer: what a training loop holds.
 
 A save's way:
+    0. The coordinator says, once for all ranks, whether the step is saved: while older ones are
+       still on their way to buddies there may be no room (`tiered.admission`).
     1. `save` takes the state apart (`tiered.state`) and lays its image out (`tiered.image`); the
        layout is kept, so only the first save plans, and no rank talks to another.
     2. Each chunk goes with one copy from the tensors into the object store, and the holder of this
@@ -17,6 +19,7 @@ import threading
 import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from numbers import Real
 from types import TracebackType
 from typing import Any, Self
 
@@ -34,20 +37,30 @@ from replication.errors import (
 )
 from replication.holder import NAMESPACE, holder_name
 from replication.inventory import Reservation
+from replication.pinning import put
 from replication.records import ActorRef, HolderId, ShardKey, ShardPlan, Version
 from replication.transport import fetch_timeout_s
 from tiered import cluster
+from tiered.admission import Admission
 from tiered.config import S3, JobSettings, Memory, check_job_name, check_step
-from tiered.coordinator import BEGIN_TIMEOUT_S, START_TIMEOUT_S, Progress
+from tiered.coordinator import (
+    BEGIN_TIMEOUT_S,
+    COORDINATOR_NAME,
+    START_TIMEOUT_S,
+    DegradedStep,
+    News,
+    Progress,
+)
 from tiered.errors import ConfigError, SaveError, StateError, WorldSizeError
 from tiered.fetch import ShardReader, tiers_of
 from tiered.handle import SaveHandle
 from tiered.history import Resolution
-from tiered.image import Layout, chunk_sizes, data_chunk, front, lay_out, signature_of
+from tiered.image import Layout, chunk_sizes, front, lay_out
 from tiered.messages import Level
 from tiered.restore import restore_into
 from tiered.s3 import S3Store
-from tiered.state import Captured, capture
+from tiered.staging import Stager
+from tiered.state import CaptureCache, Captured, capture
 from tiered.worker import find_worker, new_life
 
 logger = logging.getLogger(__name__)
@@ -55,7 +68,8 @@ logger = logging.getLogger(__name__)
 POLL_S = 5.0  # how long one question for news stays open
 HOLDER_TIMEOUT_S = 10.0
 FLUSHES = 2  # steps on their way to S3 that memory keeps beside the others: one, and one waiting
-IN_FLIGHT = 1  # saves on their way to `replicated` before the next one waits
+ADMIT_TIMEOUT_S = 5.0
+MAX_METRICS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +140,18 @@ class Checkpointer:
         self._holder: ActorRef = self._find_holder()
         self._generation = 0
         self._layout: Layout | None = None
+        self._cache: CaptureCache = {}
+        self._stager = Stager(self.settings.memory.chunk_bytes)
+        self._is_saving = threading.Lock()
         self._declared_bytes = 0
         self._handles: dict[int, SaveHandle] = {}
         self._last: SaveHandle | None = None
         self._fenced: FencedError | None = None
         self._news = threading.Condition()
+        self._silence = cluster.Silence()
+        self._skipped = 0
+        self._is_skipping = False
+        self._degraded: tuple[DegradedStep, ...] = ()
         self._closing = False
         self._watcher: threading.Thread | None = None
 
@@ -147,6 +168,16 @@ class Checkpointer:
             self.close()
         else:  # what is in memory is needed now: leave everything as it is
             self._stop_watching()
+
+    @property
+    def skipped(self) -> int:
+        """Saves of this rank that were skipped because older ones were still on their way."""
+        return self._skipped
+
+    @property
+    def degraded(self) -> tuple[DegradedStep, ...]:
+        """Steps with fewer copies than the policy asks for, as of the last news; newest first."""
+        return self._degraded
 
     # -- restore --------------------------------------------------------------------------------
 
@@ -176,6 +207,7 @@ class Checkpointer:
             StateError: The state does not fit the saved one.
             WorldSizeError: The step was saved by another number of ranks.
             PlacementError: `Memory.replicas` is not less than the number of hosts.
+            MemoryBudgetError: The object store is too small for the policy and a state like this.
             DurableStoreError: Nothing is in memory and S3 does not answer, so that it is not known
                 whether this is a fresh start.
             DeadlineError: The cluster did not answer in time.
@@ -184,6 +216,7 @@ class Checkpointer:
         if resolution.version is None:
             self.restored = None
             logger.info("%s fresh start", self._tag())
+            self._make_ready(state)
             return 0
         if len(resolution.shards) != self._worker.world_size:
             where = f"{resolution.version} of job {self.job!r}"
@@ -192,7 +225,8 @@ class Checkpointer:
         sources = resolution.shards[self._worker.rank]
         s3 = self.settings.s3
         store = S3Store(s3, self.job) if s3 is not None else None
-        reader = ShardReader(sources, tiers_of(sources, self._node_id, store))
+        way = self.settings.memory.transport
+        reader = ShardReader(sources, tiers_of(sources, self._node_id, store, way))
         with contextlib.closing(store) if store is not None else contextlib.nullcontext():
             restore_into(state, reader, allow_pickle=self._allow_pickle)
         self.restored = Restored(
@@ -205,6 +239,7 @@ class Checkpointer:
             passed_over=resolution.passed_over,
         )
         self._log_restored(self.restored)
+        self._make_ready(state)
         return resolution.version.step + 1
 
     def _begin(self, step: int | None = None, before: int | None = None) -> Resolution:
@@ -233,18 +268,26 @@ class Checkpointer:
     # -- save -----------------------------------------------------------------------------------
 
     def save(
-        self, step: int, state: Mapping[str, Any], *, force: bool = False
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        *,
+        force: bool = False,
+        metrics: Mapping[str, float] | None = None,
     ) -> SaveHandle | None:
         """Copy `state` into this host's memory if `step` is due; return once it is safe there.
 
         Returns after one memory copy. Replication, commit and flush go on in the background; an
         operating failure (a holder that died, say) fails the handle and is logged, and training
-        goes on.
+        goes on. So does a save that comes while older ones are still being replicated: see
+        `Memory.backpressure`.
 
         Args:
             step: The step that was just run; every rank saves the same ones.
             state: As for `restore`.
-            force: Save although the step is not due (the last one, or before a preemption).
+            force: Save although the step is not due (the last one, or before a preemption), and
+                wait for room rather than skip it; on every rank.
+            metrics: Numbers that say how good the step is, for `KeepBest`; rank 0's count.
 
         Returns:
             The handle, or None when the step is not due.
@@ -262,12 +305,21 @@ class Checkpointer:
             self._begin()
         if self._fenced is not None:
             raise self._fenced
+        numbers = _check_metrics(metrics or {})
         began_s = time.monotonic()
         handle = SaveHandle(step, is_due_for_s3=self.settings.is_due_for_s3(step))
-        self._wait_for_room(step)
-        captured = capture(state, allow_pickle=self._allow_pickle)
+        self._last = handle
+        admission = self._admit(step, is_forced=force)
+        if not admission.is_admitted:
+            self._skip(handle, admission.reason)
+            handle.stall_s = time.monotonic() - began_s
+            return handle
+        for replaced in admission.instead_of:
+            self._holder.drop_step.remote(self.job, Version(self._generation, replaced))
+        captured = capture(state, allow_pickle=self._allow_pickle, cache=self._cache)
         try:
-            self._stage(handle, captured)
+            with self._is_saving:
+                self._stage(handle, captured, numbers)
         except FencedError as error:
             self._fenced = error
             raise
@@ -279,33 +331,104 @@ class Checkpointer:
         else:
             handle._reach("staged")
             self._watch(handle)
+            self._prepare()
+            if self._is_skipping:
+                logger.warning("%s saving again, %d skipped", self._tag(step), self._skipped)
+            self._is_skipping = False
         handle.stall_s = time.monotonic() - began_s
-        self._last = handle
         return handle
 
-    def _stage(self, handle: SaveHandle, captured: Captured) -> None:
+    def _admit(self, step: int, *, is_forced: bool) -> Admission:
+        """Ask the coordinator; while it is silent, this rank decides by what it knows itself."""
+        memory = self.settings.memory
+        is_patient = is_forced or memory.backpressure == "wait"
+        room_s = fetch_timeout_s(memory.in_flight * self._declared_bytes) if is_patient else 0.0
+        if not self._silence.is_silent(COORDINATOR_NAME):
+            try:
+                answer: Admission = cluster.ask(
+                    self._coordinator, "admit", self.job, self._generation, step, room_s,
+                    is_forced=is_forced, timeout_s=ADMIT_TIMEOUT_S + room_s,
+                )  # fmt: skip
+            except DeadlineError as error:
+                logger.warning("%s %s; saving without it", self._tag(step), error)
+                self._silence.note(COORDINATOR_NAME, self._coordinator.ping)
+            except FencedError as error:
+                self._fenced = error
+                raise
+            else:
+                return answer
+        with self._news:
+            behind = self._unreplicated()
+        if len(behind) < memory.in_flight:
+            return Admission(is_admitted=True)
+        reason = f"skipped: steps {behind} are not replicated, and the coordinator is silent"
+        return Admission(is_admitted=False, reason=reason)
+
+    def _skip(self, handle: SaveHandle, reason: str) -> None:
+        handle._fail(reason)
+        self._skipped += 1
+        if not self._is_skipping:
+            logger.warning("%s %s", self._tag(handle.step), reason)
+        self._is_skipping = True
+
+    def _stage(
+        self, handle: SaveHandle, captured: Captured, metrics: tuple[tuple[str, float], ...]
+    ) -> None:
         """Put the state's image into the object store, chunk by chunk, and have it pinned."""
-        if self._layout is None or self._layout.signature != signature_of(captured):
-            self._layout = lay_out(captured)
-        layout, memory, worker = self._layout, self.settings.memory, self._worker
+        if self._silence.is_silent(self._node_id):
+            raise HolderUnavailableError(self._node_id, "it has not answered since it was silent")
+        worker = self._worker
         key = ShardKey(self.job, Version(self._generation, handle.step), worker.rank)
-        first = front(layout, key, worker.world_size, captured.tree)
-        sizes = chunk_sizes(layout, len(first), memory.chunk_bytes)
-        plan = ShardPlan(worker.world_size, sizes)
+        layout, first = self._plan(key, captured)
+        sizes = chunk_sizes(layout, len(first), self.settings.memory.chunk_bytes)
+        plan = ShardPlan(worker.world_size, sizes, time.time(), metrics)
         handle.size_bytes = plan.size_bytes
         self._declare(plan.size_bytes)
-        pending, start = [], 0
-        for index, size in enumerate(sizes):
+        slots = self._stager.take(layout)
+        pending = []
+        for index in range(len(sizes)):
             if index == 0:
-                chunk = [np.frombuffer(first, dtype=np.uint8)]
+                reference = put([np.frombuffer(first, dtype=np.uint8)])
             else:
-                chunk = data_chunk(layout, captured.tensors, start, start + size)
-                start += size
-            pending.append(self._holder.stage_chunk.remote(key, plan, index, ray.put(chunk)))
+                reference = self._stager.stage(layout, captured.tensors, index - 1, slots)
+            pending.append(self._holder.stage_chunk.remote(key, plan, index, reference))
         try:
-            self._answers(pending, fetch_timeout_s(plan.size_bytes))
+            self._answers(pending)
         except MemoryBudgetError as error:  # the policy fits, just not now: training goes on
             raise SaveError(handle.step, str(error)) from error
+
+    def _plan(self, key: ShardKey, captured: Captured) -> tuple[Layout, bytes]:
+        """The layout of a shard, made anew only when its tensors changed, and its first chunk."""
+        if self._layout is None or self._layout.signature != captured.signature:
+            self._layout = lay_out(captured)
+        return self._layout, front(self._layout, key, self._worker.world_size, captured.tree)
+
+    def _make_ready(self, state: Mapping[str, Any]) -> None:
+        """Plan the first save, and see to its memory, while the first steps run."""
+        try:
+            captured = capture(state, allow_pickle=self._allow_pickle, cache=self._cache)
+        except StateError:
+            return  # save() will say so; by then the state may be another one
+        key = ShardKey(self.job, Version(self._generation, 0), self._worker.rank)
+        layout, first = self._plan(key, captured)
+        try:
+            self._declare(len(first) + layout.data_bytes)
+        except HolderUnavailableError as error:
+            logger.warning("%s memory not declared yet: %s", self._tag(), error)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make memory for the next save ready, unless so many are under way that it has none."""
+        memory, layout = self.settings.memory, self._layout
+        if not memory.prepare or layout is None or not self._is_saving.acquire(blocking=False):
+            return
+        try:
+            with self._news:
+                has_room = len(self._unreplicated()) < memory.in_flight and not self._closing
+            if has_room:
+                self._stager.prepare(layout)
+        finally:
+            self._is_saving.release()
 
     def _declare(self, shard_bytes: int) -> None:
         """Before the first byte moves: does what the policy asks for fit this host's memory?"""
@@ -314,28 +437,33 @@ class Checkpointer:
         memory = self.settings.memory
         replicas = 1 if memory.replicas is None else memory.replicas
         has_s3 = self.settings.s3 is not None
-        steps = memory.keep + 1 + IN_FLIGHT + (FLUSHES if has_s3 else 0)
+        steps = memory.steps_held + (FLUSHES if has_s3 else 0)
         flushing = f", {FLUSHES} on their way to S3" if has_s3 else ""
+        more = memory.steps_held - memory.keep - memory.in_flight
+        kept = f" and {more} by also_keep" if more else ""
         detail = (
-            f"{steps} steps: keep={memory.keep}, {1 + IN_FLIGHT} being saved{flushing}; times "
-            f"{1 + replicas} copies of {shard_bytes:,} bytes for rank {self._worker.rank}"
+            f"{steps} steps: keep={memory.keep}{kept}, in_flight={memory.in_flight}{flushing}; "
+            f"times {1 + replicas} copies of {shard_bytes:,} bytes for rank {self._worker.rank}"
         )
         need = steps * (1 + replicas) * shard_bytes
         reservation = Reservation(self._generation, need, detail)
-        answer = self._holder.reserve.remote(self.job, self._worker.rank, reservation)
-        self._answers([answer], HOLDER_TIMEOUT_S)
+        rank, way = self._worker.rank, memory.transport
+        answer = self._holder.reserve.remote(self.job, rank, reservation, way)
+        self._answers([answer])
         self._declared_bytes = shard_bytes
 
-    def _answers(self, pending: list[Any], timeout_s: float) -> None:
+    def _answers(self, pending: list[Any]) -> None:
         """Wait until this host's holder has answered; find its successor if it died."""
         try:
-            ray.get(pending, timeout=timeout_s)
+            ray.get(pending, timeout=HOLDER_TIMEOUT_S)
         except RayTaskError as error:
             if isinstance(error.cause, TieredError):
                 raise error.cause from None
             raise
         except GetTimeoutError:
-            raise HolderUnavailableError(self._node_id, f"silent for {timeout_s:g} s") from None
+            self._silence.note(self._node_id, self._holder.hello)
+            reason = f"silent for {HOLDER_TIMEOUT_S:g} s"
+            raise HolderUnavailableError(self._node_id, reason) from None
         except RayActorError as error:
             self._holder = self._find_holder()
             self._declared_bytes = 0
@@ -348,17 +476,6 @@ class Checkpointer:
         )
         handle: ActorRef = ray.get_actor(holder_name(holder.node_id), NAMESPACE)
         return handle
-
-    def _wait_for_room(self, step: int) -> None:
-        """Let the save before the last one be replicated first: memory is bounded."""
-        timeout_s = fetch_timeout_s(2 * self._declared_bytes)
-        with self._news:
-            is_free = self._news.wait_for(lambda: len(self._unreplicated()) <= IN_FLIGHT, timeout_s)
-        if not is_free:
-            logger.warning(
-                "%s step %s is still not replicated after %.0f s",
-                self._tag(step), self._unreplicated(), timeout_s,
-            )  # fmt: skip
 
     def _unreplicated(self) -> list[int]:
         return [s for s, h in self._handles.items() if "replicated" not in h.levels and not h.error]
@@ -405,6 +522,7 @@ class Checkpointer:
             except TieredError:
                 continue  # it was logged when it happened
         self._stop_watching()
+        self._holder.release.remote(self.job, self._worker.rank)
         if self._is_local:
             if self._worker.world_size > 1 and dist.is_initialized():
                 dist.barrier()  # nobody else still needs the cluster
@@ -430,6 +548,7 @@ class Checkpointer:
         with self._news:
             self._closing = True
             self._news.notify_all()
+        self._stager.release()
         if self._watcher is not None:
             self._watcher.join(timeout=2 * POLL_S)
 
@@ -445,15 +564,17 @@ class Checkpointer:
             if not known:
                 continue
             try:
-                news: Progress = cluster.ask(
+                news: News = cluster.ask(
                     self._coordinator, "progress", self.job, generation, known, POLL_S / 5,
                     timeout_s=POLL_S,
                 )  # fmt: skip
             except DeadlineError as error:
                 logger.warning("%s no news of saves: %s", self._tag(), error)
                 continue
-            known.update(news)
-            self._tell(news, pending)
+            known.update(news.progress)
+            self._tell(news.progress, pending)
+            self._prepare()
+            self._note_degraded(news.degraded)
 
     def _pending(self) -> dict[int, SaveHandle]:
         return {step: h for step, h in self._handles.items() if not h.is_final}
@@ -469,6 +590,17 @@ class Checkpointer:
                 logger.warning("%s %s", self._tag(step), problem)
         with self._news:
             self._news.notify_all()
+
+    def _note_degraded(self, degraded: tuple[DegradedStep, ...]) -> None:
+        if self._worker.rank == 0 and not degraded and self._degraded:
+            logger.info("%s every step has its copies again", self._tag())
+        if self._worker.rank == 0 and degraded and not self._degraded:
+            worst = degraded[0]
+            logger.warning(
+                "%s below its policy: too few copies of ranks %s of step %d, for %.0f s now",
+                self._tag(), ", ".join(map(str, worst.ranks)), worst.step, worst.for_s,
+            )  # fmt: skip
+        self._degraded = degraded
 
     # -- logging --------------------------------------------------------------------------------
 
@@ -492,3 +624,12 @@ class Checkpointer:
             self._tag(), restored.step, restored.source, restored.size_bytes / 1e6,
             restored.seconds,
         )  # fmt: skip
+
+
+def _check_metrics(metrics: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    if len(metrics) > MAX_METRICS:
+        raise ConfigError(f"{len(metrics)} metrics of a step; give at most {MAX_METRICS}")
+    for name, value in metrics.items():
+        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, Real):
+            raise ConfigError(f"metrics={{{name!r}: {value!r}}} must be names with plain numbers")
+    return tuple(sorted((name, float(value)) for name, value in metrics.items()))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 
 from replication.errors import DeadlineError, TieredError
 from replication.holder import NAMESPACE
@@ -248,3 +248,37 @@ def ask(actor: ActorRef, method: str, *args: Any, timeout_s: float, **kwargs: An
             problem = type(error).__name__
             time.sleep(RETRY_PAUSE_S)
     raise DeadlineError(f"{method} of the {COORDINATOR_NAME}", timeout_s, problem)
+
+
+class Silence:
+    """Who did not answer in time, and has not answered since: nobody waits for them twice.
+
+    A circuit breaker without a clock: a question stays open to whoever was silent, and its answer
+    closes the circuit.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[str, tuple[Any, Any]] = {}
+
+    def note(self, name: str, method: Any) -> None:
+        """`name` was silent; `method` is an actor's, without arguments, that it can answer."""
+        self._open[name] = (method, method.remote())
+
+    def is_silent(self, name: str) -> bool:
+        """Whether `name` has been silent ever since; does not wait."""
+        if name not in self._open:
+            return False
+        method, question = self._open[name]
+        answered, _ = ray.wait([question], timeout=0)
+        if not answered:
+            return True
+        try:
+            ray.get(question)
+        except ActorDiedError:
+            del self._open[name]  # asked again, it will be found dead, and its successor looked for
+            return False
+        except RayActorError:  # it is restarting
+            self.note(name, method)
+            return True
+        del self._open[name]
+        return False

@@ -4,8 +4,12 @@ import math
 import re
 from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
+from typing import get_args
 
+from replication.records import Way
+from tiered.admission import Backpressure
 from tiered.errors import ConfigError
+from tiered.retention import Retention, check_policies
 
 MIB = 1 << 20
 
@@ -34,19 +38,58 @@ class Memory:
         replicas: Copies on other hosts, beside the own host's. None: 1 where the cluster has
             another host, 0 (with a warning) where it has not.
         chunk_bytes: Unit of storage and transfer.
+        also_keep: Policies that keep more than the newest steps, each with a bound.
+        strict: Where fewer hosts live than the policy needs, a save fails; by default it is
+            committed with the copies that can be had, marked degraded, and repaired later.
+        backpressure: What a save does while `in_flight` others are still being replicated: "skip"
+            it (it is counted, and logged once), "wait" for them, or "replace" one of which no
+            replica has arrived yet.
+        in_flight: Saves on their way to their buddies at a time, the one being staged included.
+        repair_bytes_per_s: What a host sends at most, on average, to make up for lost copies.
+        prepare: Make object-store memory for the next save ready in the background, so that a save
+            is one copy into warm memory; it is part of what `in_flight` saves take anyway.
+        transport: How chunks go from host to host. "tcp": over connections of our own, between the
+            addresses by which Ray knows the hosts, on ports that the system chooses. "ray": through
+            Ray's object transfer, which needs no further ports and is slower. "auto": the first
+            where it works, else the second.
     """
 
     every_steps: int = 10
     keep: int = 2
     replicas: int | None = None
     chunk_bytes: int = 64 * MIB
+    _: KW_ONLY
+    also_keep: tuple[Retention, ...] = ()
+    strict: bool = False
+    backpressure: Backpressure = "skip"
+    in_flight: int = 2
+    repair_bytes_per_s: int = 500_000_000
+    prepare: bool = True
+    transport: Way = "auto"
 
     def __post_init__(self) -> None:
         _at_least("Memory.every_steps", self.every_steps, 1)
         _at_least("Memory.keep", self.keep, 2)
         _at_least("Memory.chunk_bytes", self.chunk_bytes, 4096)
+        _at_least("Memory.in_flight", self.in_flight, 1)
+        _at_least("Memory.repair_bytes_per_s", self.repair_bytes_per_s, 1_000_000)
         if self.replicas is not None:
             _at_least("Memory.replicas", self.replicas, 0)
+        check_policies("Memory.also_keep", self.also_keep, is_bounded=True)
+        for name in ("strict", "prepare"):
+            if type(value := getattr(self, name)) is not bool:
+                raise ConfigError(f"Memory.{name}={value!r} must be True or False")
+        if self.strict and self.replicas is None:
+            raise ConfigError("Memory(strict=True) needs a number of replicas to be strict about")
+        for name, kind in (("backpressure", Backpressure), ("transport", Way)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                allowed = ", ".join(map(repr, get_args(kind)))
+                raise ConfigError(f"Memory.{name}={value!r} must be one of {allowed}")
+
+    @property
+    def steps_held(self) -> int:
+        """Steps that a host must have room for: kept ones, and those on their way."""
+        return self.keep + self.in_flight + sum(p.at_most or 0 for p in self.also_keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +120,7 @@ class S3:
         connect_timeout_s: Until a connection is open.
         read_timeout_s: Without a byte of the answer.
         max_attempts: Of one request, the first included.
+        also_keep: Policies that keep more than the newest steps.
 
     Raises:
         ConfigError: A setting is wrong; says which, and what it may be.
@@ -102,9 +146,11 @@ class S3:
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 30.0
     max_attempts: int = 5
+    also_keep: tuple[Retention, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_uri()
+        check_policies("S3.also_keep", self.also_keep, is_bounded=False)
         self._check_numbers()
         self._check_names()
         for name in ("path_style", "requester_pays"):

@@ -21,6 +21,7 @@ from replication.placement import explain_placement
 from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
 from tiered import messages as m
 from tiered import register
+from tiered.admission import Admission
 from tiered.config import S3, JobSettings
 from tiered.errors import DurableStoreDownError, DurableStoreError, StepNotFoundError
 from tiered.history import Resolution
@@ -42,6 +43,34 @@ Progress = dict[int, tuple[m.Level | None, str]]
 
 
 @dataclass(frozen=True, slots=True)
+class DegradedStep:
+    """A step in memory with fewer copies than the policy asks for.
+
+    Attributes:
+        step: Which.
+        ranks: Whose shards have too few copies.
+        for_s: For how long, in seconds.
+    """
+
+    step: int
+    ranks: tuple[int, ...]
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What a trainer is told of its saves.
+
+    Attributes:
+        progress: Steps that are safer than they were, or will get no safer.
+        degraded: Steps below the policy now, newest first.
+    """
+
+    progress: Progress
+    degraded: tuple[DegradedStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class JobStatus:
     """What is known of a job now.
 
@@ -51,7 +80,8 @@ class JobStatus:
         buddies: For each host, the hosts that its shards are replicated to.
         hosts_with_copies: Hosts that hold any whole shard of the job.
         committed: Steps committed in this generation and kept in memory, oldest first.
-        degraded: Those of them with fewer copies than the policy asks for.
+        degraded: Steps in memory with fewer copies than the policy asks for, newest first.
+        leaving: Hosts that were said to go away.
         durable: Steps on S3, oldest first.
         placement: The placement explained, for a person.
     """
@@ -61,7 +91,8 @@ class JobStatus:
     buddies: dict[str, tuple[str, ...]]
     hosts_with_copies: frozenset[str]
     committed: tuple[int, ...]
-    degraded: tuple[int, ...]
+    degraded: tuple[DegradedStep, ...]
+    leaving: tuple[str, ...]
     durable: tuple[int, ...]
     placement: str
 
@@ -72,9 +103,12 @@ class Coordinator:
     def __init__(self) -> None:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)  # this process is ours
         logging.getLogger("botocore").setLevel(logging.WARNING)
-        self._fleet = Fleet(COORDINATOR_NAME, self._joined, self._lost)
+        self._fleet = Fleet(
+            COORDINATOR_NAME, self._joined, self._lost, self._may_end, register.cluster_secret
+        )
         self._ledgers: dict[str, Ledger] = {}
         self._jobs: dict[str, Job] = {}
+        self._leaving: set[str] = set()
         self._opening = asyncio.Lock()
         self._started: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -89,6 +123,9 @@ class Coordinator:
         await self._ready()
         await self._until(lambda: self._fleet.members.is_settled, SETTLE_TIMEOUT_S)
         return len(self._fleet.members.up)
+
+    async def ping(self) -> None:
+        """Answer that the coordinator is alive."""
 
     async def ensure_holder(self, node_id: str) -> HolderId:
         """Return the live holder of a trainer's host, starting it if need be.
@@ -181,9 +218,34 @@ class Coordinator:
                 raise HolderUnavailableError(holder.node_id, "not known to be up yet; report again")
             self._feed(job, m.ShardReported(holder, record))
 
+    async def admit(
+        self, job_name: str, generation: int, step: int, timeout_s: float, *, is_forced: bool
+    ) -> Admission:
+        """Whether a rank saves `step`: the same answer for every rank; waits if the policy does.
+
+        Raises:
+            FencedError: A newer generation has taken over.
+        """
+        await self._ready()
+        job = await self._job(job_name)
+        version = Version(generation, step)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if generation < job.generation:
+                raise FencedError(job_name, generation, job.generation)
+            for command in job.handle(m.SaveAsked(version, is_forced), time.monotonic()):
+                if isinstance(command, m.AnswerSave):
+                    return command.admission
+                self._run(job, command)
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                reason = f"skipped: there was no room within {timeout_s:.0f} s"
+                return job.admissions.refuse(step, reason, time.monotonic())
+            await self._change(left_s)
+
     async def progress(
         self, job_name: str, generation: int, known: Progress, timeout_s: float
-    ) -> Progress:
+    ) -> News:
         """Wait until any of these steps is safer than `known`; return those that changed."""
         await self._ready()
         job = await self._job(job_name)
@@ -193,8 +255,41 @@ class Coordinator:
             news = {step: state for step, state in now.items() if state != known[step]}
             left_s = deadline - time.monotonic()
             if news or left_s <= 0:
-                return news
+                return News(news, _degraded(job))
             await self._change(left_s)
+
+    async def drain(self, node_id: str) -> tuple[str, ...]:
+        """Have everything on a host copied to others; may be asked again to see what is left.
+
+        Returns:
+            One line for each job with shards that only this host has, or too few others.
+        """
+        await self.hello()
+        self._leaving.add(node_id)
+        left = []
+        for name in await asyncio.to_thread(register.known_jobs):
+            job = await self._job(name)
+            self._feed(job, m.HostLeaving(node_id))
+            short = _short_without(job, node_id)
+            left += [f"job {name!r}: {short}"] if short else []
+        return tuple(left)
+
+    async def forget(self, job_name: str) -> None:
+        """Let go of everything that a job has in memory; what is on S3 stays.
+
+        Raises:
+            HolderUnavailableError: Some holder did not answer; ask again.
+        """
+        await self.hello()
+        job = await self._job(job_name)
+        calls = [self._fleet.call(h, "forget", CALL_TIMEOUT_S, job_name) for h in job.holders]
+        for holder, outcome in zip(
+            job.holders, await asyncio.gather(*calls, return_exceptions=True), strict=True
+        ):
+            if isinstance(outcome, BaseException):
+                raise HolderUnavailableError(holder.node_id, _first_line(outcome))
+        if job.begin is None:  # what is known of it is read anew, when somebody asks
+            del self._jobs[job_name]
 
     async def status(self, job_name: str) -> JobStatus:
         """What is known of a job now."""
@@ -209,7 +304,8 @@ class Coordinator:
             buddies={h.node_id: tuple(b.node_id for b in bs) for h, bs in job.buddies.items()},
             hosts_with_copies=frozenset(h.node_id for h in holders if h in job.holders),
             committed=tuple(v.step for v in committed),
-            degraded=tuple(v.step for v in committed if job.commits[v]),
+            degraded=_degraded(job),
+            leaving=tuple(sorted(job.leaving)),
             durable=tuple(v.step for v in sorted(job.durable)),
             placement="" if placement is None else explain_placement(placement, hosts),
         )
@@ -256,6 +352,10 @@ class Coordinator:
         for job in self._jobs.values():
             self._feed(job, m.HolderDown(holder))
 
+    def _may_end(self, node_id: str) -> bool:
+        """Whether no job would lose the only copy of a shard with a hung holder."""
+        return not any(job.is_last_keeper(node_id) for job in self._jobs.values())
+
     async def _holder_up(self, job: Job, holder: HolderId, domain: str) -> None:
         """Tell a job's core of a holder and what it has; again later if it does not answer."""
         try:
@@ -283,6 +383,8 @@ class Coordinator:
             up = self._fleet.members.up
             await asyncio.gather(*(self._holder_up(job, h, domain) for h, domain in up.items()))
             self._jobs[name] = job
+            for node_id in self._leaving:
+                self._feed(job, m.HostLeaving(node_id))
             for holder, domain in self._fleet.members.up.items():  # who came meanwhile
                 if holder not in job.holders:
                     self._spawn(self._holder_up(job, holder, domain))
@@ -304,6 +406,21 @@ class Coordinator:
             case m.FlushGivenUp():
                 version = command.version
                 logger.warning("%s not flushed to S3: %s", _tag(job, version), command.reason)
+            case m.PolicyMissed():
+                ranks = ", ".join(map(str, command.ranks))
+                logger.warning(
+                    "%s degraded: too few copies of ranks %s", _tag(job, command.version), ranks
+                )
+            case m.PolicyMet():
+                tag = _tag(job, command.version)
+                logger.info("%s whole again after %.1f s", tag, command.after_s)
+            case m.AnswerSave():
+                pass  # `admit` has returned it
+            case m.DropStep():
+                for holder in command.holders:
+                    self._tell(holder, "drop_step", job.name, command.version)
+            case m.ReadManifests():
+                self._follow(job, self._read_manifests(job, command.versions))
             case m.ClaimGeneration():
                 self._follow(job, self._claim(job, command.claim))
             case m.ListDurable():
@@ -410,8 +527,15 @@ class Coordinator:
 
     async def _record_parent(self, job: Job, command: m.RecordParent) -> m.Event:
         record = self._ledger(job).record_parent
-        await asyncio.to_thread(record, command.generation, command.parent, _settings(job))
-        return m.ParentRecorded(command.generation)
+        return await asyncio.to_thread(record, command.generation, command.parent, _settings(job))
+
+    async def _read_manifests(self, job: Job, versions: tuple[Version, ...]) -> m.Event:
+        """Read what can be read; retention keeps what it knows nothing of."""
+        for version in versions:
+            problem, _ = await self._load_manifest(job, version)
+            if problem:
+                logger.warning("%s retention cannot read it: %s", _tag(job, version), problem)
+        return m.ManifestsRead({v: job.manifests[v] for v in versions if v in job.manifests})
 
     async def _upload(self, job: Job, command: m.UploadShard) -> m.Event:
         version, rank, holder = command.version, command.rank, command.holder
@@ -532,6 +656,22 @@ def _settings(job: Job) -> JobSettings:
 
 def _tag(job: Job, version: Version) -> str:
     return f"[{job.name} gen={version.generation} step={version.step}]"
+
+
+def _degraded(job: Job) -> tuple[DegradedStep, ...]:
+    now_s = time.monotonic()
+    newest_first = sorted(job.degraded.items(), reverse=True)
+    return tuple(DegradedStep(v.step, d.ranks, now_s - d.since_s) for v, d in newest_first)
+
+
+def _short_without(job: Job, node_id: str) -> str:
+    """Which shards a job would have too few copies of without this host, or nothing."""
+    for version in job.needed_versions():
+        for rank in sorted(job.copies.get(version, {})):
+            held = job.copies_of(version, rank) - {node_id}
+            if len(held) < job.copies_needed:
+                return f"rank {rank} of {version} has {len(held)} copies elsewhere"
+    return ""
 
 
 def _log_commit(job: Job, event: m.StepCommitted) -> None:

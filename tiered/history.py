@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from replication.records import HolderId, ShardRecord, Version
 
+NAMED = 5  # steps, where another was asked for
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -124,7 +126,11 @@ def latest_consistent_step(
     passed_over: list[str] = []
     newest_first = sorted(candidates, key=lambda c: c.version, reverse=True)
     if step is not None:
-        newest_first = [c for c in newest_first if c.version.step == step]
+        others = newest_first
+        newest_first = [c for c in others if c.version.step == step]
+        if others and not newest_first:
+            found = ", ".join(str(c.version) for c in others[:NAMED])
+            passed_over.append(f"no tier knows it; the newest that are known: {found}")
         newest_first.sort(key=lambda c: is_on_branch(c.version, parents), reverse=True)
     for candidate in newest_first:
         reason = _why_not(candidate, parents, before, any_branch=step is not None)

@@ -8,15 +8,18 @@ Rules (the specification's names in brackets; docs/ARCHITECTURE.md tells the sto
        as the policy asks for, by the holders' own word, with the same checksum everywhere. With
        fewer hosts alive than that, what there is counts, and the step is marked degraded.
     3. Memory below the `keep`-th newest step committed *in this generation* is collected; a mark
-       that only rises, so order does not matter. What is being flushed is pinned below it.
+       that only rises, so order does not matter. What is being flushed, or kept by a retention
+       policy, is pinned below it until it is released, once.
     4. What is known (`tiered.catalogue`) is a cache, rebuilt after the coordinator's death from the
        register, the holders' inventories and S3's listing.
     5. A shard of a step that is still needed with fewer copies than the policy asks for is
-       copied again, from whichever holder has it.
+       copied again, from whichever holder has it, newest step first, at a bounded rate.
+    6. Whether a step is saved while others are on their way is answered once, for all ranks.
 
 `handle` takes an event and returns commands; no I/O, no clock but `now_s`.
 """
 
+import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import assert_never
@@ -25,15 +28,19 @@ from replication.errors import FencedError, PlacementError, TieredError
 from replication.placement import Placement, place
 from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
 from tiered import messages as m
-from tiered.catalogue import Catalogue
+from tiered.admission import Admission, Admissions
+from tiered.catalogue import Catalogue, Degraded
+from tiered.config import Memory
 from tiered.errors import ConfigError, DurableStoreError, StepNotFoundError, WorldSizeError
 from tiered.history import (
     Choice,
     is_on_branch,
     latest_consistent_step,
 )
+from tiered.retention import kept_by
 
-REPAIR_TIMEOUT_S = 60.0
+REPAIR_BASE_S = 60.0
+REPAIR_BYTES_PER_S = 20e6  # slower than this counts as lost
 REPAIRS_AT_ONCE = 8
 REMIND_S = 15.0  # what holders were told once is told again: a message may have been lost
 
@@ -70,10 +77,13 @@ class Job(Catalogue):
         self._durable_problem: str | None = "S3 was not listed yet"
         self._oldest_claimable = 1
         self._pinned: set[Version] = set()
+        self._retained: frozenset[Version] = frozenset()
+        self._facts_asked: set[Version] = set()
         self._is_rebuilding = False
         self._overtaken: dict[Life, m.Claim] = {}
         self._repairs: dict[tuple[ShardKey, HolderId], float] = {}
         self._repair_tries: dict[ShardKey, int] = {}
+        self._repair_free_s: dict[str, float] = {}  # by host: when it may send for repair again
         self._remind_due_s = 0.0
 
     # -- events ------------------------------------------------------------------------------
@@ -110,6 +120,13 @@ class Job(Catalogue):
                 return self._reported(event, now_s)
             case m.ShardUploaded() | m.UploadFailed() | m.ManifestPublished() | m.PublishFailed():
                 return self._flush_event(event, now_s)
+            case m.SaveAsked():
+                return self._save_asked(event, now_s)
+            case m.ManifestsRead():
+                self.manifests.update(event.manifests)
+                return self._collect_durable()
+            case m.HostLeaving():
+                return self._leaving(event, now_s)
             case m.Ticked():
                 return self._ticked(event, now_s)
             case _:
@@ -119,7 +136,7 @@ class Job(Catalogue):
         if self._is_rebuilding:
             self._is_rebuilding = False
             return [*self._rearrange(), *self._review(now_s)]
-        commands = self._repair(now_s)
+        commands = [*self._repair(now_s), *self._note_degraded(now_s)]
         commands += self.flushes.handle(event, now_s, self._holders_of)
         if now_s >= self._remind_due_s and self.claims:
             self._remind_due_s = now_s + REMIND_S
@@ -133,7 +150,7 @@ class Job(Catalogue):
         """Tell a holder what it may have missed; telling it again changes nothing."""
         commands: list[m.Command] = [m.FenceNewHolder(self.generation, holder)]
         if self.watermark > Version(0, 0):
-            pinned = self.flushes.versions
+            pinned = tuple(sorted(self._pinned))
             collect = m.CollectBelow(self.generation, self.watermark, (holder,), pinned)
             commands.append(collect)
         return commands
@@ -253,6 +270,7 @@ class Job(Catalogue):
             return [m.ClaimGeneration(begin.claim)]
         begin.is_claimed = True
         self.claims[claim.generation] = claim
+        self.admissions = Admissions()
         return self._fence()
 
     def _fence(self) -> list[m.Command]:
@@ -372,7 +390,11 @@ class Job(Catalogue):
             return []
         self._put_back(begin)
         self.begin = None
-        self.parents[event.generation] = begin.choice.version
+        self.parents[event.generation] = event.parent
+        if event.parent != begin.choice.version:  # another life of the coordinator was first
+            self.begin, begin.is_recorded = begin, True
+            begin.verified.clear()
+            return [*self._rearrange(), *self._choose()]
         self.passed_over[event.generation] = begin.choice.passed_over
         commands = [*self._rearrange(), *self._repair(now_s)]
         if begin.choice.version in self.durable and not self._has_sources(begin.choice.version):
@@ -403,7 +425,7 @@ class Job(Catalogue):
         self.placement = place(self.placed_hosts, self.replicas, self.placement)
         commands: list[m.Command] = []
         buddies = {
-            holder: tuple(by_node[n] for n in self.placement.buddies(node_id))
+            holder: tuple(by_node[n] for n in self._buddies_of(node_id))
             for node_id, holder in by_node.items()
         }
         for holder, mates in sorted(buddies.items()):
@@ -412,15 +434,74 @@ class Job(Catalogue):
         self.buddies = buddies
         return commands
 
-    # -- commit, collect, flush, repair ------------------------------------------------------
+    def _buddies_of(self, node_id: str) -> tuple[str, ...]:
+        """Where a host's shards go; all copies of a leaving host's are elsewhere."""
+        assert self.placement is not None
+        staying = sorted(h.node_id for h in self.staying)
+        if node_id in staying:
+            return self.placement.buddies(node_id)
+        first = bisect.bisect(staying, node_id)
+        return tuple((staying[first:] + staying[:first])[: self.copies_needed])
+
+    def _leaving(self, event: m.HostLeaving, now_s: float) -> list[m.Command]:
+        """Copy what a host has to others, and flush the newest step: more may go at once."""
+        if event.node_id in self.leaving:
+            return []
+        self.leaving.add(event.node_id)
+        commands = [*self._rearrange(), *self._review(now_s)]
+        newest = max((v for v in self.commits if v.generation == self.generation), default=None)
+        s3 = None if self.settings is None else self.settings.s3
+        if newest is None or s3 is None or newest in {*self.durable, *self.flushes.versions}:
+            return commands
+        ranks = range(len(self.copies[newest]))
+        return [*commands, *self.flushes.add(newest, ranks, now_s, self._holders_of)]
+
+    # -- admit, commit, collect, flush, repair -----------------------------------------------
+
+    def _save_asked(self, event: m.SaveAsked, now_s: float) -> list[m.Command]:
+        version, settings = event.version, self.settings
+        if settings is None or version.generation != self.generation:
+            return []
+        memory, current, step = settings.memory, self.generation, version.step
+        mine = [v for v in self.copies if v.generation == current]
+        answer: Admission | None
+        if version in mine:  # some rank was admitted, by a coordinator that has died since
+            answer = self.admissions.admit(step, now_s)
+        elif problem := self.too_few_hosts:
+            answer = self.admissions.refuse(step, problem, now_s)
+        else:
+            answer = self.admissions.ask(
+                step,
+                "wait" if event.is_forced else memory.backpressure,
+                memory.in_flight,
+                {v.step for v in self.commits if v.generation == current},
+                {v.step for v in mine if self._has_replica(v)},
+                now_s,
+            )
+        if answer is None:
+            return []
+        holders = tuple(sorted(self.holders))
+        dropped = [
+            m.DropStep(Version(current, s), holders)
+            for s in answer.instead_of
+            if self.copies.pop(Version(current, s), None) is not None
+        ]
+        return [*dropped, m.AnswerSave(version, answer)]
+
+    def _has_replica(self, version: Version) -> bool:
+        ranks = self.copies[version].values()
+        return any(record.is_replica for held in ranks for record in held.values())
 
     def _add_copy(self, holder: HolderId, record: ShardRecord) -> None:
         key = record.key
-        if key.version < self.watermark and key.version not in self.flushes.versions:
+        if key.version < self.watermark and key.version not in self._pinned:
             return  # a holder that was away still has it; it is told to let go
+        is_current = key.version.generation == self.generation
+        if is_current and key.version.step in self.admissions.replaced:
+            return
         held = self.copies.setdefault(key.version, {}).setdefault(key.rank, {})
-        others = [r for h, r in held.items() if h in self.holders]
-        if not others or others[0].digest == record.digest:
+        other = next((r for h, r in held.items() if h in self.holders), None)
+        if other is None or other.digests == record.digests:
             held[holder] = record
 
     def _reported(self, event: m.ShardReported, now_s: float) -> list[m.Command]:
@@ -438,15 +519,36 @@ class Job(Catalogue):
         commands: list[m.Command] = []
         if self._is_rebuilding:
             return commands
+        generation = self.generation
         versions = [only] if only is not None else sorted(self.copies)
         for version in versions:
-            is_current = version.generation == self.generation
+            is_current = version.generation == generation
             if is_current and version not in self.commits and self._is_replicated(version):
                 commands += self._commit(version, now_s)
         commands += self._collect()
+        if only in self.degraded:
+            commands += self._note_degraded(now_s)
         if only is None:
-            commands += self._repair(now_s)
+            commands += [*self._repair(now_s), *self._note_degraded(now_s)]
             commands += self.flushes.review(now_s, self._holders_of)
+        return commands
+
+    def _note_degraded(self, now_s: float) -> list[m.Command]:
+        """Keep track of kept steps with too few copies; tell when one begins or ends to be so."""
+        commands: list[m.Command] = []
+        kept = set(self.needed_versions())
+        for version in sorted(kept | self.degraded.keys()):
+            ranks = self.short_ranks(version) if version in kept else ()
+            known = self.degraded.get(version)
+            if ranks:
+                if known is None:
+                    commands.append(m.PolicyMissed(version, ranks))
+                since_s = now_s if known is None else known.since_s
+                self.degraded[version] = Degraded(version, ranks, since_s)
+            elif known is not None:
+                del self.degraded[version]
+                if version in kept:
+                    commands.append(m.PolicyMet(version, now_s - known.since_s))
         return commands
 
     def _is_replicated(self, version: Version) -> bool:
@@ -455,10 +557,8 @@ class Job(Catalogue):
         if record is None:
             return False
         need = self.copies_needed
-        return all(
-            len({h.node_id for h in self.intact(version, rank)}) >= need
-            for rank in range(record.plan.world_size)
-        )
+        ranks_needed = range(record.plan.world_size)
+        return all(len(self.copies_of(version, rank)) >= need for rank in ranks_needed)
 
     def _commit(self, version: Version, now_s: float) -> list[m.Command]:
         is_degraded = self.copies_needed < 1 + self.replicas
@@ -474,19 +574,34 @@ class Job(Catalogue):
         return commands
 
     def _collect(self) -> list[m.Command]:
-        settings = self.settings
-        committed = sorted(v for v in self.commits if v.generation == self.generation)
+        settings, generation = self.settings, self.generation
+        committed = sorted(v for v in self.commits if v.generation == generation)
         if settings is None or len(committed) < settings.memory.keep:
             return []
-        mark, pinned = committed[-settings.memory.keep], self.flushes.versions
+        mark = max(committed[-settings.memory.keep], self.watermark)
+        self._retained = self._kept_in_memory(settings.memory)
+        below = {v for v in self._retained if v < mark}
+        pinned = tuple(sorted(below.union(self.flushes.versions)))
         if mark <= self.watermark and not self._pinned - set(pinned):
             return []
-        mark = max(mark, self.watermark)
         self.watermark, self._pinned = mark, set(pinned)
         self.copies = {v: r for v, r in self.copies.items() if v >= mark or v in pinned}
         self.commits = {v: d for v, d in self.commits.items() if v >= mark or v in pinned}
         self._repair_tries = {k: n for k, n in self._repair_tries.items() if k.version >= mark}
         return [m.CollectBelow(self.generation, mark, tuple(sorted(self.holders)), pinned)]
+
+    def _kept_in_memory(self, memory: Memory) -> frozenset[Version]:
+        """Versions that retention policies keep: committed, or whole and of an older generation."""
+        if not memory.also_keep:
+            return frozenset()
+        whole = [
+            c.version
+            for c in self.candidates()
+            if 0 < c.world_size == len(c.in_memory)
+            and (c.version in self.commits or c.version.generation < self.generation)
+            and is_on_branch(c.version, self.parents)
+        ]
+        return kept_by(memory.also_keep, [self.saved_step(v) for v in whole])
 
     def _holders_of(self, version: Version, rank: int) -> tuple[HolderId, ...]:
         return tuple(self.intact(version, rank))
@@ -505,7 +620,8 @@ class Job(Catalogue):
     def _collect_durable(self) -> list[m.Command]:
         """On S3, too, what is older than the `keep`-th newest step of the branch goes.
 
-        Not while a life begins: it may be about to resume from an older step on purpose.
+        But for what policies keep; what those must know of a step may have to be read first. Not
+        while a life begins: it may be about to resume from an older step on purpose.
         """
         settings = self.settings
         if settings is None or settings.s3 is None or self.begin is not None:
@@ -514,8 +630,16 @@ class Job(Catalogue):
         keep = settings.s3.keep
         if keep is None or len(on_branch) <= keep:
             return []
-        mark = on_branch[-keep]
-        gone = tuple(sorted(v for v in self.durable if v < mark))
+        mark, policies = on_branch[-keep], settings.s3.also_keep
+        steps = [self.saved_step(v) for v in on_branch]
+        unknown = {s.version for s in steps if s.metrics is None} - self._facts_asked
+        if unknown and any(policy.needs_facts for policy in policies):
+            self._facts_asked |= unknown
+            return [m.ReadManifests(tuple(sorted(unknown)))]
+        kept = kept_by(policies, steps)
+        gone = tuple(sorted(v for v in self.durable if v < mark and v not in kept))
+        if not gone:
+            return []
         self.durable -= set(gone)
         for version in gone:
             self.manifests.pop(version, None)
@@ -523,36 +647,51 @@ class Job(Catalogue):
 
     def needed_versions(self) -> Iterable[Version]:
         """Versions whose shards are worth repairing: committed ones, and the branch's newest."""
-        parent = self.parents.get(self.generation)
-        kept = {v for v in self.commits if v.generation == self.generation}
+        generation = self.generation
+        parent = self.parents.get(generation)
+        kept = {v for v in self.commits if v.generation == generation} | self._retained
         return sorted(kept | ({parent} if parent is not None else set()), reverse=True)
 
     def _repair(self, now_s: float) -> list[m.Command]:
         """Ask for one more copy of each shard that has too few, newest step first."""
         commands: list[m.Command] = []
-        self._repairs = {
-            (key, to): due
-            for (key, to), due in self._repairs.items()
-            if due > now_s and to in self.holders
-        }
+        need = self.copies_needed
+        if self._repairs:
+            self._repairs = {
+                (key, to): due
+                for (key, to), due in self._repairs.items()
+                if due > now_s and to in self.holders
+            }
         for version in self.needed_versions():
             for rank in sorted(self.copies.get(version, {})):
-                held = self.intact(version, rank)
-                nodes = {h.node_id for h in held}
-                key = ShardKey(self.name, version, rank)
-                under_way = {to.node_id for k, to in self._repairs if k == key}
-                missing = self.copies_needed - len(nodes | under_way)
-                if not held or missing <= 0:
-                    continue
-                tries = self._repair_tries.get(key, 0)  # the first one's copy may be corrupt
-                source = list(held)[tries % len(held)]
-                mates = [*self.buddies.get(source, ()), *sorted(self.holders)]
-                targets = [m for m in mates if m.node_id not in nodes | under_way]
-                for target in dict.fromkeys(targets):
-                    if missing <= 0 or len(self._repairs) >= REPAIRS_AT_ONCE:
-                        break
-                    self._repairs[key, target] = now_s + REPAIR_TIMEOUT_S
-                    self._repair_tries[key] = tries + 1
-                    commands.append(m.ReplicateShard(source, key, target))
-                    missing -= 1
+                if len(self.copies_of(version, rank)) < need:
+                    commands += self._repair_shard(version, rank, now_s)
+        return commands
+
+    def _repair_shard(self, version: Version, rank: int, now_s: float) -> list[m.Command]:
+        """Ask for the missing copies of one shard, from hosts that have sent little lately."""
+        commands: list[m.Command] = []
+        settings, key = self.settings, ShardKey(self.name, version, rank)
+        held, counted = self.intact(version, rank), self.copies_of(version, rank)
+        under_way = {to.node_id for k, to in self._repairs if k == key}
+        missing = self.copies_needed - len(counted | under_way)
+        if not held or missing <= 0 or settings is None:
+            return []
+        tries = self._repair_tries.get(key, 0)  # the first one's copy may be corrupt
+        source = list(held)[tries % len(held)]
+        size_bytes = held[source].plan.size_bytes
+        there = {h.node_id for h in held} | under_way
+        mates = [*self.buddies.get(source, ()), *sorted(self.staying)]
+        for target in dict.fromkeys(mates):
+            free_s = max(now_s, self._repair_free_s.get(source.node_id, 0.0))
+            if missing <= 0 or len(self._repairs) >= REPAIRS_AT_ONCE or free_s > now_s:
+                break
+            if target.node_id in there or target.node_id in self.leaving:
+                continue
+            self._repairs[key, target] = now_s + REPAIR_BASE_S + size_bytes / REPAIR_BYTES_PER_S
+            self._repair_tries[key] = tries + 1
+            busy_s = size_bytes / settings.memory.repair_bytes_per_s
+            self._repair_free_s[source.node_id] = now_s + busy_s
+            commands.append(m.ReplicateShard(source, key, target))
+            missing -= 1
         return commands

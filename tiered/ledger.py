@@ -14,7 +14,7 @@ from replication.records import ShardRecord, Version
 from tiered import register
 from tiered.config import JobSettings
 from tiered.errors import DurableStoreError
-from tiered.messages import Claim, DurableListed, GenerationClaimed, Recalled
+from tiered.messages import Claim, DurableListed, GenerationClaimed, ParentRecorded, Recalled
 from tiered.s3 import S3Store
 
 logger = logging.getLogger(__name__)
@@ -27,12 +27,14 @@ class Ledger:
         self.job = job
         self._gcs = register.GcsIndex(job)
         self._store: S3Store | None = None
+        self._mirrored: set[str] = set()  # keys that S3 is known to have as they are here
 
     def store(self, settings: JobSettings) -> S3Store:
         """The job's durable store; only for a job that has one."""
         assert settings.s3 is not None
         if self._store is None or self._store.settings != settings.s3:
             self._store = S3Store(settings.s3, self.job)
+            self._mirrored.clear()
         return self._store
 
     def recall(self) -> Recalled:
@@ -61,19 +63,51 @@ class Ledger:
         if is_ours and claim.settings.s3 is not None:
             try:
                 is_ours = self.store(claim.settings).create(key, data)
+                if is_ours:
+                    self._mirrored.add(key)
             except DurableStoreError as error:
                 logger.warning("[%s] generation not claimed on S3 yet: %s", self.job, error)
         return GenerationClaimed(claim.generation, is_ours)
 
-    def record_parent(self, generation: int, parent: Version | None, settings: JobSettings) -> None:
-        """Write down where a generation resumed from."""
+    def record_parent(
+        self, generation: int, parent: Version | None, settings: JobSettings
+    ) -> ParentRecorded:
+        """Write down where a generation resumed from, unless somebody did before.
+
+        Two lives of the coordinator may both drive a generation on: the slot has one value.
+        """
         key = register.parent_key(generation, parent)
-        self._gcs.create(key, b"")
+        slot = register.parent_slot(generation)
+        self._gcs.create(slot, key.encode())
+        winner = (self._gcs.get(slot) or b"").decode()
+        parents = register.read_parents([winner])
+        assert generation in parents, winner
+        self._gcs.create(winner, b"")
         if settings.s3 is not None:
             try:
-                self.store(settings).create(key, b"")
+                if self._mirror(generation, settings):
+                    logger.warning("[%s] another cluster has generation %d", self.job, generation)
             except DurableStoreError as error:
                 logger.warning("[%s] parent not recorded on S3 yet: %s", self.job, error)
+        return ParentRecorded(generation, parents[generation])
+
+    def _mirror(self, generation: int, settings: JobSettings) -> str:
+        """Write a generation's claim and parent to S3: the claim first, which only one wins.
+
+        Returns:
+            The key that another cluster has written, or nothing.
+        """
+        store = self.store(settings)
+        keys = [register.claim_key(generation)]
+        slot = self._gcs.get(register.parent_slot(generation))
+        keys += [slot.decode()] if slot is not None else []
+        for key in keys:
+            if key in self._mirrored:
+                continue
+            if not store.create(key, self._gcs.get(key) or b""):
+                return key
+            self._mirrored.add(key)
+        return ""
 
     def manifest(self, version: Version, settings: JobSettings) -> tuple[ShardRecord, ...]:
         """Read a durable step's manifest.
@@ -91,7 +125,7 @@ class Ledger:
         records: Sequence[ShardRecord],
         settings: JobSettings,
     ) -> str:
-        """Write a step's manifest, unless a newer generation is known to S3.
+        """Write a step's manifest, unless S3 knows a newer generation or a newer step.
 
         Returns:
             Why it must not be published, or nothing when it was.
@@ -100,11 +134,13 @@ class Ledger:
             DurableStoreError: S3 did not answer; try again.
         """
         store = self.store(settings)
-        newest = register.read_listing(store.keys("index/generation/")).newest_generation
-        if newest > generation:
-            return str(FencedError(self.job, generation, newest))
-        for key in self._gcs.keys("index/generation/"):  # what S3 missed while it was away
-            if not store.create(key, self._gcs.get(key) or b""):
+        listing = register.read_listing(store.keys("index/"))
+        if listing.newest_generation > generation:
+            return str(FencedError(self.job, generation, listing.newest_generation))
+        if listing.versions and listing.versions[-1] > version:
+            return f"{listing.versions[-1]} is newer, and was published"
+        for started in sorted(self.recall().parents):  # what S3 missed while it was away
+            if key := self._mirror(started, settings):
                 return f"another cluster has written {key} of this job"
         sizes = store.sizes(register.data_prefix(version))
         if missing := register.explain_missing(records, sizes):

@@ -10,6 +10,7 @@ from typing import Literal
 
 from replication.errors import TieredError
 from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
+from tiered.admission import Admission
 from tiered.config import JobSettings
 
 Level = Literal["staged", "replicated", "durable"]
@@ -120,9 +121,29 @@ class ShardsVerified:
 
 @dataclass(frozen=True, slots=True)
 class ParentRecorded:
-    """The register holds this generation's parent; its trainers may start."""
+    """The register holds this generation's parent; its trainers may start.
+
+    Attributes:
+        generation: Whose.
+        parent: What the register holds: another one than was asked for when another life of the
+            coordinator was first.
+    """
 
     generation: int
+    parent: Version | None
+
+
+@dataclass(frozen=True, slots=True)
+class SaveAsked:
+    """A rank is about to save; answered with AnswerSave, or not yet.
+
+    Attributes:
+        version: What it would save.
+        is_forced: It must not be skipped: it waits for room.
+    """
+
+    version: Version
+    is_forced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +191,20 @@ class PublishFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class ManifestsRead:
+    """What the manifests of older steps say; one that is of no use is left out."""
+
+    manifests: Mapping[Version, tuple[ShardRecord, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class HostLeaving:
+    """A host will go away: its copies count no more, but are still there to be copied."""
+
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time passed."""
 
@@ -189,6 +224,9 @@ Event = (
     | UploadFailed
     | ManifestPublished
     | PublishFailed
+    | SaveAsked
+    | ManifestsRead
+    | HostLeaving
     | Ticked
 )
 
@@ -321,6 +359,45 @@ class DeleteDurable:
     versions: tuple[Version, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ReadManifests:
+    """Read these steps' manifests, for retention; answer with ManifestsRead."""
+
+    versions: tuple[Version, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSave:
+    """Whether the step is saved: the same answer for every rank."""
+
+    version: Version
+    admission: Admission
+
+
+@dataclass(frozen=True, slots=True)
+class DropStep:
+    """Tell these holders to let go of a step that a newer one has taken the place of."""
+
+    version: Version
+    holders: tuple[HolderId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyMissed:
+    """A step that is kept has fewer copies than the policy asks for: log it, once."""
+
+    version: Version
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyMet:
+    """A step that had too few copies has enough again: log it."""
+
+    version: Version
+    after_s: float
+
+
 FlushEvent = ShardUploaded | UploadFailed | ManifestPublished | PublishFailed
 Command = (
     ClaimGeneration
@@ -338,4 +415,9 @@ Command = (
     | PublishManifest
     | FlushGivenUp
     | DeleteDurable
+    | ReadManifests
+    | AnswerSave
+    | DropStep
+    | PolicyMissed
+    | PolicyMet
 )

@@ -1,11 +1,15 @@
 """`tiered.recover`: the newest consistent step of a job, from outside of any trainer."""
 
 import contextlib
+import time
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+
+from replication.errors import DeadlineError
 from replication.records import Version
 from tiered import cluster, register
 from tiered.config import S3, check_job_name
@@ -17,6 +21,7 @@ from tiered.ledger import read_manifest
 from tiered.restore import read_state, restore_into
 from tiered.s3 import S3Store
 
+DRAIN_POLL_S = 0.5
 ASK_TIMEOUT_S = SETTLE_TIMEOUT_S + 3 * CALL_TIMEOUT_S
 
 
@@ -87,9 +92,11 @@ class Recovered:
 
     @contextlib.contextmanager
     def _reading(self, rank: int) -> Iterator[ShardReader]:
+        reader = self._reader(rank)
         try:
-            yield self._reader(rank)
+            yield reader
         finally:
+            reader.close()
             if self._store is not None:
                 self._store.close()
 
@@ -164,6 +171,55 @@ def status(job: str) -> JobStatus:
     cluster.attach()
     answer: JobStatus = cluster.ask(cluster.coordinator(), "status", job, timeout_s=ASK_TIMEOUT_S)
     return answer
+
+
+def explain_placement(job: str) -> str:
+    """Where the shards of `job` are replicated to, and what that survives, for a person.
+
+    One line a host, and the exact probability of surviving k simultaneous host losses.
+
+    Raises:
+        ConfigError: No Ray cluster with checkpoints in its memory is running.
+    """
+    return status(job).placement
+
+
+def drain(node_id: str, timeout_s: float = 600.0) -> None:
+    """Return once everything that a host holds has its copies elsewhere; then it may go.
+
+    From the first call on the host takes no replicas, its own copies do not count, and the newest
+    committed step of each job with an S3 tier is flushed at once.
+
+    Args:
+        node_id: Ray's id of the host (`ray.nodes()`, `tiered.status(job).hosts`).
+        timeout_s: Deadline.
+
+    Raises:
+        ConfigError: No Ray cluster with checkpoints in its memory is running, or no such host.
+        DeadlineError: Not everything was copied in time; says what is left. Copying goes on.
+    """
+    actor = cluster.running_coordinator()
+    known = {node["NodeID"] for node in ray.nodes()}  # type: ignore[no-untyped-call]
+    if node_id not in known:
+        raise ConfigError(f"node_id={node_id!r} is no host of this cluster: {sorted(known)}")
+    deadline = time.monotonic() + timeout_s
+    while left := cluster.ask(actor, "drain", node_id, timeout_s=ASK_TIMEOUT_S):
+        if time.monotonic() >= deadline:
+            raise DeadlineError(f"draining host {node_id[:8]}", timeout_s, "; ".join(left))
+        time.sleep(DRAIN_POLL_S)
+
+
+def forget(job: str) -> None:
+    """Let go of everything that `job` has in the cluster's memory; what is on S3 stays.
+
+    For a job that is over: one that is training just goes on, with its next save.
+
+    Raises:
+        ConfigError: No Ray cluster with checkpoints in its memory is running.
+        HolderUnavailableError: Some host did not answer. Ask again.
+    """
+    check_job_name(job)
+    cluster.ask(cluster.running_coordinator(), "forget", job, timeout_s=ASK_TIMEOUT_S)
 
 
 def _resolve_on_s3(job: str, store: S3Store, step: int | None, before: int | None) -> Resolution:

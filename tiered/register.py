@@ -7,14 +7,16 @@ needs. S3, where there is one, holds the same keys under a job's prefix, so that
 
     index/generation/00000003/claim                          who began it, with which settings
     index/generation/00000003/parent-00000002-000000000040   where it resumed from (`parent-none`)
+    index/generation/00000003/parent                         which of those is true (GCS only)
     index/step/00000003-000000000060                         the step's manifest, written last
     data/00000003-000000000060/rank-00001.safetensors        a shard's image
 """
 
 import re
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ray.experimental.internal_kv import (
     _internal_kv_get,
@@ -25,8 +27,14 @@ from ray.experimental.internal_kv import (
 from replication.checksum import DIGEST_BYTES
 from replication.holder import NAMESPACE
 from replication.records import Life, ShardRecord, Version, decode, encode
+from replication.wire import SECRET_BYTES, Secret
+from tiered import retention
 from tiered.config import S3, JobSettings, Memory
 from tiered.messages import Claim, DurableListed
+
+T = TypeVar("T", Memory, S3)
+SECRET_NAMESPACE = f"{NAMESPACE}-data-plane"  # beside the jobs', whose names it could else take
+SECRET_KEY = "secret"
 
 _CLAIM = re.compile(r"index/generation/([0-9]{8,18})/claim")
 _PARENT = re.compile(r"index/generation/([0-9]{8,18})/parent-(?:none|([0-9]{8,18})-([0-9]{12,18}))")
@@ -42,6 +50,11 @@ def parent_key(generation: int, parent: Version | None) -> str:
     """Where a generation's parent is: in the key's name, so that a listing is enough."""
     name = "none" if parent is None else f"{parent.generation:08d}-{parent.step:012d}"
     return f"index/generation/{generation:08d}/parent-{name}"
+
+
+def parent_slot(generation: int) -> str:
+    """What decides, of two lives of the coordinator, whose parent it is: created once."""
+    return f"index/generation/{generation:08d}/parent"
 
 
 def manifest_key(version: Version) -> str:
@@ -100,6 +113,20 @@ def known_jobs() -> list[str]:
     return sorted({k.decode().split("/", 1)[0] for k in found})
 
 
+def cluster_secret() -> Secret:
+    """Return the secret of the cluster's data plane, made by whoever asked first.
+
+    It is in Ray's GCS because it has to outlive the coordinator, and because creating a key there
+    has one winner: a coordinator that was restarted, or a second one, can start no holder that its
+    elders do not believe. Nobody learns it there who could not before: it is an argument of the
+    holders' creation, which the GCS keeps too, and who may read the GCS may call the holders. It is
+    not below a job, is never logged, and nothing of ours writes it to a disk or to S3.
+    """
+    made = secrets.token_bytes(SECRET_BYTES)
+    _internal_kv_put(SECRET_KEY, made, overwrite=False, namespace=SECRET_NAMESPACE)
+    return Secret(_internal_kv_get(SECRET_KEY, namespace=SECRET_NAMESPACE))
+
+
 # --- claims -------------------------------------------------------------------------------------
 
 
@@ -112,8 +139,8 @@ def encode_claim(claim: Claim) -> bytes:
             "generation": claim.generation,
             "life": claim.life,
             "world_size": claim.world_size,
-            "memory": asdict(settings.memory),
-            "s3": None if settings.s3 is None else asdict(settings.s3),
+            "memory": _pack_tier(settings.memory),
+            "s3": None if settings.s3 is None else _pack_tier(settings.s3),
         },
     )
 
@@ -128,8 +155,17 @@ def decode_claim(data: bytes) -> Claim:
         raise ValueError(f"the claim has no {error}") from error
     if type(generation) is not int or type(world_size) is not int or type(life) is not str:
         raise TypeError(f"a claim of {generation=} by {life=} of {world_size=}")
-    settings = JobSettings(Memory(**memory), None if s3 is None else S3(**s3))
+    settings = JobSettings(_read_tier(Memory, memory), None if s3 is None else _read_tier(S3, s3))
     return Claim(generation, Life(life), world_size, settings)
+
+
+def _pack_tier(tier: Memory | S3) -> dict[str, Any]:
+    return {**asdict(tier), "also_keep": retention.pack(tier.also_keep)}
+
+
+def _read_tier(kind: type[T], data: Mapping[str, Any]) -> T:
+    """A tier's settings; what an older release did not write has its default."""
+    return kind(**{**data, "also_keep": retention.unpack(data.get("also_keep", ()))})
 
 
 def read_parents(keys: Iterable[str]) -> dict[int, Version | None]:

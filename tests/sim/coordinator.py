@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING, Any, assert_never
 from replication import membership
 from replication.errors import FencedError, HolderUnavailableError, TieredError
 from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
+from tests.sim.limits import (
+    CALL_TIMEOUT_S,
+    COORDINATOR_RESTART_S,
+    HEARTBEAT_TIMEOUT_S,
+    SETTLE_TIMEOUT_S,
+    UPLOAD_TIMEOUT_S,
+    VERIFY_TIMEOUT_S,
+)
 from tests.sim.network import Host, Outcome, Process, Reply, gather
 from tiered import messages as m
 from tiered import register
@@ -20,13 +28,7 @@ from tiered.history import Resolution
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-HEARTBEAT_TIMEOUT_S = 2.0
-CALL_TIMEOUT_S = 10.0
-VERIFY_TIMEOUT_S = 60.0
-UPLOAD_TIMEOUT_S = 60.0
-SETTLE_TIMEOUT_S = 30.0
 Copies = tuple[tuple[HolderId, ShardKey], ...]
-RESTART_S = 1.5  # by then the register has served what another one had asked of it
 
 
 class Coordinator(Process):
@@ -42,7 +44,7 @@ class Coordinator(Process):
         self._is_opening = False
         self._waiting: list[Callable[[], None]] = []
         self._answers: dict[Life, list[Reply]] = {}
-        world.kernel.after(RESTART_S, self._beat)
+        world.kernel.after(COORDINATOR_RESTART_S, self._beat)
 
     @property
     def is_current(self) -> bool:
@@ -72,6 +74,23 @@ class Coordinator(Process):
             reply(None)
 
         self._when_open(report)
+
+    def admit(self, version: Version, reply: Reply) -> None:
+        """Whether a rank saves a version; None while it has to wait for room."""
+
+        def ask() -> None:
+            if version.generation < self.job.generation:
+                reply(FencedError(self.job.name, version.generation, self.job.generation))
+                return
+            answer = None
+            for command in self.job.handle(m.SaveAsked(version), self.world.kernel.now_s):
+                if isinstance(command, m.AnswerSave):
+                    answer = command.admission
+                else:
+                    self._run(command)
+            reply(answer)
+
+        self._when_open(ask)
 
     def progress(self, versions: list[Version], reply: Reply) -> None:
         """How safe these saves are."""
@@ -131,8 +150,10 @@ class Coordinator(Process):
         for command in self.members.handle(event):
             match command:
                 case membership.StartHolder():
-                    delay_s = self.world.kernel.random.uniform(0.2, 2.0)
+                    delay_s = self.world.kernel.uniform(0.2, 2.0)
                     self.world.kernel.after(delay_s, self._start_holder, command.node.node_id)
+                case membership.ReplaceHolder():
+                    self._end(command.node_id)
                 case membership.HolderJoined():
                     if self.is_open:
                         self._holder_up(command.holder, command.domain)
@@ -141,6 +162,14 @@ class Coordinator(Process):
                         self.feed(m.HolderDown(command.holder))
                 case _:
                     assert_never(command)
+
+    def _end(self, place: str) -> None:
+        """End a hung holder; Ray reaches no host that is cut off."""
+        host, holder = self.world.hosts.get(place), self.world.holder_on(place)
+        if host is None or holder is None or self.job.is_last_keeper(place):
+            return
+        if host.is_alive and self.world.network.sends(self.host, host):
+            self.world.kill_holder(holder)
 
     def _start_holder(self, place: str) -> None:
         if not self.is_alive:
@@ -257,6 +286,13 @@ class Coordinator(Process):
                 self.collect(command)
             case m.DeleteDurable():
                 self._delete_durable(command.versions)
+            case m.DropStep():
+                for holder in command.holders:
+                    self._tell("drop_step", holder, command.version)
+            case m.ReadManifests():
+                self._read_manifests(command.versions)
+            case m.PolicyMissed() | m.PolicyMet() | m.AnswerSave():
+                pass
             case _:
                 assert_never(command)
 
@@ -305,15 +341,15 @@ class Coordinator(Process):
             return
 
         def serve() -> None:
-            kernel.after(kernel.random.uniform(0.001, 0.02), finish, run())
+            kernel.after(kernel.uniform(0.001, 0.02), finish, run())
 
         def finish(outcome: Outcome) -> None:
             if self.is_alive:
                 done(outcome)
 
-        delay_s = kernel.random.uniform(0.001, 0.02)
-        if "register" in self.world.network.weather.sites and kernel.random.random() < 0.1:
-            delay_s += RESTART_S * kernel.random.random()
+        delay_s = kernel.uniform(0.001, 0.02)
+        if "register" in self.world.network.weather.sites and kernel.roll() < 0.1:
+            delay_s += COORDINATOR_RESTART_S * kernel.roll()
         kernel.after(delay_s, serve)
 
     def _s3(self, run: Callable[[], Any], done: Reply) -> None:
@@ -341,12 +377,11 @@ class Coordinator(Process):
             if isinstance(outcome, DurableStoreError):
                 self.feed(m.DurableListed(problem=outcome.problem))
             else:
-                listing = register.read_listing(outcome)
-                for generation in listing.parents:
+                for generation in outcome.parents:
                     self.world.oracle.begun(generation)
-                self.feed(listing)
+                self.feed(outcome)
 
-        self._s3(lambda: self.world.store.index.keys("index/"), listed)
+        self._s3(self.world.store.index.listing, listed)
 
     def _fence(self, command: m.FenceHolders) -> None:
         def fence(holder: HolderId) -> Callable[[Reply], None]:
@@ -417,12 +452,12 @@ class Coordinator(Process):
 
         def recorded(outcome: Outcome) -> None:
             if world.setup.settings.s3 is None:
-                self.feed(m.ParentRecorded(generation))
+                self.feed(m.ParentRecorded(generation, parent))
             else:
                 self._s3(lambda: world.store.index.create(key, b""), mirrored)
 
         def mirrored(outcome: Outcome) -> None:
-            self.feed(m.ParentRecorded(generation))
+            self.feed(m.ParentRecorded(generation, parent))
 
         self._register(record, recorded)
 
@@ -448,7 +483,7 @@ class Coordinator(Process):
 
         def prepare() -> str:
             index = world.store.index
-            listing = register.read_listing(index.keys("index/"))
+            listing = index.listing()
             if listing.newest_generation > generation:
                 return "fenced"
             if any(other > version for other in listing.versions):
@@ -483,6 +518,18 @@ class Coordinator(Process):
         keys = self.world.register.keys("index/generation/")
         started = {register.claim_key(g) for g in register.read_parents(keys)}
         return [key for key in keys if key in started or not key.endswith("/claim")]
+
+    def _read_manifests(self, versions: tuple[Version, ...]) -> None:
+        index, name = self.world.store.index, self.job.name
+
+        def read() -> dict[Version, tuple[ShardRecord, ...]]:
+            found = {v: index.get(register.manifest_key(v)) for v in versions}
+            return {v: register.decode_manifest(name, v, d) for v, d in found.items() if d}
+
+        def done(outcome: Outcome) -> None:
+            self.feed(m.ManifestsRead({} if isinstance(outcome, DurableStoreError) else outcome))
+
+        self._s3(read, done)
 
     def _delete_durable(self, versions: tuple[Version, ...]) -> None:
         store = self.world.store

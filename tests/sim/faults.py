@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from tests.sim.limits import MINUTE_S, S3_DELAY_S, S3_SLOW_S
 from tests.sim.network import CALM, HEAD, Host, Weather
 from tiered import register
 
@@ -14,7 +15,6 @@ SITES = (
     "stage", "take", "read", "report", "begin", "progress", "list", "fence", "set_buddies",
     "replicate", "collect", "verify", "upload", "fetch", "register",
 )  # fmt: skip
-MINUTE_S = 60.0
 
 
 class Faults:
@@ -41,7 +41,7 @@ class Faults:
         }
         share = random.choice((0.3, 0.6, 1.0))
         self._enabled = [k for k in self._kinds if random.random() < share] or ["rank", "host"]
-        self._gap_s = random.choice((6.0, 15.0, 40.0))
+        self._gap_s = random.choice((3.0, 6.0, 12.0))
         scale = max(1.0, world.setup.fault_s / 600.0)
         self._gap_s *= min(scale, 20.0)
         self._weather = CALM
@@ -57,7 +57,11 @@ class Faults:
         """From now on everything may fail."""
         self.world.network.weather = self._weather
         self.world.kernel.log(
-            "faults: %s every %g s; %s", self._enabled, self._gap_s, self._weather
+            "faults: %s every %g s; %s, late: %s",
+            self._enabled,
+            self._gap_s,
+            self._weather,
+            sorted(self._weather.sites),
         )
         self._wait()
 
@@ -71,7 +75,7 @@ class Faults:
         for host in world.hosts.values():
             host.hung_until_s = min(host.hung_until_s, world.kernel.now_s)
         store = world.store
-        store.is_up, store.delay_s, store.loss = True, 0.2, 0.0
+        store.is_up, store.delay_s, store.loss = True, S3_DELAY_S, 0.0
         missing = world.setup.hosts - sum(h.is_alive for h in world.hosts.values())
         for _ in range(missing):
             world.add_host()
@@ -138,7 +142,7 @@ class Faults:
 
     def _hang(self) -> None:
         if (host := self._a_host()) is not None:
-            for_s = 2.0 * 40.0 ** self.world.kernel.random.random()
+            for_s = 1.0 * 25.0 ** self.world.kernel.random.random()
             host.hung_until_s = self.world.kernel.now_s + for_s
             self.world.network.note_trouble(host)
             self.world.kernel.log("host %s hangs for %.0f s", host.place, for_s)
@@ -209,11 +213,11 @@ class Faults:
         store.trouble_s = self.world.kernel.now_s
         self.world.kernel.log("S3 is %s", kind)
         store.is_up = kind != "down"
-        store.delay_s = 20.0 if kind == "slow" else 0.2
+        store.delay_s = S3_SLOW_S if kind == "slow" else S3_DELAY_S
         store.loss = 0.4 if kind == "flaky" else 0.0
 
         def mend() -> None:
-            store.is_up, store.delay_s, store.loss = True, 0.2, 0.0
+            store.is_up, store.delay_s, store.loss = True, S3_DELAY_S, 0.0
             store.trouble_s = self.world.kernel.now_s
             self.world.kernel.log("S3 is well")
 
@@ -229,7 +233,7 @@ class Faults:
         world.holders.clear()
         for coordinator in world.coordinators:
             coordinator.is_alive = False
-        world.register.entries.clear()
+        world.register.delete(tuple(world.register.entries))
         world.network.blocked.clear()
         world.oracle.cluster_lost(register.read_parents(world.store.index.entries))
         for _ in range(world.setup.hosts):

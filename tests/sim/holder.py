@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, assert_never
 from replication import inventory
 from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
+from tests.sim.limits import (
+    FETCH_TIMEOUT_S,
+    OFFER_TIMEOUT_S,
+    REPORT_TIMEOUT_S,
+    TICKS_AFTER_S,
+)
 from tests.sim.network import Host, Outcome, Process, Reply
 from tiered import register
 from tiered.errors import DurableStoreError
 
 if TYPE_CHECKING:
     from tests.sim.world import World
-
-FETCH_TIMEOUT_S = 15.0
-OFFER_TIMEOUT_S = 22.5
-REPORT_TIMEOUT_S = 10.0
-TICKS_AFTER_S = (0.25, 1.1, 5.1)  # when an offer that failed may be due again
 
 
 def digest(content: int) -> bytes:
@@ -118,6 +119,10 @@ class Holder(Process):
         job = self.world.job_name
         self.feed(inventory.WatermarkRaised(job, generation, below, pinned))
 
+    def drop_step(self, version: Version) -> None:
+        """Let go of a step that was never committed."""
+        self.feed(inventory.StepDropped(self.world.job_name, version))
+
     def verify(self, keys: Sequence[ShardKey]) -> list[ShardKey]:
         """Read every byte of these shards; return those that are missing or corrupt here."""
         bad = []
@@ -165,7 +170,7 @@ class Holder(Process):
         for command in self.core.handle(event, world.kernel.now_s):
             match command:
                 case inventory.HashChunk():
-                    delay_s = world.kernel.random.uniform(0.001, 0.02)
+                    delay_s = world.kernel.uniform(0.001, 0.02)
                     world.kernel.after(delay_s, self._hash, command.key, command.index)
                 case inventory.OfferChunk():
                     self._offer(command)

@@ -95,7 +95,7 @@ class StepOnlyKey(Holder):
     def stage_chunk(self, key: ShardKey, plan: ShardPlan, index: int, content: int) -> None:
         generation = max(self.fence_seen, key.version.generation)
         version = Version(generation, key.version.step)
-        super().stage_chunk(replace(key, version=version), plan, index, content)
+        super().stage_chunk(key._replace(version=version), plan, index, content)
 
 
 class AckBeforeStore(Holder):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tests.sim.coordinator import Coordinator
     from tests.sim.world import World
 
-GRACE_S = 25.0
+GRACE_S = 12.0
 TOLD_S = 2.0  # a copy sealed later than that may not have been reported yet
 NEVER_S = float("inf")
 

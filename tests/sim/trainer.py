@@ -11,18 +11,22 @@ from typing import TYPE_CHECKING
 from replication.errors import FencedError, MemoryBudgetError, ShardNotHeldError, TieredError
 from replication.records import HolderId, Life, ShardKey, ShardPlan, Version
 from tests.sim.holder import digest
+from tests.sim.limits import (
+    ADMIT_TIMEOUT_S,
+    ASK_TIMEOUT_S,
+    BEGIN_TIMEOUT_S,
+    ROOM_TIMEOUT_S,
+    STAGE_TIMEOUT_S,
+    STALL_S,
+)
 from tests.sim.network import HEAD, Host, Outcome, Process, Reply, gather
 from tiered import messages as m
+from tiered.admission import Admission
 from tiered.history import Resolution, ShardSources
 
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-ASK_TIMEOUT_S = 45.0  # then it asks again: the coordinator may have died
-BEGIN_TIMEOUT_S = 200.0
-HOLDER_TIMEOUT_S = 15.0
-ROOM_TIMEOUT_S = 20.0
-STALL_S = 60.0
 ZOMBIE_SAVES = 6
 
 
@@ -126,7 +130,7 @@ class Rank(Process):
                 raise ShardNotHeldError(peer.id.node_id, str(key))
             reply(dict(peer.chunks[key]))
 
-        self.world.network.call("fetch", self, peer, HOLDER_TIMEOUT_S, serve, got)
+        self.world.network.call("fetch", self, peer, STAGE_TIMEOUT_S, serve, got)
 
     def _ready(self) -> None:
         self.life.arrive(self)
@@ -134,14 +138,46 @@ class Rank(Process):
     # -- save -----------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Save the current step, as soon as not too many are on their way."""
-        self._wait_for_room(self.world.kernel.now_s + ROOM_TIMEOUT_S)
+        """Save the current step, if the coordinator says so; or if there is room, as it seems."""
+        self._ask_to_save(self.world.kernel.now_s + ROOM_TIMEOUT_S)
 
-    def _wait_for_room(self, deadline_s: float) -> None:
-        if len(self.pending) <= 1 or self.world.kernel.now_s >= deadline_s:
-            self._stage()
-            return
-        coordinator = self.world.coordinator
+    def _ask_to_save(self, deadline_s: float) -> None:
+        world, version = self.world, Version(self.generation, self.step)
+        coordinator, memory = world.coordinator, world.setup.settings.memory
+
+        def heard(outcome: Outcome) -> None:
+            if isinstance(outcome, FencedError):
+                self.fail(outcome)
+            elif isinstance(outcome, Admission):
+                for step in outcome.instead_of:
+                    self._drop(Version(self.generation, step))
+                self.later(0.0, self._stage if outcome.is_admitted else self._skip)
+            elif outcome is None and world.kernel.now_s < deadline_s:
+                self.later(1.0, lambda: self._ask_to_save(deadline_s))
+            elif len(self.pending) < memory.in_flight:
+                self.later(0.0, self._stage)
+            else:
+                self.later(0.0, self._skip)
+
+        world.network.call(
+            "admit", self, coordinator, ADMIT_TIMEOUT_S,
+            lambda reply: coordinator.admit(version, reply), heard,
+        )  # fmt: skip
+
+    def _drop(self, version: Version) -> None:
+        holder = self.world.holder_on(self.host.place)
+        self.world.network.call(
+            "drop_step", self, holder, STAGE_TIMEOUT_S,
+            lambda reply: reply(holder.drop_step(version)),
+        )  # fmt: skip
+
+    def _skip(self) -> None:
+        self._hear_news()
+        self._next()
+
+    def _hear_news(self) -> None:
+        """Ask how the saves on their way are doing."""
+        asked, coordinator = list(self.pending), self.world.coordinator
 
         def heard(outcome: Outcome) -> None:
             if isinstance(outcome, dict):
@@ -149,10 +185,7 @@ class Rank(Process):
                     self.world.oracle.told(version, level)
                     if (level is not None or problem) and version in self.pending:
                         self.pending.remove(version)
-            wait_s = 0.0 if len(self.pending) <= 1 else 1.0
-            self.later(wait_s, lambda: self._wait_for_room(deadline_s))
 
-        asked = list(self.pending)
         self.world.network.call(
             "progress", self, coordinator, 5.0,
             lambda reply: coordinator.progress(asked, reply), heard,
@@ -161,13 +194,13 @@ class Rank(Process):
     def _stage(self) -> None:
         setup = self.world.setup
         key = ShardKey(self.world.job_name, Version(self.generation, self.step), self.rank)
-        plan = ShardPlan(setup.ranks, (1,) * setup.chunks)
+        plan = ShardPlan(setup.ranks, (1,) * setup.chunks, self.world.kernel.now_s)
         content = self.world.oracle.save(key, setup.chunks)
         holder = self.world.holder_on(self.host.place)
 
         def stage(index: int) -> Callable[[Reply], None]:
             return lambda done: self.world.network.call(
-                "stage", self, holder, HOLDER_TIMEOUT_S,
+                "stage", self, holder, STAGE_TIMEOUT_S,
                 lambda reply: reply(holder.stage_chunk(key, plan, index, content[index])), done,
             )  # fmt: skip
 
@@ -181,6 +214,10 @@ class Rank(Process):
             return
         if not failures:
             self.pending.append(Version(self.generation, self.step))
+        self._hear_news()
+        self._next()
+
+    def _next(self) -> None:
         self.step += self.world.setup.settings.memory.every_steps
         self.life.arrive(self)
 
@@ -204,11 +241,11 @@ class LifeOfJob:
     def start(self) -> None:
         """Every process starts, in its own time."""
         for rank in self.ranks:
-            rank.later(self.world.kernel.random.uniform(0.1, 3.0), rank.begin)
+            rank.later(self.world.kernel.uniform(0.1, 3.0), rank.begin)
 
     def arrive(self, rank: Rank) -> None:
         """A rank has done its part of a step; when all have, the next one begins."""
-        pause_s = self.world.setup.step_s * self.world.kernel.random.uniform(0.5, 1.5)
+        pause_s = self.world.setup.step_s * self.world.kernel.uniform(0.5, 1.5)
         if self.is_given_up:
             rank.zombie_saves += 1
             if rank.zombie_saves <= ZOMBIE_SAVES:
@@ -275,7 +312,7 @@ class Launcher(Process):
         if not all(r.is_alive for r in life.ranks) or waited_s > limit_s:
             self.replace()
         else:
-            self.world.kernel.after(self.world.kernel.random.uniform(1.0, 5.0), self._watch, life)
+            self.world.kernel.after(self.world.kernel.uniform(1.0, 5.0), self._watch, life)
 
     def replace(self, *, kill: bool = True) -> None:
         """Give the present life up, kill what of it can be killed, start another one."""
@@ -288,7 +325,7 @@ class Launcher(Process):
                 rank.is_alive = False
             elif not kill and rank.is_alive and rank.rank in life.arrived:
                 rank.later(1.0, rank.save)
-        self.world.kernel.after(self.world.kernel.random.uniform(0.5, 8.0), self.start)
+        self.world.kernel.after(self.world.kernel.uniform(0.5, 8.0), self.start)
 
     def ranks_on(self, host: Host) -> list[Rank]:
         """Every process on a host."""

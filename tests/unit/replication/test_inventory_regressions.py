@@ -2,7 +2,7 @@
 
 import pytest
 
-from replication.errors import FencedError
+from replication.errors import FencedError, MemoryBudgetError
 from replication.inventory import (
     BuddiesChanged,
     ChunkFetched,
@@ -12,7 +12,9 @@ from replication.inventory import (
     ChunkStaged,
     FenceRaised,
     Inventory,
+    JobForgotten,
     ReportShard,
+    Reservation,
     Ticked,
     WatermarkRaised,
 )
@@ -68,3 +70,18 @@ def test_a_corrupt_copy_is_replaced_by_a_verified_one() -> None:
     assert core.records() == []
     commands = core.handle(ChunkFetched(KEY, PLAN, 1, b"%016d" % 1), 0.0)
     assert commands == [ReportShard(core.record(KEY))]
+
+
+def test_what_an_ended_job_holds_counts_and_what_it_declared_does_not() -> None:
+    core = Inventory(HolderId("a", "1"), 100)
+    core.reserve("old", 0, Reservation(1, 80, "80"))
+    with pytest.raises(MemoryBudgetError, match="80 belong to other jobs"):
+        core.reserve("new", 0, Reservation(1, 40, "40"))
+    key = ShardKey("old", Version(1, 10), 0)
+    core.handle(ChunkStaged(key, ShardPlan(1, (30,)), 0), 0.0)
+    core.release("old", 0)
+    core.reserve("new", 0, Reservation(1, 40, "40"))
+    with pytest.raises(MemoryBudgetError, match="40 are declared by other ranks"):
+        core.reserve("new", 1, Reservation(1, 40, "40"))
+    core.handle(JobForgotten("old"), 0.0)
+    core.reserve("new", 1, Reservation(1, 40, "40"))

@@ -26,6 +26,18 @@ def test_a_wrong_memory_setting_is_named_with_its_least_value(name: str, least: 
         assert f"whole number of at least {least}" in str(caught.value)
 
 
+def test_a_wrong_transport_is_named_with_those_that_there_are() -> None:
+    assert [Memory(transport=way).transport for way in ("auto", "tcp", "ray")] == [
+        "auto", "tcp", "ray",
+    ]  # fmt: skip
+    bad: list[Any] = ["", "TCP", "udp", None, 1, b"tcp"]
+    for value in bad:
+        with pytest.raises(ConfigError) as caught:
+            Memory(transport=value)
+        assert f"Memory.transport={value!r}" in str(caught.value)
+        assert "'auto', 'tcp', 'ray'" in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["every_steps", "keep", "max_attempts", "upload_concurrency"])
 @pytest.mark.parametrize("value", [0, -1, None, *NO_WHOLE_NUMBERS])
 def test_a_wrong_count_of_s3_is_named(name: str, value: Any) -> None:

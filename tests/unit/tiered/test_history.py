@@ -108,6 +108,16 @@ def test_a_step_by_number_is_taken_from_the_branch_first_then_from_any_generatio
     assert latest_consistent_step(both, PARENTS, step=25).version is None
 
 
+def test_a_step_that_nobody_has_is_answered_with_those_that_are_there() -> None:
+    choice = latest_consistent_step([whole(1, 20), whole(3, 30)], PARENTS, step=25)
+    assert choice.version is None
+    assert choice.passed_over == (
+        "no tier knows it; the newest that are known: "
+        "step 30 (generation 3), step 20 (generation 1)",
+    )
+    assert latest_consistent_step([], PARENTS, step=25).passed_over == ()
+
+
 def test_durable_alone_is_enough_even_when_only_its_name_is_known() -> None:
     candidate = whole(3, 5, world_size=0, in_memory=frozenset(), is_durable=True)
     assert latest_consistent_step([candidate], PARENTS).version == Version(3, 5)

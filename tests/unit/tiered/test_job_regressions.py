@@ -41,7 +41,7 @@ def begun(settings: JobSettings = SETTINGS, holders: tuple[HolderId, ...] = (A, 
         job.handle(m.DurableListed(), 0.0)
     job.handle(m.GenerationClaimed(1, is_ours=True), 0.0)
     job.handle(m.HoldersFenced(1), 0.0)
-    job.handle(m.ParentRecorded(1), 0.0)
+    job.handle(m.ParentRecorded(1, None), 0.0)
     return job
 
 
@@ -261,7 +261,7 @@ def test_a_holder_lost_before_the_answer_is_made_up_for_by_s3() -> None:
     job.handle(m.HoldersFenced(2), 0.0)
     assert of(m.RecordParent, job.handle(m.ShardsVerified(2, Version(1, 10), ()), 0.0))
     job.handle(m.HolderDown(A), 0.0)
-    commands = job.handle(m.ParentRecorded(2), 0.0)
+    commands = job.handle(m.ParentRecorded(2, Version(1, 10)), 0.0)
     assert not of(m.AnswerBegin, commands)
     assert [c.needs_manifest for c in of(m.VerifyShards, commands)] == [True]
     commands = job.handle(m.ShardsVerified(2, Version(1, 10), (), (record(1, 10),)), 0.0)

@@ -149,6 +149,29 @@ def test_a_key_is_created_once(kv: dict[bytes, bytes]) -> None:
     assert list(kv) == [b"job/index/a"]
 
 
+def test_the_secret_of_the_cluster_is_made_once_and_is_no_job(
+    kv: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside: dict[tuple[str, str], bytes] = {}
+
+    def put(key: str, value: bytes, *, overwrite: bool, namespace: str) -> None:
+        assert not overwrite
+        beside.setdefault((namespace, key), value)
+
+    monkeypatch.setattr(register, "_internal_kv_put", put)
+    monkeypatch.setattr(
+        register, "_internal_kv_get", lambda key, *, namespace: beside[namespace, key]
+    )
+    first = register.cluster_secret()
+    assert register.cluster_secret() == first  # as after the coordinator's death
+    assert len(first.value) >= 32
+    assert list(beside.values()) == [first.value]
+    assert all(namespace != NAMESPACE for namespace, _ in beside)
+    assert known_jobs() == []
+    beside.clear()
+    assert register.cluster_secret() != first
+
+
 def test_jobs_do_not_see_each_other(kv: dict[bytes, bytes]) -> None:
     job, longer = GcsIndex("job"), GcsIndex("job-2")
     for key in ("index/b", "index/a", "other/c"):

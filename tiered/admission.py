@@ -1,0 +1,115 @@
+"""The core of backpressure: which saves may start while older ones are still being replicated.
+
+Ranks learn at different moments that a step is committed, so each deciding for itself would save
+different steps, none of them whole. The first rank that asks decides for all: the answer is
+remembered.
+
+A step is on its way from its admission until it is committed, until a newer one is (then nobody
+waits for it any more), or until `STUCK_S` have passed: one that some rank failed to stage never
+commits, and must not stop the others for ever.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+Backpressure = Literal["skip", "wait", "replace"]
+
+STUCK_S = 120.0
+REMEMBERED = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """The one answer for all ranks whether a step is saved.
+
+    Attributes:
+        is_admitted: Save it.
+        instead_of: Steps that it takes the place of: let go of them first.
+        reason: Why it is not saved, for a person.
+    """
+
+    is_admitted: bool
+    instead_of: tuple[int, ...] = ()
+    reason: str = ""
+
+
+class Admissions:
+    """The saves of one generation on their way. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self.replaced: dict[int, int] = {}  # step -> the one that took its place
+        self._answers: dict[int, Admission] = {}
+        self._since_s: dict[int, float] = {}
+
+    def on_their_way(self, committed: Collection[int], now_s: float) -> list[int]:
+        """Steps that were admitted and are still waited for, oldest first."""
+        newest = max(committed, default=-1)
+        return sorted(
+            step
+            for step, since_s in self._since_s.items()
+            if step > newest and now_s - since_s < STUCK_S
+        )
+
+    def ask(
+        self,
+        step: int,
+        policy: Backpressure,
+        in_flight: int,
+        committed: Collection[int],
+        begun: Collection[int],
+        now_s: float,
+    ) -> Admission | None:
+        """Answer a rank that is about to save `step`; None: ask again when something changed.
+
+        Args:
+            step: The step.
+            policy: What to do when there is no room.
+            in_flight: Saves that may be on their way at a time, this one included.
+            committed: Steps of this generation that are committed.
+            begun: Steps of which a replica has arrived anywhere.
+            now_s: The time.
+        """
+        if (known := self._answers.get(step)) is not None:
+            return known
+        waiting = self.on_their_way(committed, now_s)
+        if len(waiting) < in_flight:
+            return self._remember(step, Admission(is_admitted=True), now_s)
+        if policy == "wait":
+            return None
+        if policy == "replace" and (idle := [s for s in waiting if s not in begun]):
+            replaced = idle[-1]
+            self.replaced[replaced] = step
+            self._since_s.pop(replaced)
+            answer = Admission(is_admitted=True, instead_of=(replaced,))
+            return self._remember(step, answer, now_s)
+        reason = (
+            f"skipped: {_steps(waiting)} still being replicated (in_flight={in_flight}); save less "
+            "often (Memory.every_steps), or make room with Memory(in_flight=...)"
+        )
+        return self._remember(step, Admission(is_admitted=False, reason=reason), now_s)
+
+    def admit(self, step: int, now_s: float) -> Admission:
+        """Admit a step that was saved already (an answer lost with a coordinator)."""
+        known = self._answers.get(step)
+        return known or self._remember(step, Admission(is_admitted=True), now_s)
+
+    def refuse(self, step: int, reason: str, now_s: float) -> Admission:
+        """Refuse a step for every rank."""
+        known = self._answers.get(step)
+        answer = Admission(is_admitted=False, reason=reason)
+        return known or self._remember(step, answer, now_s)
+
+    def _remember(self, step: int, answer: Admission, now_s: float) -> Admission:
+        self._answers[step] = answer
+        if answer.is_admitted:
+            self._since_s[step] = now_s
+        for remembered in (self._answers, self._since_s, self.replaced):
+            while len(remembered) > REMEMBERED:
+                del remembered[next(iter(remembered))]
+        return answer
+
+
+def _steps(steps: list[int]) -> str:
+    noun = "step" if len(steps) == 1 else "steps"
+    return f"{noun} {', '.join(map(str, steps))} {'is' if len(steps) == 1 else 'are'}"

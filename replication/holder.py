@@ -48,6 +48,7 @@ from replication.records import (
     Version,
     Way,
 )
+from replication.shared import Place, own_mappings, places_of
 from replication.sink import Sink
 from replication.stream import Tls, tls_like_ray
 from replication.transport import Source, fetch_timeout_s
@@ -218,6 +219,14 @@ class Holder:
             ShardNotHeldError: It is not here.
         """
         return self._pinned(key, index)
+
+    async def places(self, key: ShardKey, index: int) -> list[Place] | None:
+        """Where in this host's object store a chunk lies; None if it is not all in its memory.
+
+        Raises:
+            ShardNotHeldError: It is not here.
+        """
+        return places_of(self._pinned(key, index), own_mappings())
 
     async def access(self) -> Access:
         """Tell how to read from here by TCP; who may call actors may know the secret."""

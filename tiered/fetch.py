@@ -24,9 +24,16 @@ from replication.errors import (
 )
 from replication.holder import NAMESPACE, holder_name
 from replication.records import ActorRef, ByteRange, Chunk, ChunkId, HolderId, Way
+from replication.shared import SharedMemoryTransport
 from replication.sink import Sink
 from replication.stream import tls_like_ray
-from replication.transport import RayTransport, Source, Transport, fetch_timeout_s
+from replication.transport import (
+    FallbackTransport,
+    RayTransport,
+    Source,
+    Transport,
+    fetch_timeout_s,
+)
 from tiered import register
 from tiered.errors import StepNotFoundError
 from tiered.history import ShardSources
@@ -76,6 +83,7 @@ class HolderTier:
             self.label = OWN_HOST if holder.node_id == node_id else FORMER_HOST
         self.name = f"host {holder.node_id[:8]}"
         self._holder = holder
+        self._is_near = holder.node_id == node_id
         self._record = sources.record
         self._way = way
         self._lock = threading.Lock()
@@ -135,8 +143,10 @@ class HolderTier:
             raise HolderTimeoutError(node_id, reason) from error
         except RayError as error:
             raise HolderUnavailableError(node_id, f"{type(error).__name__}: {error}") from error
-        transports = open_transports(access.secret, tls_like_ray(os.environ))
-        return Source(node_id, handle, access.endpoint), transports[self._way]
+        transport = open_transports(access.secret, tls_like_ray(os.environ))[self._way]
+        if self._is_near:
+            transport = FallbackTransport(SharedMemoryTransport(), transport)
+        return Source(node_id, handle, access.endpoint), transport
 
 
 class DurableTier:

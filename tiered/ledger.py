@@ -49,8 +49,9 @@ class Ledger:
         return register.read_listing(self._gcs.keys("index/generation/")).newest_generation
 
     def list_durable(self, settings: JobSettings) -> DurableListed:
-        """What S3 knows: one LIST."""
+        """What S3 knows: one LIST. A life begins with it, so S3 is asked even if it was down."""
         try:
+            self.store(settings).check(is_urgent=True)
             return register.read_listing(self.store(settings).keys("index/"))
         except DurableStoreError as error:
             return DurableListed(problem=error.problem)

@@ -366,3 +366,5 @@ class Oracle:
             needed.add(parent)
         if version in needed:
             self.violated("I3", f"{holder} drops {key}, which is needed")
+        else:
+            self.lost_s[holder, key] = self.world.kernel.now_s

@@ -87,6 +87,7 @@ class Job(Catalogue):
         self._spared: set[Version] = set()  # abandoned, and whole
         self._collected_by = 0  # the generation that last ordered a collection
         self._is_rebuilding = False
+        self._found: set[Version] = set()  # when the inventories were in, and not committed
         self._overtaken: dict[Life, m.Claim] = {}
         self._repairs: dict[tuple[ShardKey, HolderId], float] = {}
         self._repair_tries: dict[ShardKey, int] = {}
@@ -149,6 +150,7 @@ class Job(Catalogue):
     def _ticked(self, event: m.Ticked, now_s: float) -> list[m.Command]:
         if self._is_rebuilding:
             self._is_rebuilding = False
+            self._found = {v for v in self.copies if v.generation == self.generation}
             return [*self._rearrange(), *self._review(now_s)]
         commands = [*self._repair(now_s), *self._note_degraded(now_s)]
         commands += self.flushes.handle(event, now_s, self._holders_of)
@@ -691,10 +693,17 @@ class Job(Catalogue):
         return [m.DeleteDurable(gone)]
 
     def needed_versions(self) -> Iterable[Version]:
-        """Versions whose shards are worth repairing: committed ones, and the branch's newest."""
+        """Versions whose shards are worth repairing: committed ones, and the branch's newest.
+
+        After the coordinator's death a step that was committed, and has lost a copy, looks as if
+        it never had been.
+        """
         generation = self.generation
         parent = self.parents.get(generation)
-        kept = {v for v in self.commits if v.generation == generation} | self._retained
+        kept = {v for v in self.commits if v.generation == generation}
+        self._found -= kept
+        kept.update([v for v in sorted(self._found) if self._is_whole(v)][-1:])
+        kept |= self._retained
         return sorted(kept | ({parent} if parent is not None else set()), reverse=True)
 
     def _repair(self, now_s: float) -> list[m.Command]:

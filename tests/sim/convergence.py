@@ -79,6 +79,7 @@ class Convergence:
         world, oracle, now_s = self.world, self.world.oracle, self.world.kernel.now_s
         parent = oracle.parents.get(oracle.generation)
         needed = [v for v in oracle.newest_acked() if now_s - oracle.acked[v] >= slack_s]
+        needed = [v for v in needed if all(oracle.has_copy(v, r) for r in range(world.setup.ranks))]
         need = 1 + min(world.replicas(), sum(h.is_alive for h in world.hosts.values()) - 1)
         newest = max([*needed[:1], *([parent] if parent is not None else [])], default=None)
         if newest is None or newest < oracle.mark:  # holders may not take back what they collected
@@ -110,6 +111,7 @@ class Convergence:
             if key.version.generation < oracle.generation
             and not oracle.is_on_branch(key.version)
             and len(oracle.copies.get(key.version, ())) < self.world.setup.ranks
+            and oracle.generation == self.world.claimed_generation()
         ]
 
     def _garbage(self) -> Problems:

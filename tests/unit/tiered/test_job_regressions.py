@@ -312,6 +312,16 @@ def test_a_copy_found_corrupt_while_it_was_set_aside_is_not_put_back() -> None:
     assert list(job.intact(key.version, 0)) == [A]
 
 
+def test_a_step_that_lost_a_copy_with_the_coordinator_is_made_whole_again() -> None:
+    # It was committed, but nobody remembers; newer saves may not come for long.
+    job = Job("job")
+    job.handle(m.Recalled((m.Claim(1, Life("one"), 1, SETTINGS),), {1: None}), 0.0)
+    job.handle(m.HolderUp(A, "", (record(1, 10), record(1, 20))), 0.0)
+    job.handle(m.HolderUp(B, "", (record(1, 10),)), 0.0)
+    commands = job.handle(m.Ticked(), 1.0)
+    assert [c.key for c in of(m.ReplicateShard, commands)] == [record(1, 20).key]
+
+
 def test_a_step_that_rots_on_s3_is_not_tried_by_life_after_life() -> None:
     job = Job("job")
     for holder in (A, B):

@@ -479,8 +479,8 @@ class Inventory:
 
     def _hashed(self, event: ChunkHashed, now_s: float) -> list[Command]:
         shard = self.shards.get(event.key)
-        if shard is None or event.index in shard.digests:
-            return []
+        if shard is None or event.index not in shard.present or event.index in shard.digests:
+            return []  # or it is of a copy that was let go meanwhile
         shard.digests[event.index] = event.digest
         self.scrub.intact(event.key, event.index, now_s)
         return [*self._seal(event.key, shard), *self._offers(event.key.job, only=event.key)]

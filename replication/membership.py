@@ -169,7 +169,7 @@ class Membership:
         state = self._states.get(event.node_id)
         if state is None:
             return []
-        state.misses += 1
+        state.misses = 0 if event.is_dead else state.misses + 1
         if event.is_dead:
             state.is_started = False  # start another one when the host is next seen
         if (event.is_dead or state.misses >= MISSES) and state.is_up:

@@ -19,8 +19,11 @@ import tiered
 from chaos.local_cluster import LocalCluster
 from chaos.s3_server import S3Server
 from replication.holder import NAMESPACE, holder_name
+from replication.records import Version
 from tests.integration.trainers import MIB, is_same, make_state, start_trainers
+from tiered import register
 from tiered.coordinator import COORDINATOR_NAME
+from tiered.s3 import S3Store
 
 pytestmark = pytest.mark.cluster
 
@@ -225,13 +228,7 @@ def test_the_coordinators_death_loses_nothing(cluster: LocalCluster, job: str, p
     actors = start_trainers(cluster.hosts[:2], port)
     begin(actors, job)
     save(actors, 1)
-    coordinator = ray.get_actor(COORDINATOR_NAME, namespace=NAMESPACE)
-
-    def pid() -> int:
-        return os.getpid()
-
-    victim = ray.get(coordinator.__ray_call__.remote(lambda _: os.getpid()), timeout=30)
-    os.kill(victim, signal.SIGKILL)
+    os.kill(pid_of(ray.get_actor(COORDINATOR_NAME, namespace=NAMESPACE)), signal.SIGKILL)
     save(actors, 2, level=None)  # on its way while nobody coordinates
     every(actors, "wait", 2, "replicated")
     assert tiered.recover(job).step == 2
@@ -308,6 +305,90 @@ def test_ranks_of_one_generation_that_disagree_on_their_number(
     ray.get(coordinator.begin.remote(job, life, 0, 2, settings), timeout=60)
     with pytest.raises(tiered.WorldSizeError, match="world size 3, but generation 1"):
         tiered_cluster.ask(coordinator, "begin", job, life, 1, 3, settings, timeout_s=60)
+
+
+# --- what the reference gets wrong, beside what has a test above or below ------------------------
+
+
+def pid_of(actor: Any) -> int:
+    return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=30)
+
+
+def lose_all_memory(cluster: LocalCluster) -> None:
+    """Kill every holder, and the coordinator, so that it has to ask S3 again."""
+    names = [*map(holder_name, cluster.hosts), COORDINATOR_NAME]
+    for pid in [pid_of(ray.get_actor(name, namespace=NAMESPACE)) for name in names]:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_half_written_step_on_s3_hides_no_older_one(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    """The reference's mistake 3."""
+    actors = start_trainers(cluster.hosts[:2], port)
+    begin(actors, job, s3=S3)
+    save(actors, 20, level="durable")
+    with contextlib.closing(S3Store(S3, job)) as store:
+        no_manifest, bad_manifest = Version(1, 40), Version(1, 60)
+        store.upload(register.shard_key(no_manifest, 0), [[np.zeros(1000, np.uint8)]])
+        store.create(register.manifest_key(bad_manifest), b"cut off")
+    kill_actors(cluster, actors)
+    lose_all_memory(cluster)
+
+    again = start_trainers(cluster.hosts[:2], port + 1)
+    for start, restored in begin(again, job, s3=S3):
+        assert (start, restored.source) == (21, "S3")
+        assert "step 60" in restored.passed_over[0]
+        assert "its manifest cannot be used" in restored.passed_over[0]
+    assert_restored(again, 20)
+
+
+def test_saves_that_never_became_whole_push_no_whole_one_out(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    """The reference's mistake 7."""
+    memory = tiered.Memory(every_steps=1, replicas=1, chunk_bytes=MIB, in_flight=4)
+    hosts = cluster.hosts[:2]
+    actors = start_trainers(hosts, port)
+    begin(actors, job, memory=memory)
+    save(actors, 1)
+    for step in (2, 3, 4):  # rank 1 saves none of these
+        save(actors[:1], step, level=None)
+    kill_actors(cluster, actors)
+
+    again = start_trainers(hosts, port + 1)
+    for start, restored in begin(again, job, memory=memory):
+        assert (start, restored.step) == (2, 1)
+        reasons = [line.partition(": ")[2] for line in restored.passed_over]
+        assert reasons == ["no intact copy of rank 1 in any tier"] * 3
+    assert_restored(again, 1)
+
+
+def test_no_checkpoint_yet_is_no_error(cluster: LocalCluster, job: str, port: int) -> None:
+    """The reference's mistake 11."""
+    (first,) = start_trainers(cluster.hosts[:1], port)
+    assert begin([first], job) == [(0, None)]
+    with pytest.raises(tiered.StepNotFoundError, match="any step cannot be restored: no step of"):
+        tiered.recover(job)
+    assert issubclass(tiered.StepNotFoundError, Exception)
+
+
+def test_step_zero_is_restored_from_memory_and_from_s3(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    """Of the reference's mistake 12."""
+    (actor,) = start_trainers(cluster.hosts[:1], port)
+    begin([actor], job, s3=S3)
+    save([actor], 0, level="durable")
+    kill_actors(cluster, [actor])
+    (again,) = start_trainers(cluster.hosts[:1], port)
+    ((start, restored),) = begin([again], job, s3=S3)
+    assert (start, restored.step, restored.source) == (1, 0, "own host's RAM")
+    assert_restored([again], 0)
+    lose_all_memory(cluster)
+    recovered = tiered.recover(job)
+    assert (recovered.step, recovered.sources) == (0, {0: ("S3",)})
+    assert is_same(recovered.state(), make_state(0))
 
 
 # --- faults of memory and S3 ---------------------------------------------------------------------
@@ -409,7 +490,7 @@ def test_a_hung_buddy_delays_no_save_of_the_trainer(
     save([actor], 1)
     (buddy,) = tiered.status(job).buddies[hosts[0]]
     holder = ray.get_actor(holder_name(buddy), NAMESPACE)
-    pid = ray.get(holder.__ray_call__.remote(lambda _: os.getpid()), timeout=30)
+    pid = pid_of(holder)
     os.kill(pid, signal.SIGSTOP)
     try:
         staged = save([actor], 2, level=None)[0]["staged"]

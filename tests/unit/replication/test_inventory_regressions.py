@@ -147,3 +147,12 @@ def test_what_older_generations_have_beyond_the_branch_goes_whatever_the_waterma
     assert [k.version for k in core.shards] == [Version(1, 5), Version(2, 1), Version(3, 3)]
     core.handle(WatermarkRaised("job", 4, Version(1, 0), (), ()), 0.0)  # it began from nothing
     assert not core.shards
+
+
+def test_a_checksum_that_comes_after_its_chunk_was_let_go_seals_nothing() -> None:
+    core = Inventory(HolderId("a", "1"), 100)
+    core.handle(ChunkStaged(KEY, PLAN, 1), 0.0)  # and is being hashed
+    core.handle(JobForgotten("job"), 0.0)
+    core.handle(ChunkFetched(KEY, PLAN, 0, b"%016d" % 0), 0.0)
+    assert core.handle(ChunkHashed(KEY, 1, b"%016d" % 1), 0.0) == []
+    assert core.records() == []

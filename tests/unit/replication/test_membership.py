@@ -85,3 +85,16 @@ def test_everybody_has_to_answer_once_before_it_is_settled() -> None:
     assert not members.is_settled
     members.handle(Answered(HolderId("b", "1")))
     assert members.is_settled
+
+
+def test_the_successor_of_a_holder_that_died_hung_is_replaced_if_it_hangs_too() -> None:
+    core = Membership()
+    core.handle(NodesSeen((NODE,)))
+    core.handle(Answered(HolderId("a", "1")))
+    for _ in range(HOPELESS_MISSES - 1):
+        assert ReplaceHolder("a") not in core.handle(Missed("a", is_dead=False))
+    core.handle(Missed("a", is_dead=True))  # with the heartbeat that would have given it up
+    assert core.handle(NodesSeen((NODE,))) == [StartHolder(NODE)]
+    for _ in range(HOPELESS_MISSES - 1):
+        assert core.handle(Missed("a", is_dead=False)) == []
+    assert core.handle(Missed("a", is_dead=False)) == [ReplaceHolder("a")]

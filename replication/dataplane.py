@@ -269,6 +269,8 @@ class TcpTransport:
             raise self._failed(peer, node_id, reason, error) from error
         except OSError as error:
             reason = f"no connection to {endpoint}: {error}"
+            if isinstance(error, ConnectTimeoutError) and limit_s < self._limits.connect_s:
+                error = TimeoutError(reason)  # the caller was in a hurry: it says little
             raise self._failed(peer, node_id, reason, error) from error
         except ReplicationError as error:
             self._failed(peer, node_id, str(error), error)

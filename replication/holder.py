@@ -48,6 +48,7 @@ from replication.records import (
     Version,
     Way,
 )
+from replication.shared import Place, own_mappings, places_of
 from replication.sink import Sink
 from replication.stream import Tls, tls_like_ray
 from replication.transport import Source, fetch_timeout_s
@@ -100,7 +101,8 @@ class Holder:
         Args:
             node_id: The host.
             capacity_bytes: Budget for all shards here.
-            observer: Name of the actor that wants to know of sealed shards (`report_shards`).
+            observer: Name of the actor that wants to know of sealed shards (`report_shards`) and
+                of corrupt ones (`report_corrupt`).
             secret: Of the cluster's data plane.
         """
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)  # this process is ours
@@ -116,6 +118,7 @@ class Holder:
         self._buffers = ReceiveBuffers()
         self._receivers = ThreadPoolExecutor(RECEIVERS, thread_name_prefix="tiered-receive")
         self._unreported: dict[ShardKey, ShardRecord] = {}
+        self._corrupt: set[ShardKey] = set()  # of which the observer was not told yet
         self._has_unreported = asyncio.Event()
         self._offer_slots: dict[HolderId, asyncio.Semaphore] = {}
         self._peers: dict[HolderId, ActorRef] = {}
@@ -144,6 +147,10 @@ class Holder:
         """
         self._core.reserve(job, rank, reservation)
         self._ways[job] = way
+
+    async def release(self, job: str, rank: int) -> None:
+        """Take back what a rank declared: it will save no more."""
+        self._core.release(job, rank)
 
     async def stage_chunk(self, key: ShardKey, plan: ShardPlan, index: int, chunk: Chunk) -> None:
         """Pin a chunk that a trainer on this host has put into the object store.
@@ -197,6 +204,7 @@ class Holder:
         """
         self._core.check_copy(key, plan)
         if self._core.has_chunk(key, index):
+            self._feed(inventory.ChunkKnown(key))
             return
         self._trim()
         origin = Source(source.node_id, await self._peer(source), endpoint)
@@ -214,6 +222,14 @@ class Holder:
             ShardNotHeldError: It is not here.
         """
         return self._pinned(key, index)
+
+    async def places(self, key: ShardKey, index: int) -> list[Place] | None:
+        """Where in this host's object store a chunk lies; None if it is not all in its memory.
+
+        Raises:
+            ShardNotHeldError: It is not here.
+        """
+        return places_of(self._pinned(key, index), own_mappings())
 
     async def access(self) -> Access:
         """Tell how to read from here by TCP; who may call actors may know the secret."""
@@ -244,10 +260,18 @@ class Holder:
         self._feed(inventory.ReplicationRequested(key, to))
 
     async def collect(
-        self, job: str, generation: int, below: Version, pinned: tuple[Version, ...] = ()
+        self,
+        job: str,
+        generation: int,
+        below: Version,
+        pinned: tuple[Version, ...] = (),
+        branch: tuple[Version, ...] | None = None,
     ) -> None:
-        """Let go of every shard of `job` older than `below` that is not of a pinned version."""
-        self._feed(inventory.WatermarkRaised(job, generation, below, pinned))
+        """Let go of every shard of `job` that is older than `below`, or abandoned, and not pinned.
+
+        See `inventory.WatermarkRaised`.
+        """
+        self._feed(inventory.WatermarkRaised(job, generation, below, pinned, branch))
 
     async def drop_step(self, job: str, version: Version) -> None:
         """Let go of a step of `job` that was never committed."""
@@ -336,11 +360,19 @@ class Holder:
                 case inventory.OfferChunk():
                     self._spawn(self._offer(command))
                 case inventory.ReportShard():
+                    self._corrupt.discard(command.record.key)
                     self._unreported[command.record.key] = command.record
                     self._has_unreported.set()
+                case inventory.ReportCorrupt():
+                    self._unreported.pop(command.key, None)  # or it would count again
+                    self._corrupt.add(command.key)
+                    self._has_unreported.set()
+                case inventory.ReadChunk():
+                    self._spawn(self._reread(command.key, command.index))
                 case inventory.DropShard():
                     self._chunks.pop(command.key, None)
                     self._unreported.pop(command.key, None)
+                    self._corrupt.discard(command.key)
                     self._trim()
                 case _:
                     assert_never(command)
@@ -360,6 +392,15 @@ class Holder:
         if chunk is not None:
             value = await asyncio.to_thread(digest, chunk)
             self._feed(inventory.ChunkHashed(key, index, value))
+
+    async def _reread(self, key: ShardKey, index: int) -> None:
+        chunk = self._chunks.get(key, {}).get(index)
+        value = b"" if chunk is None else await asyncio.to_thread(digest, chunk)
+        self._feed(inventory.ChunkRead(key, index, value))
+        shard = self._core.shards.get(key)
+        if shard is not None and shard.quarantined:
+            error = ChunkCorruptError("this host's memory", str(key), index)
+            logger.error("%s; the copy no longer counts", error)
 
     async def _offer(self, offer: inventory.OfferChunk) -> None:
         slots = self._offer_slots.setdefault(offer.to, asyncio.Semaphore(OFFERS_AT_ONCE))
@@ -396,19 +437,25 @@ class Holder:
             self._feed(inventory.Ticked())
 
     async def _report_forever(self) -> None:
-        """Tell the observer of sealed shards, in batches, until it has answered."""
+        """Tell the observer of sealed and of corrupt shards, in batches, until it has answered."""
         pause_s = TICK_S
         while True:
             await self._has_unreported.wait()
             self._has_unreported.clear()
-            batch = list(self._unreported.values())
-            if not batch:
+            batch, corrupt = list(self._unreported.values()), sorted(self._corrupt)
+            if not batch and not corrupt:
                 continue
             try:
                 observer: ActorRef
                 observer = await asyncio.to_thread(ray.get_actor, self._observer, NAMESPACE)
-                answer = observer.report_shards.remote(self._core.holder, batch)
-                await asyncio.wait_for(answer, REPORT_TIMEOUT_S)
+                holder, timeout_s = self._core.holder, REPORT_TIMEOUT_S
+                if corrupt:
+                    answer = observer.report_corrupt.remote(holder, corrupt)
+                    await asyncio.wait_for(answer, timeout_s)
+                    self._corrupt.difference_update(corrupt)
+                if batch:
+                    answer = observer.report_shards.remote(holder, batch)
+                    await asyncio.wait_for(answer, timeout_s)
             except Exception as error:  # noqa: BLE001 - it may be restarting: ask again, for ever
                 logger.warning("cannot report to %s yet: %s", self._observer, error)
                 self._has_unreported.set()

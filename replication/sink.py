@@ -19,6 +19,8 @@ import numpy as np
 
 from replication.records import ByteRange, Chunk
 
+BLOCK_BYTES = 1 << 20  # copied before `received` sees them: they are still in the cache then
+
 Received = Callable[[memoryview], object]
 
 
@@ -104,7 +106,7 @@ class Sink:
             assert piece.nbytes <= self.missing_bytes, "more bytes than are missing"
             start = 0
             while start < piece.nbytes:
-                (room,) = self.next_views(piece.nbytes - start)
+                (room,) = self.next_views(min(BLOCK_BYTES, piece.nbytes - start))
                 # numpy copies without the interpreter's lock; a memoryview would keep it
                 np.copyto(np.frombuffer(room, np.uint8), np.frombuffer(
                     piece[start : start + room.nbytes], np.uint8

@@ -208,9 +208,9 @@ def connect(endpoint: Endpoint, secret: wire.Secret, tls: Tls | None, deadline: 
         BusyError: The server has too many connections.
         ProtocolError: The other end is no data plane of this cluster and version.
     """
+    address, timeout_s = (endpoint.host, endpoint.port), deadline.check_s()
     try:
-        address = (endpoint.host, endpoint.port)
-        sock = socket.create_connection(address, timeout=deadline.check_s())
+        sock = socket.create_connection(address, timeout=timeout_s)
     except TimeoutError as error:
         raise ConnectTimeoutError(str(error)) from error
     try:

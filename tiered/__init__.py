@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         WorldSizeError,
     )
     from tiered.handle import SaveHandle
-    from tiered.recovery import Recovered, drain, explain_placement, recover, status
+    from tiered.recovery import Recovered, drain, explain_placement, forget, recover, status
     from tiered.retention import KeepBest, KeepEvery, KeepInterval
     from tiered.rng import RngState
 
@@ -86,6 +86,7 @@ __all__ = [
     "WorldSizeError",
     "drain",
     "explain_placement",
+    "forget",
     "recover",
     "status",
 ]
@@ -115,6 +116,7 @@ _HOME = {
     "KeepInterval": "tiered.retention",
     "explain_placement": "tiered.recovery",
     "drain": "tiered.recovery",
+    "forget": "tiered.recovery",
     "CheckpointError": "tiered.errors",
     "ConfigError": "tiered.errors",
     "DurableStoreDownError": "tiered.errors",

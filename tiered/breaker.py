@@ -53,14 +53,19 @@ class Breaker:
         self._watched: dict[int, float] = {}
         self._next_ticket = 0
 
-    def admit(self, now_s: float) -> Verdict:
-        """Whether a call may go to the store now; "probe" is answered to one at a time."""
+    def admit(self, now_s: float, *, is_urgent: bool = False) -> Verdict:
+        """Whether a call may go to the store now; "probe" is answered to one at a time.
+
+        Args:
+            now_s: The time.
+            is_urgent: Rather a probe too many than none: for what happens once in a life.
+        """
         if not self.is_open:
             since_s = min(self._watched.values(), default=now_s)
             if now_s - since_s < HANG_S or self._answered_s >= since_s:
                 return "go"
             self._open(now_s, f"no answer for {now_s - since_s:.0f} s")
-        if now_s < self._due_s:
+        if now_s < self._due_s and not is_urgent:
             return "wait"
         self._due_s = now_s + PROBE_S
         return "probe"

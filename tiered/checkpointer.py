@@ -51,7 +51,13 @@ from tiered.coordinator import (
     News,
     Progress,
 )
-from tiered.errors import ConfigError, SaveError, StateError, WorldSizeError
+from tiered.errors import (
+    ConfigError,
+    SaveError,
+    StateError,
+    StepNotFoundError,
+    WorldSizeError,
+)
 from tiered.fetch import ShardReader, tiers_of
 from tiered.handle import SaveHandle
 from tiered.history import Resolution
@@ -228,7 +234,16 @@ class Checkpointer:
         way = self.settings.memory.transport
         reader = ShardReader(sources, tiers_of(sources, self._node_id, store, way))
         with contextlib.closing(store) if store is not None else contextlib.nullcontext():
-            restore_into(state, reader, allow_pickle=self._allow_pickle)
+            try:
+                restore_into(state, reader, allow_pickle=self._allow_pickle)
+            except StepNotFoundError:
+                if reader.is_rotten:  # or the next life would try the same step
+                    cluster.ask(
+                        self._coordinator, "report_unreadable",
+                        self.job, resolution.version, self._worker.rank,
+                        timeout_s=HOLDER_TIMEOUT_S,
+                    )  # fmt: skip
+                raise
         self.restored = Restored(
             step=resolution.version.step,
             generation=resolution.version.generation,
@@ -522,6 +537,7 @@ class Checkpointer:
             except TieredError:
                 continue  # it was logged when it happened
         self._stop_watching()
+        self._holder.release.remote(self.job, self._worker.rank)
         if self._is_local:
             if self._worker.world_size > 1 and dist.is_initialized():
                 dist.barrier()  # nobody else still needs the cluster

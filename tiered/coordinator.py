@@ -173,10 +173,11 @@ class Coordinator:
             raise DeadlineError("beginning a generation", BEGIN_TIMEOUT_S) from None
         if error is not None:
             raise error
-        generations = [c.generation for c in job.claims.values() if c.life == life]
-        if generations[0] < job.generation:
-            raise FencedError(job_name, generations[0], job.generation)
-        return job.resolution(generations[0])
+        # A life may own two claims: the first was overtaken while S3 was silent.
+        generation = max(c.generation for c in job.claims.values() if c.life == life)
+        if generation < job.generation:
+            raise FencedError(job_name, generation, job.generation)
+        return job.resolution(generation)
 
     async def resolve(
         self, job_name: str, step: int | None = None, before: int | None = None
@@ -243,6 +244,17 @@ class Coordinator:
                 return job.admissions.refuse(step, reason, time.monotonic())
             await self._change(left_s)
 
+    async def report_corrupt(self, holder: HolderId, keys: list[ShardKey]) -> None:
+        """A holder's copies of these shards are corrupt, and count no more."""
+        await self._ready()
+        for key in keys:
+            self._feed(await self._job(key.job), m.CopyFoundCorrupt(holder, key))
+
+    async def report_unreadable(self, job_name: str, version: Version, rank: int) -> None:
+        """A rank could not restore a step: what S3 has of it is not what was saved."""
+        await self._ready()
+        self._feed(await self._job(job_name), m.DurableFoundCorrupt(version, rank))
+
     async def progress(
         self, job_name: str, generation: int, known: Progress, timeout_s: float
     ) -> News:
@@ -273,6 +285,23 @@ class Coordinator:
             short = _short_without(job, node_id)
             left += [f"job {name!r}: {short}"] if short else []
         return tuple(left)
+
+    async def forget(self, job_name: str) -> None:
+        """Let go of everything that a job has in memory; what is on S3 stays.
+
+        Raises:
+            HolderUnavailableError: Some holder did not answer; ask again.
+        """
+        await self.hello()
+        job = await self._job(job_name)
+        calls = [self._fleet.call(h, "forget", CALL_TIMEOUT_S, job_name) for h in job.holders]
+        for holder, outcome in zip(
+            job.holders, await asyncio.gather(*calls, return_exceptions=True), strict=True
+        ):
+            if isinstance(outcome, BaseException):
+                raise HolderUnavailableError(holder.node_id, _first_line(outcome))
+        if job.begin is None:  # what is known of it is read anew, when somebody asks
+            del self._jobs[job_name]
 
     async def status(self, job_name: str) -> JobStatus:
         """What is known of a job now."""
@@ -565,9 +594,9 @@ class Coordinator:
         would take from them what the new generation resumed from.
         """
         if await asyncio.to_thread(self._ledger(job).newest_generation) == command.generation:
-            args = (job.name, command.generation, command.below, command.pinned)
+            order = (command.generation, command.below, command.pinned, command.branch)
             for holder in command.holders:
-                self._tell(holder, "collect", *args)
+                self._tell(holder, "collect", job.name, *order)
 
     async def _delete_durable(self, job: Job, versions: tuple[Version, ...]) -> None:
         try:

@@ -24,9 +24,16 @@ from replication.errors import (
 )
 from replication.holder import NAMESPACE, holder_name
 from replication.records import ActorRef, ByteRange, Chunk, ChunkId, HolderId, Way
+from replication.shared import SharedMemoryTransport
 from replication.sink import Sink
 from replication.stream import tls_like_ray
-from replication.transport import RayTransport, Source, Transport, fetch_timeout_s
+from replication.transport import (
+    FallbackTransport,
+    RayTransport,
+    Source,
+    Transport,
+    fetch_timeout_s,
+)
 from tiered import register
 from tiered.errors import StepNotFoundError
 from tiered.history import ShardSources
@@ -76,6 +83,7 @@ class HolderTier:
             self.label = OWN_HOST if holder.node_id == node_id else FORMER_HOST
         self.name = f"host {holder.node_id[:8]}"
         self._holder = holder
+        self._is_near = holder.node_id == node_id
         self._record = sources.record
         self._way = way
         self._lock = threading.Lock()
@@ -135,8 +143,10 @@ class HolderTier:
             raise HolderTimeoutError(node_id, reason) from error
         except RayError as error:
             raise HolderUnavailableError(node_id, f"{type(error).__name__}: {error}") from error
-        transports = open_transports(access.secret, tls_like_ray(os.environ))
-        return Source(node_id, handle, access.endpoint), transports[self._way]
+        transport = open_transports(access.secret, tls_like_ray(os.environ))[self._way]
+        if self._is_near:
+            transport = FallbackTransport(SharedMemoryTransport(), transport)
+        return Source(node_id, handle, access.endpoint), transport
 
 
 class DurableTier:
@@ -195,12 +205,14 @@ class ShardReader:
         sources: What to read.
         tiers: Where from, in order of preference.
         bytes_by_label: How many bytes came from where, filled as chunks are read.
+        is_rotten: What S3 has is not what was saved.
     """
 
     sources: ShardSources
     tiers: list[Tier]
     bytes_by_label: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    is_rotten: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
@@ -287,6 +299,8 @@ class ShardReader:
             except TieredError as error:
                 logger.warning("%s %s; trying the next copy", record.key, error)
                 problems.append(str(error))
+                is_corrupt = isinstance(error, ChunkCorruptError)
+                self.is_rotten = self.is_rotten or (is_corrupt and tier.label == DURABLE)
                 # Not asked again while another answers; but two copies that are damaged in
                 # different chunks still make a whole shard.
                 with self._lock:

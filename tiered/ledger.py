@@ -49,8 +49,9 @@ class Ledger:
         return register.read_listing(self._gcs.keys("index/generation/")).newest_generation
 
     def list_durable(self, settings: JobSettings) -> DurableListed:
-        """What S3 knows: one LIST."""
+        """What S3 knows: one LIST. A life begins with it, so S3 is asked even if it was down."""
         try:
+            self.store(settings).check(is_urgent=True)
             return register.read_listing(self.store(settings).keys("index/"))
         except DurableStoreError as error:
             return DurableListed(problem=error.problem)
@@ -84,28 +85,32 @@ class Ledger:
         self._gcs.create(winner, b"")
         if settings.s3 is not None:
             try:
-                if self._mirror(generation, settings):
-                    logger.warning("[%s] another cluster has generation %d", self.job, generation)
+                if key := self._mirror(settings):
+                    logger.warning("[%s] another cluster has written %s of this job", self.job, key)
             except DurableStoreError as error:
                 logger.warning("[%s] parent not recorded on S3 yet: %s", self.job, error)
         return ParentRecorded(generation, parents[generation])
 
-    def _mirror(self, generation: int, settings: JobSettings) -> str:
-        """Write a generation's claim and parent to S3: the claim first, which only one wins.
+    def _mirror(self, settings: JobSettings) -> str:
+        """Write to S3 what it missed of the generations that started, the oldest first.
+
+        A parent without those that it descends from would end the branch there: a new cluster
+        would not find the steps that are durable, and start afresh. Of each generation the claim is
+        written first, which only one cluster wins.
 
         Returns:
             The key that another cluster has written, or nothing.
         """
         store = self.store(settings)
-        keys = [register.claim_key(generation)]
-        slot = self._gcs.get(register.parent_slot(generation))
-        keys += [slot.decode()] if slot is not None else []
-        for key in keys:
-            if key in self._mirrored:
-                continue
-            if not store.create(key, self._gcs.get(key) or b""):
-                return key
-            self._mirrored.add(key)
+        parents = register.read_parents(self._gcs.keys("index/generation/"))
+        for generation, parent in sorted(parents.items()):
+            keys = register.claim_key(generation), register.parent_key(generation, parent)
+            for key in keys:
+                if key in self._mirrored:
+                    continue
+                if not store.create(key, self._gcs.get(key) or b""):
+                    return key
+                self._mirrored.add(key)
         return ""
 
     def manifest(self, version: Version, settings: JobSettings) -> tuple[ShardRecord, ...]:
@@ -138,9 +143,8 @@ class Ledger:
             return str(FencedError(self.job, generation, listing.newest_generation))
         if listing.versions and listing.versions[-1] > version:
             return f"{listing.versions[-1]} is newer, and was published"
-        for started in sorted(self.recall().parents):  # what S3 missed while it was away
-            if key := self._mirror(started, settings):
-                return f"another cluster has written {key} of this job"
+        if key := self._mirror(settings):
+            return f"another cluster has written {key} of this job"
         sizes = store.sizes(register.data_prefix(version))
         if missing := register.explain_missing(records, sizes):
             return f"it is not whole on S3: {missing}"

@@ -209,6 +209,19 @@ def drain(node_id: str, timeout_s: float = 600.0) -> None:
         time.sleep(DRAIN_POLL_S)
 
 
+def forget(job: str) -> None:
+    """Let go of everything that `job` has in the cluster's memory; what is on S3 stays.
+
+    For a job that is over: one that is training just goes on, with its next save.
+
+    Raises:
+        ConfigError: No Ray cluster with checkpoints in its memory is running.
+        HolderUnavailableError: Some host did not answer. Ask again.
+    """
+    check_job_name(job)
+    cluster.ask(cluster.running_coordinator(), "forget", job, timeout_s=ASK_TIMEOUT_S)
+
+
 def _resolve_on_s3(job: str, store: S3Store, step: int | None, before: int | None) -> Resolution:
     """The same decision as the coordinator's, over S3 alone: one LIST, one manifest."""
     listing = register.read_listing(store.keys("index/"))

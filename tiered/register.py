@@ -188,8 +188,9 @@ def read_listing(keys: Iterable[str]) -> DurableListed:
     claimed = [generation for key, generation in claims.items() if key == claim_key(generation)]
     steps = {key: Version(int(m[1]), int(m[2])) for key in keys if (m := _STEP.fullmatch(key))}
     versions = tuple(sorted(v for key, v in steps.items() if key == manifest_key(v)))
-    newest = max([*claimed, *(v.generation for v in versions)], default=0)
-    return DurableListed(versions, read_parents(keys), newest)
+    parents = read_parents(keys)
+    newest = max([*claimed, *parents, *(v.generation for v in versions)], default=0)
+    return DurableListed(versions, parents, newest)
 
 
 # --- manifests ----------------------------------------------------------------------------------

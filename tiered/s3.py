@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from replication.records import Chunk
 
 RANGE_BYTES = 8 * MIB  # of one GET; a longer read is several of them at once
+BLOCK_BYTES = MIB  # copied at a time: urllib3 reads into memory of its own first
 MAX_OBJECT_BYTES = 256 * MIB  # that `get` reads whole into memory
 DELETE_BATCH = 1000  # keys in one DeleteObjects request, S3's limit
 
@@ -79,9 +80,9 @@ class S3Store(DurableStore):
         """See `DurableStore.upload`; nothing of the image is copied."""
         s3_upload.upload(self.link, self._path(key), chunks)
 
-    def check(self) -> None:
-        """See `DurableStore.check`."""
-        self.link.check(self._base)
+    def check(self, *, is_urgent: bool = False) -> None:
+        """See `DurableStore.check`; `is_urgent`: do not go by what was known, ask."""
+        self.link.check(self._base, is_urgent=is_urgent)
 
     def create(self, key: str, data: bytes) -> bool:
         """See `DurableStore.create`.
@@ -268,7 +269,11 @@ class S3Store(DurableStore):
             is_range = answer["ContentLength"] == size_bytes and not (is_whole and start > 0)
             done = 0
             with closing(answer["Body"]) as body:
-                while is_range and (count := body.readinto(cast("Any", target[done:]))):
+                while is_range:
+                    block = target[done : done + BLOCK_BYTES]
+                    count = body.readinto(cast("Any", block)) if block else 0
+                    if not count:
+                        break
                     done += count
             if done != size_bytes:
                 raise IncompleteReadError(actual_bytes=done, expected_bytes=size_bytes)

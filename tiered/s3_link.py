@@ -113,7 +113,13 @@ class Link:
             return self._client
 
     def ask(
-        self, operation: str, path: str, call: Callable[["S3Client"], T], *, is_small: bool = True
+        self,
+        operation: str,
+        path: str,
+        call: Callable[["S3Client"], T],
+        *,
+        is_small: bool = True,
+        is_urgent: bool = False,
     ) -> T:
         """Make one request, and make it again while that can help.
 
@@ -123,6 +129,7 @@ class Link:
             call: Makes the request and reads its answer; it may be called several times.
             is_small: The answer is due soon: it is not asked for again after CALL_BUDGET_S, and a
                 long silence opens the breaker.
+            is_urgent: While the store is down, ask it once all the same.
 
         Raises:
             DurableStoreDownError: The store did not serve it, or was not asked since it is down.
@@ -131,7 +138,7 @@ class Link:
         began_s = monotonic()
         with self._lock:
             was_open = self._breaker.is_open
-            verdict = self._breaker.admit(began_s)
+            verdict = self._breaker.admit(began_s, is_urgent=is_urgent)
             if self._breaker.is_open and not was_open:
                 self._log_opened()
             ticket = self._breaker.watch(began_s) if is_small and verdict != "wait" else 0
@@ -179,10 +186,11 @@ class Link:
                 self._note(None, is_probe=is_probe)
                 return answer
 
-    def check(self, prefix: str) -> None:
+    def check(self, prefix: str, *, is_urgent: bool = False) -> None:
         """Raise if the store is known to be down; costs nothing while it is not.
 
-        While it is, now and then one cheap request finds out whether it still is.
+        While it is, now and then (with `is_urgent`: now) one cheap request finds out whether it
+        still is.
         """
         with self._lock:
             is_open = self._breaker.is_open
@@ -195,6 +203,7 @@ class Link:
                 lambda client: client.list_objects_v2(
                     Bucket=settings.bucket, Prefix=prefix, MaxKeys=1, **args
                 ),
+                is_urgent=is_urgent,
             )
 
     def report(self, problem: str | None) -> None:
@@ -205,17 +214,24 @@ class Link:
         """An answer that cannot be used."""
         return DurableStoreError(self._name, f"{operation} of {path}", problem)
 
-    def close(self) -> None:
-        """Let go of connections and threads; idempotent, and the next call opens new ones."""
+    def detach(self) -> Callable[[], None]:
+        """Forget connections and threads, so that the next call makes new ones.
+
+        Returns:
+            What ends the old ones; it blocks until their last work is done.
+        """
         with self._lock:
             client, self._client = self._client, None
-            pools = self._uploads, self._reads
+            pools = [pool for pool in (self._uploads, self._reads) if pool is not None]
             self._uploads = self._reads = None
-        for pool in pools:
-            if pool is not None:
+
+        def close() -> None:
+            for pool in pools:
                 pool.shutdown(wait=True)
-        if client is not None:
-            client.close()
+            if client is not None:
+                client.close()
+
+        return close
 
     def _may_retry(self) -> bool:
         with self._lock:
@@ -317,8 +333,10 @@ def leave(link: Link) -> None:
         if known is not link:  # made before a fork
             return
         _links[link.key] = link, users - 1
-    if users == 1:
-        link.close()
+        if users > 1:
+            return
+        close = link.detach()  # before anybody else can be given this link
+    close()
 
 
 def _key(settings: S3) -> _Key:
@@ -335,8 +353,8 @@ def _new_client(settings: S3) -> "S3Client":
     config = Config(
         connect_timeout=settings.connect_timeout_s,
         read_timeout=settings.read_timeout_s,
-        # `Link.ask` is what repeats. Not adaptive: after one SlowDown that holds every request of
-        # the client to one in a second or two, which made a flush ten times as long.
+        # `Link.ask` is what repeats. Not adaptive: after a SlowDown that slows down every request
+        # of the client, also those that nobody throttles.
         retries={"mode": "standard", "total_max_attempts": 1},
         max_pool_connections=settings.upload_concurrency + 2 * READ_THREADS,
         tcp_keepalive=True,

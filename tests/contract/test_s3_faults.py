@@ -15,12 +15,14 @@ import pytest
 from chaos.s3_faults import Fault
 from chaos.s3_proxy import FaultProxy
 from chaos.s3_server import S3Server
-from replication.records import Chunk
+from replication.records import Chunk, HolderId, ShardKey, ShardPlan, ShardRecord, Version
 from tests.contract.conftest import SHARED_BUCKET
-from tiered import s3_link
+from tiered import messages as m
+from tiered import register, s3_link
 from tiered.breaker import FAILURES, MAX_PAUSE_S
 from tiered.config import MIB, S3
 from tiered.errors import DurableStoreDownError, DurableStoreError
+from tiered.flush import FlushQueue
 from tiered.s3 import RANGE_BYTES, S3Store
 
 PART_BYTES = 5 * MIB
@@ -52,10 +54,7 @@ def operations(proxy: FaultProxy) -> list[str]:
     [
         (500, "InternalError"),
         (503, "SlowDown"),
-        (503, "ServiceUnavailable"),
-        (429, "TooManyRequests"),
         (400, "RequestTimeout"),
-        (502, ""),
         (507, "InsufficientStorage"),
     ],
 )
@@ -321,6 +320,60 @@ def test_a_store_that_is_down_is_left_alone_and_found_again(
     assert len(told) == 2
     assert "is down and will only be probed" in told[0]
     assert "answers again after 10" in told[1]
+
+
+def test_a_flush_through_hours_without_s3_stays_small_and_catches_up(
+    store: S3Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(s3_link, "monotonic", lambda: now_s)
+    holder, image = HolderId("host", "life"), chunks_of(b"a shard")
+    queue, durable, given_up = FlushQueue(), [], []
+    waiting: list[m.Command] = []
+
+    def carry_out(command: m.Command) -> list[m.Command]:
+        """What the coordinator and a holder do, at once."""
+        match command:
+            case m.UploadShard(version=version, rank=rank):
+                record = ShardRecord(ShardKey("job", version, rank), ShardPlan(1, (7,)), (b"x",))
+                try:
+                    store.check()
+                    store.upload(register.shard_key(version, rank), image)
+                    outcome: m.FlushEvent = m.ShardUploaded(version, rank, record)
+                except DurableStoreError as error:
+                    outcome = m.UploadFailed(version, rank, holder, str(error))
+            case m.PublishManifest(version=version, records=records):
+                try:
+                    store.create(register.manifest_key(version), b"manifest")
+                    durable.append(version.step)
+                    outcome = m.ManifestPublished(version, records)
+                except DurableStoreError as error:
+                    outcome = m.PublishFailed(version, str(error), is_final=False)
+            case m.FlushGivenUp(version=version):
+                given_up.append(version.step)
+                return []
+            case _:
+                raise AssertionError(command)
+        return queue.handle(outcome, now_s, lambda version, rank: (holder,))
+
+    for minute in range(180):
+        if minute == 10:
+            proxy.forget_requests()
+            proxy.set_faults(Fault("status", status=503, code="SlowDown", times=None))
+        if minute == 170:
+            assert len(proxy.requests) <= 160 * 60 / MAX_PAUSE_S + 20, "one probe now and then"
+            proxy.set_faults()
+        waiting += queue.add(Version(1, minute), [0], now_s, lambda version, rank: (holder,))
+        for _ in range(60):
+            while waiting:
+                waiting += carry_out(waiting.pop(0))
+            now_s += 1.0
+            waiting += queue.handle(m.Ticked(), now_s, lambda version, rank: (holder,))
+            assert len(queue.versions) <= 2, "the backlog"
+    assert durable[:10] == list(range(10))
+    assert durable[-9:] == list(range(171, 180))
+    assert sorted([*durable, *given_up]) == list(range(180))
+    assert len(store.keys("index/step/")) == len(durable)
 
 
 def test_a_server_that_is_gone_is_an_outage(root: str, proxy: FaultProxy) -> None:

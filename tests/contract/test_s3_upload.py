@@ -23,7 +23,7 @@ from tiered.errors import DurableStoreDownError, DurableStoreError
 from tiered.s3 import S3Store
 
 PART_BYTES = 5 * MIB
-PARTS = 4
+PARTS = 3
 SIZE = (PARTS - 1) * PART_BYTES + 999
 
 UPLOADER = """
@@ -72,7 +72,7 @@ def break_off(store: S3Store, proxy: FaultProxy, image: bytes, after_parts: int)
 def test_an_upload_that_was_killed_is_finished_by_another_process_with_its_parts(
     store: S3Store, proxy: FaultProxy, root: str
 ) -> None:
-    proxy.set_faults(Fault("slow", "^UploadPart .*partNumber=3", times=None))
+    proxy.set_faults(Fault("cut_request", "^UploadPart .*partNumber=3", times=None))
     program = UPLOADER.format(size=SIZE, uri=store.settings.uri, part_bytes=PART_BYTES, root=root)
     uploader = subprocess.Popen([sys.executable, "-c", program])
     try:
@@ -82,7 +82,9 @@ def test_an_upload_that_was_killed_is_finished_by_another_process_with_its_parts
     finally:
         os.kill(uploader.pid, signal.SIGKILL)
         uploader.wait()
-    assert [r.status for r in proxy.requests if r.operation == "UploadPart"] == [200, 200, 0]
+    sent = [r.status for r in proxy.requests if r.operation == "UploadPart"]
+    assert sent[:2] == [200, 200]
+    assert not any(sent[2:]), "the third never arrives"
     assert store.keys("") == [], "half an upload is no object"
     proxy.forget_requests()
     proxy.set_faults()
@@ -123,7 +125,7 @@ def test_a_foreign_upload_under_our_key_is_aborted_and_nothing_of_it_is_used(
 ) -> None:
     if other == "cut":
         foreign = S3Store(replace(store.settings, part_bytes=6 * MIB), root)
-        break_off(foreign, proxy, image_of(), 2)
+        break_off(foreign, proxy, image_of(), 1)
         foreign.close()
     elif other == "bytes":
         break_off(store, proxy, image_of(seed=2), 2)
@@ -141,7 +143,7 @@ def test_of_several_unfinished_uploads_the_fullest_is_finished(
 ) -> None:
     at = {"Bucket": SHARED_BUCKET, "Key": f"{store.root}/image"}
     client = store.link.client()
-    for parts in (1, 3, 2):
+    for parts in (1, 2, 0):
         upload_id = client.create_multipart_upload(**at, ChecksumAlgorithm="CRC32")["UploadId"]
         for number in range(1, parts + 1):
             body = image_of()[(number - 1) * PART_BYTES : number * PART_BYTES]
@@ -227,6 +229,6 @@ def test_an_upload_has_a_deadline_that_its_size_decides(
         return now_s[0]
 
     monkeypatch.setattr("tiered.s3_upload.monotonic", later)
-    with pytest.raises(DurableStoreDownError, match="not all of it was sent within 63 s"):
+    with pytest.raises(DurableStoreDownError, match="not all of it was sent within 62 s"):
         store.upload("image", chunks_of(image_of()))
     assert proxy.count("UploadPart") < PARTS

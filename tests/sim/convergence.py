@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from replication.records import ShardKey, Version
-from tests.sim.holder import Holder
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -34,7 +33,10 @@ class Convergence:
         world, setup, kernel = self.world, self.world.setup, self.world.kernel
         settle_s = setup.idle_s / 2
         if world.is_paused:
-            self._until(kernel.now_s + setup.idle_s, self._redundancy)
+            self._until(
+                kernel.now_s + setup.idle_s,
+                lambda slack_s: [*self._redundancy(slack_s), *self._abandoned()],
+            )
             world.is_paused, settle_s = False, 0.0
         resumed_s = kernel.now_s
         since_s = resumed_s + settle_s
@@ -89,21 +91,26 @@ class Convergence:
         return problems
 
     def _held_copies(self, version: Version, rank: int) -> list[str]:
-        """Hosts with a copy, those included that do not know yet that theirs is corrupt."""
+        """Hosts with a copy that is what was saved."""
         key = ShardKey(self.world.job_name, version, rank)
         content = dict(enumerate(self.world.oracle.saved.get(key, ())))
         return sorted(
             holder.id.node_id
             for holder in self.world.holders.values()
-            if holder.is_alive
-            and (holder.chunks.get(key) == content or self._is_flipped(holder, key))
+            if holder.is_alive and holder.chunks.get(key) == content
         )
 
-    def _is_flipped(self, holder: Holder, key: ShardKey) -> bool:
-        shard = holder.core.shards.get(key)
-        return (
-            (holder.id, key) in self.world.oracle.lost_s and shard is not None and shard.is_sealed
-        )
+    def _abandoned(self) -> Problems:
+        """Half steps of dead generations are gone before anything new is committed."""
+        oracle = self.world.oracle
+        return [
+            ("L5", f"{holder.id} still holds {key}")
+            for holder in self.world.holders.values()
+            for key in (holder.chunks if holder.is_alive else ())
+            if key.version.generation < oracle.generation
+            and not oracle.is_on_branch(key.version)
+            and len(oracle.copies.get(key.version, ())) < self.world.setup.ranks
+        ]
 
     def _garbage(self) -> Problems:
         oracle, settings = self.world.oracle, self.world.setup.settings

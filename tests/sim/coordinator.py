@@ -62,10 +62,18 @@ class Coordinator(Process):
 
         self._when_settled(self.world.kernel.now_s + SETTLE_TIMEOUT_S, ask)
 
-    def report_shards(self, holder: HolderId, records: list[ShardRecord], reply: Reply) -> None:
-        """A holder has these shards."""
+    def report(
+        self,
+        holder: HolderId,
+        records: list[ShardRecord],
+        corrupt: list[ShardKey],
+        reply: Reply,
+    ) -> None:
+        """A holder has these shards, and of those its copy is corrupt."""
 
         def report() -> None:
+            for key in corrupt:
+                self.feed(m.CopyFoundCorrupt(holder, key))
             for record in records:
                 if holder not in self.job.holders:
                     reply(HolderUnavailableError(holder.node_id, "not up yet"))
@@ -91,6 +99,15 @@ class Coordinator(Process):
             reply(answer)
 
         self._when_open(ask)
+
+    def report_unreadable(self, version: Version, rank: int, reply: Reply) -> None:
+        """What S3 has of a step is not what was saved."""
+
+        def report() -> None:
+            self.feed(m.DurableFoundCorrupt(version, rank))
+            reply(None)
+
+        self._when_open(report)
 
     def progress(self, versions: list[Version], reply: Reply) -> None:
         """How safe these saves are."""
@@ -311,8 +328,9 @@ class Coordinator(Process):
         """
 
         def confirmed(newest: int) -> None:
+            order = (command.generation, command.below, command.pinned, command.branch)
             for holder in command.holders if newest == command.generation else ():
-                self._tell("collect", holder, command.generation, command.below, command.pinned)
+                self._tell("collect", holder, *order)
 
         self._register(self.world.claimed_generation, confirmed)
 
@@ -336,11 +354,13 @@ class Coordinator(Process):
 
         Who was replaced is cut off from it.
         """
-        kernel = self.world.kernel
+        kernel, cluster = self.world.kernel, self.world.clusters
         if not self.is_current:
             return
 
         def serve() -> None:
+            if cluster != self.world.clusters:
+                return  # the register was lost, and this is another one
             kernel.after(kernel.uniform(0.001, 0.02), finish, run())
 
         def finish(outcome: Outcome) -> None:
@@ -454,7 +474,13 @@ class Coordinator(Process):
             if world.setup.settings.s3 is None:
                 self.feed(m.ParentRecorded(generation, parent))
             else:
-                self._s3(lambda: world.store.index.create(key, b""), mirrored)
+                self._s3(mirror, mirrored)
+
+        def mirror() -> None:
+            """Ancestors first: a branch with a link missing would end there."""
+            for missed in [*self.started_keys(), key]:
+                if not world.store.index.create(missed, world.register.entries.get(missed, b"")):
+                    return
 
         def mirrored(outcome: Outcome) -> None:
             self.feed(m.ParentRecorded(generation, parent))

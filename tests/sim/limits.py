@@ -23,6 +23,9 @@ OFFER_TIMEOUT_S = 7.5
 REPORT_TIMEOUT_S = 4.0
 STAGE_TIMEOUT_S = 5.0
 ADMIT_TIMEOUT_S = 2.0
+HOLDER_TICK_S = 6.0
+SCRUB_PERIOD_S = 10.0
+READ_S = 0.005
 TICKS_AFTER_S = (0.25, 1.1, 5.1)  # when an offer that failed may be due again
 
 ASK_TIMEOUT_S = 20.0  # a rank then asks again: the coordinator may have died

@@ -67,7 +67,11 @@ def _run_chunk(
     totals: Counter[str] = Counter()
     for seed in seeds:
         world = World(seed, draw_setup(seed, hosts, hours))
-        if violations := world.run():
+        try:
+            violations = world.run()
+        except Exception as error:  # noqa: BLE001 - a crash of a core, of which seed it must say
+            violations = [f"crash: {error!r}"]
+        if violations:
             findings.append((seed, violations))
         totals.update(world.oracle.counts)
         totals["events"] += world.kernel.events

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from replication.errors import FencedError, MemoryBudgetError, ShardNotHeldError, TieredError
+from replication.inventory import Reservation
 from replication.records import HolderId, Life, ShardKey, ShardPlan, Version
 from tests.sim.holder import digest
 from tests.sim.limits import (
@@ -43,6 +44,8 @@ class Rank(Process):
         self.zombie_saves = 0
         self.pending: list[Version] = []
         self._born_s = world.kernel.now_s
+        self._has_declared = False
+        self._has_read_s3 = False
 
     def later(self, delay_s: float, run: Callable[[], None]) -> None:
         """Run something of this process, unless it is dead by then; after it woke, if it hangs."""
@@ -109,10 +112,12 @@ class Rank(Process):
             self._ready()
             return
         if not places:
-            self.fail(f"no intact copy of {key}")
+            self._give_up(key, is_rotten=sources.is_durable and self._has_read_s3)
             return
 
         def got(outcome: Outcome) -> None:
+            if place is None:
+                self._has_read_s3 = not isinstance(outcome, TieredError)
             if not isinstance(outcome, TieredError):
                 for index, content in outcome.items():
                     if self.world.cores.is_same(digest(content), digests[index]):
@@ -131,6 +136,21 @@ class Rank(Process):
             reply(dict(peer.chunks[key]))
 
         self.world.network.call("fetch", self, peer, STAGE_TIMEOUT_S, serve, got)
+
+    def _give_up(self, key: ShardKey, *, is_rotten: bool) -> None:
+        """The process ends; if S3 has something else than was saved, the next one must know."""
+
+        def told(_: Outcome) -> None:
+            self.fail(f"no intact copy of {key}")
+
+        coordinator = self.world.coordinator
+        if is_rotten:
+            self.world.network.call(
+                "progress", self, coordinator, STAGE_TIMEOUT_S,
+                lambda reply: coordinator.report_unreadable(key.version, key.rank, reply), told,
+            )  # fmt: skip
+        else:
+            told(None)
 
     def _ready(self) -> None:
         self.life.arrive(self)
@@ -192,6 +212,27 @@ class Rank(Process):
         )  # fmt: skip
 
     def _stage(self) -> None:
+        """Save the shard, once this host has room for what the policy asks for."""
+        holder = self.world.holder_on(self.host.place)
+        need = Reservation(self.generation, self.world.setup.need, "")
+
+        def declared(outcome: Outcome) -> None:
+            self._has_declared = not isinstance(outcome, TieredError)
+            if self._has_declared:
+                self._stage_chunks()
+            else:
+                self._staged({0: outcome}, is_refused=isinstance(outcome, MemoryBudgetError))
+
+        if self._has_declared:
+            self._stage_chunks()
+        else:
+            self.world.network.call(
+                "stage", self, holder, STAGE_TIMEOUT_S,
+                lambda reply: reply(holder.core.reserve(self.world.job_name, self.rank, need)),
+                declared,
+            )  # fmt: skip
+
+    def _stage_chunks(self) -> None:
         setup = self.world.setup
         key = ShardKey(self.world.job_name, Version(self.generation, self.step), self.rank)
         plan = ShardPlan(setup.ranks, (1,) * setup.chunks, self.world.kernel.now_s)
@@ -206,12 +247,15 @@ class Rank(Process):
 
         gather({index: stage(index) for index in range(setup.chunks)}, self._staged)
 
-    def _staged(self, outcomes: dict[int, Outcome]) -> None:
+    def _staged(self, outcomes: dict[int, Outcome], *, is_refused: bool = False) -> None:
+        """The save is staged; or it is not, and training goes on, unless it never can be."""
         failures = [o for o in outcomes.values() if isinstance(o, TieredError)]
-        fatal = next((f for f in failures if isinstance(f, FencedError | MemoryBudgetError)), None)
+        fatal = next((f for f in failures if is_refused or isinstance(f, FencedError)), None)
         if fatal is not None:
             self.fail(fatal)
             return
+        if any(isinstance(f, MemoryBudgetError) for f in failures):
+            self.world.oracle.counts["saves refused"] += 1
         if not failures:
             self.pending.append(Version(self.generation, self.step))
         self._hear_news()

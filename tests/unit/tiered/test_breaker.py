@@ -65,6 +65,14 @@ def test_failed_probes_come_more_and_more_seldom() -> None:
     assert breaker.wait_s(now_s) == PAUSE_S, "an answer forgets the pauses"
 
 
+def test_what_is_urgent_is_a_probe_of_its_own() -> None:
+    breaker = opened()
+    assert breaker.admit(0.1) == "wait"
+    assert breaker.admit(0.1, is_urgent=True) == "probe"
+    breaker.answered(0.2)
+    assert breaker.admit(0.2, is_urgent=True) == "go"
+
+
 def test_a_lost_probe_is_followed_by_another() -> None:
     breaker = opened()
     assert breaker.admit(PAUSE_S) == "probe"

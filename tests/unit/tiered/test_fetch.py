@@ -83,6 +83,20 @@ def test_copies_damaged_in_different_chunks_make_a_whole_one(shard: Shard) -> No
     assert image_of(shard.reader(own, buddy).chunks()) == shard.image
 
 
+def test_it_is_noted_that_s3_has_something_else_than_was_saved(shard: Shard) -> None:
+    own, _, s3 = three_tiers(shard)
+    s3.label = DURABLE
+    own.corrupt, s3.is_dead = {0}, True
+    reader = shard.reader(own, s3)
+    with pytest.raises(StepNotFoundError):
+        reader.chunk(0)
+    assert not reader.is_rotten  # it did not answer
+    s3.is_dead, s3.corrupt = False, {0}
+    with pytest.raises(StepNotFoundError):
+        reader.chunk(0)
+    assert reader.is_rotten
+
+
 def test_when_no_tier_has_it_each_is_named_with_its_reason(shard: Shard) -> None:
     own, buddy, s3 = three_tiers(shard)
     own.is_dead, buddy.corrupt, s3.corrupt = True, {0, 2}, {2}

@@ -316,7 +316,7 @@ def test_what_hangs_is_not_joined_by_others(link: Link, clock: Clock) -> None:
 
 
 def test_check_costs_nothing_while_the_store_is_up_and_a_listing_when_it_was_down(
-    link: Link, clock: Clock, clients: list[Client]
+    link: Link, clock: Clock, clients: list[Client], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link.check("job/")
     assert clients == []
@@ -326,15 +326,26 @@ def test_check_costs_nothing_while_the_store_is_up_and_a_listing_when_it_was_dow
         link.check("job/")
     clock.now_s += 2 * MAX_PAUSE_S
     asked: list[dict[str, Any]] = []
-    Client.list_objects_v2 = lambda self, **args: asked.append(args)  # type: ignore[attr-defined]
-    try:
-        link.check("job/")
-    finally:
-        del Client.list_objects_v2  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        Client, "list_objects_v2", lambda self, **args: asked.append(args), raising=False
+    )
+    link.check("job/")
     assert asked == [{"Bucket": "bucket", "Prefix": "job/", "MaxKeys": 1}]
     link.report(None)
     link.check("job/")
     assert len(asked) == 1
+
+
+def test_what_begins_a_life_does_not_wait_for_the_next_probe(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Client, "list_objects_v2", lambda self, **args: {}, raising=False)
+    for _ in range(FAILURES):
+        link.report("another process found it down")
+    with pytest.raises(DurableStoreDownError):
+        link.check("job/")
+    link.check("job/", is_urgent=True)
+    assert ask(link, "answer") == "answer"
 
 
 # --- the cap on bandwidth

@@ -11,7 +11,6 @@ from benchmarks.ours import Ours
 from benchmarks.processes import WorkerError
 from benchmarks.results import Case, MemorySample, Outcome, RestoreSample, SaveSample
 
-SETTLE_S = 0.3  # after a save, for the work that goes on behind it
 CHANGED_SHARE = 1 / 12  # one layer of twelve, or adapters of its size
 
 Say = Callable[[str], None]
@@ -114,7 +113,8 @@ class Measurement:
             cpu, lo, began_s = observer.cpu_s(self._processes()), observer.loopback_bytes(), _now()
             saved = self._contender.save(step)
             lo = observer.loopback_bytes() - lo
-            time.sleep(SETTLE_S)
+            # What goes on behind a save is part of its cost, and must not slow the limits down.
+            observer.wait_until_quiet(self._processes, self.outcome.idle_cpus or 0.0)
             spent_s = observer.cpu_between(cpu, observer.cpu_s(self._processes()))
             spent_s -= (self.outcome.idle_cpus or 0.0) * (_now() - began_s)
             after = self._limit()
@@ -157,6 +157,7 @@ class Measurement:
                 step = self._next_step()
                 self._contender.stamp(step)
                 self._contender.save(step)
+                observer.wait_until_quiet(self._processes, self.outcome.idle_cpus or 0.0)
                 before = self._limit()
                 die()
             loaded = self._contender.restore()

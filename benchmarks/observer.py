@@ -18,6 +18,9 @@ import psutil
 
 SAMPLE_S = 0.01
 IDLE_S = 2.0
+QUIET_S = 0.25  # without work for so long
+QUIET_CPUS = 0.15  # beyond what is always used
+QUIET_TIMEOUT_S = 10.0
 
 
 def tree(roots: Iterable[int]) -> list[psutil.Process]:
@@ -157,3 +160,21 @@ def idle_cpus(processes: Callable[[], list[psutil.Process]]) -> float:
     before, began_s = cpu_s(processes()), time.monotonic()
     time.sleep(IDLE_S)
     return cpu_between(before, cpu_s(processes())) / (time.monotonic() - began_s)
+
+
+def wait_until_quiet(processes: Callable[[], list[psutil.Process]], idle: float) -> bool:
+    """Return once the processes do no more than when idle, or the time is up: whether they do.
+
+    Args:
+        processes: Whose work.
+        idle: Processors that they keep busy always.
+    """
+    deadline_s = time.monotonic() + QUIET_TIMEOUT_S
+    before, began_s = cpu_s(processes()), time.monotonic()
+    while began_s < deadline_s:
+        time.sleep(QUIET_S)
+        after, now_s = cpu_s(processes()), time.monotonic()
+        if cpu_between(before, after) <= (idle + QUIET_CPUS) * (now_s - began_s):
+            return True
+        before, began_s = after, now_s
+    return False

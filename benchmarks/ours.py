@@ -1,6 +1,7 @@
 """Ours: a real Ray cluster on this machine, real trainers, real deaths; through the public API."""
 
 import os
+import signal
 import socket
 import time
 import uuid
@@ -118,11 +119,13 @@ class Ours:
         paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
         os.environ.update(ENVIRONMENT)
+        handler = signal.getsignal(signal.SIGTERM)
         self._cluster = LocalCluster(
             self._hosts_wanted,
             cpus_per_host=1,
             object_store_bytes=store_bytes(self.spec, self._ranks_a_host),
         ).start()
+        signal.signal(signal.SIGTERM, handler)  # ray.init has put its own in place
         hosts = self.cluster.hosts[: self._training_hosts]
         self._places = [host for host in hosts for _ in range(self._ranks_a_host)]
         self._trainers = self._prepared(self._places, mine=True)

@@ -11,7 +11,7 @@ from benchmarks.figures import Ratio
 from benchmarks.report import OURS, describe_case
 from benchmarks.results import Case, Outcome
 
-OUR_COLOUR, PEER_COLOUR, PALE_COLOUR = "#1f6feb", "#6e7781", "#c9d1d9"
+OUR_COLOUR, PEER_COLOUR = "#1f6feb", "#8c959f"
 
 
 def draw(case: Case, path: Path) -> Path:
@@ -19,26 +19,22 @@ def draw(case: Case, path: Path) -> Path:
     rows = [o for o in case.outcomes if o.saves][::-1]
     figure = Figure(figsize=(11, 1.2 + 0.34 * max(4, len(rows))), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    kinds: list[tuple[str, Callable[[Outcome], Ratio | None], float, str]] = [
-        ("save blocks training\nspeed relative to memcpy", lambda o: figures.stall(o.saves), 0.9,
-         "memcpy"),
-        ("save is complete\nspeed relative to a TCP stream", lambda o: figures.complete(o.saves),
-         0.8, "TCP"),
+    kinds: list[tuple[str, Callable[[Outcome], Ratio | None], float]] = [
+        ("training held by a save\nspeed relative to memcpy",
+         lambda o: figures.stall(o.saves), 0.9),
+        ("save complete, with a copy elsewhere\nspeed relative to a TCP stream",
+         lambda o: figures.complete(o.saves), 0.8),
         ("restore on the same host\nspeed relative to memcpy",
-         lambda o: figures.restore(o.restores), 0.8, "memcpy"),
+         lambda o: figures.restore(o.restores), 0.8),
     ]  # fmt: skip
-    for panel, (title, of, goal, _) in zip(panels, kinds, strict=True):
-        _bars(panel, rows, [of(outcome) for outcome in rows])
+    for number, (panel, (title, of, goal)) in enumerate(zip(panels, kinds, strict=True)):
+        _bars(panel, rows, [of(outcome) for outcome in rows], only_protected=number == 1)
         panel.set_title(title, fontsize=10)
         panel.axvline(1.0, color="black", linewidth=0.8)
         panel.axvline(goal, color=OUR_COLOUR, linewidth=0.8, linestyle="--")
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_xlim(left=0)
     panels[0].set_yticks(range(len(rows)), [o.name for o in rows])
-    panels[1].text(
-        0.98, 0.02, "pale: no copy on another host", transform=panels[1].transAxes, ha="right",
-        fontsize=8, color=PEER_COLOUR,
-    )  # fmt: skip
     figure.suptitle(describe_case(case) + "; dashed: our goal", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -76,14 +72,19 @@ def draw_scaling(cases: Sequence[Case], path: Path) -> Path:
     return path
 
 
-def _bars(panel: Axes, rows: list[Outcome], ratios: list[Ratio | None]) -> None:
+def _bars(
+    panel: Axes, rows: list[Outcome], ratios: list[Ratio | None], *, only_protected: bool
+) -> None:
     for at, (outcome, found) in enumerate(zip(rows, ratios, strict=True)):
         if found is None:
             panel.text(0.01, at, "-", va="center", fontsize=8)
             continue
-        colour = PEER_COLOUR if outcome.is_protected else PALE_COLOUR
-        colour = OUR_COLOUR if outcome.name == OURS else colour
+        if only_protected and not outcome.is_protected:
+            text = f" no copy elsewhere; {found.gb_per_s:.1f} GB/s"
+            panel.text(0, at, text, va="center", fontsize=8, color=PEER_COLOUR)
+            continue
         spread = [[found.median - found.low], [found.high - found.median]]
+        colour = OUR_COLOUR if outcome.name == OURS else PEER_COLOUR
         panel.barh(at, found.median, color=colour, xerr=spread, error_kw={"elinewidth": 0.7})
         panel.text(
             found.high, at, f" {found.gb_per_s:.1f} GB/s", va="center", fontsize=8, clip_on=False

@@ -21,7 +21,9 @@ def describe_case(case: Case) -> str:
     if case.training_hosts > 1:
         ranks += f" on {case.training_hosts} hosts"
     size = _size(case.size_bytes)
-    line = f"{size} a rank in {case.tensors:,} tensors, {ranks}"
+    line = (
+        f"{size} a rank in {case.tensors:,} tensors, {ranks}, our chunks {_size(case.chunk_bytes)}"
+    )
     return f"{line} ({case.note})" if case.note else line
 
 
@@ -159,4 +161,4 @@ def _complete_cell(outcome: Outcome) -> str:
 
 def _size(size_bytes: int) -> str:
     gib = size_bytes / (1 << 30)
-    return f"{gib:g} GiB" if gib >= 1 else f"{size_bytes / MIB:.0f} MiB"
+    return f"{gib:.3g} GiB" if gib > 0.99 else f"{size_bytes / MIB:.0f} MiB"

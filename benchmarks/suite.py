@@ -121,28 +121,36 @@ class Suite:
                     chunk_bytes=plan.chunk_bytes,
                 )
                 case.outcomes.append(self._measure(ours, limits, case, plan))
+            of_ranks = {ranks: limits}
             for peer in peers:
-                case.outcomes.append(self._run_peer(peer, limits, case, plan))
+                case.outcomes.append(self._run_peer(peer, of_ranks, case, plan, stack))
         return case
 
     @property
     def _is_late(self) -> bool:
         return time.monotonic() > self._deadline_s
 
-    def _run_peer(self, peer: Peer, limits: Limits, case: Case, plan: Plan) -> Outcome:
+    def _run_peer(
+        self,
+        peer: Peer,
+        limits: dict[int, Limits],
+        case: Case,
+        plan: Plan,
+        stack: contextlib.ExitStack,
+    ) -> Outcome:
+        """Run one peer; limits for other numbers of ranks are started once, and kept."""
         if self._is_late:
             return Outcome(peer.name, unavailable=OUT_OF_TIME)
         try:
             self.say(f"{peer.name}: its environment")
             python = environments.python_of(peer.name, peer.requirements)
+            ranks = plan.ranks * plan.training_hosts
             with self._s3(peer) as environment:
-                contender = PeerContender(
-                    peer, plan.spec, limits.ranks, python, self._logs, environment
-                )
-                if contender.ranks == limits.ranks:
-                    return self._measure(contender, limits, case, plan)
-                with Limits(contender.spec, contender.ranks, self._logs) as own:
-                    return self._measure(contender, own, case, plan)
+                contender = PeerContender(peer, plan.spec, ranks, python, self._logs, environment)
+                if contender.ranks not in limits:
+                    own = Limits(contender.spec, contender.ranks, self._logs)
+                    limits[contender.ranks] = stack.enter_context(own)
+                return self._measure(contender, limits[contender.ranks], case, plan)
         except Exception as error:  # noqa: BLE001 - a peer that fails must not stop the run
             self.say(f"{peer.name}: {error}")
             return Outcome(peer.name, unavailable=f"{type(error).__name__}: {error}")

@@ -38,12 +38,12 @@ def ours() -> Outcome:
         changed_share=0.1,
         restores=[restore()],
         buddy_restores=[restore(0.8)],
-        memory=MemorySample(100, 2 * GB, 200, 3 * GB + 256, GB),
+        memory=MemorySample(100, 2 * GB, 200, 3 * GB + (3 << 20), GB),
     )
 
 
 def run() -> Run:
-    case = Case(GB, 60, "layers", 1, 2, 1, chunk_bytes=64, limits=[limit(), limit(0.2, 0.8)])
+    case = Case(GB, 60, "layers", 1, 2, 1, chunk_bytes=1 << 20, limits=[limit(), limit(0.2, 0.8)])
     case.outcomes = [
         ours(),
         Outcome("torch.save", complete_means="a file", restore_means="tmpfs", saves=[save()]),

@@ -17,7 +17,7 @@ def test_the_table_has_limits_ours_and_every_peer() -> None:
     text = text_of(report.show(run()))
     for expected in (
         "limit: memcpy", "limit: TCP, 2 streams", "tiered [1]", "torch.save [2]",
-        "5.00 (0.50)", "954 MiB a rank in 60 tensors, 1 rank a host",
+        "5.00 (0.50)", "954 MiB a rank in 60 tensors, 1 rank a host, our chunks 1 MiB",
     ):  # fmt: skip
         assert expected in text
 

@@ -80,7 +80,7 @@ class FakeContender:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.measure.SETTLE_S", 0.0)
+    monkeypatch.setattr("benchmarks.observer.QUIET_S", 0.0)
     monkeypatch.setattr("benchmarks.observer.IDLE_S", 0.0)
 
 

@@ -1,0 +1,146 @@
+"""`replication.holder.Holder` without Ray: a chunk's bytes are one integer, and so its checksum."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, assert_never
+
+from replication import inventory
+from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
+from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord
+from tests.property.protocol.network import HEAD, Message
+
+if TYPE_CHECKING:
+    from tests.property.protocol.cluster import Cluster
+
+
+def digest(content: int) -> bytes:
+    return content.to_bytes(16, "big")
+
+
+class Holder:
+    """One life of a host's holder."""
+
+    def __init__(self, cluster: "Cluster", identity: HolderId) -> None:
+        self.cluster = cluster
+        self.id = identity
+        self.host = identity.node_id
+        self.core = cluster.cores.inventory(identity, cluster.setup.capacity)
+        self.chunks: dict[ShardKey, dict[int, int]] = {}
+        self.unreported: dict[ShardKey, ShardRecord] = {}
+        self.fence_seen = 0
+        self.is_alive = True
+
+    def check_alive(self) -> None:
+        if not self.is_alive:
+            raise HolderUnavailableError(self.host, "it is dead")
+
+    # -- calls ----------------------------------------------------------------------------------
+
+    def stage(self, key: ShardKey, plan: ShardPlan, index: int, content: int) -> None:
+        self.check_alive()
+        self.core.check_write(key, plan)
+        self.cluster.model.staged(self, key)
+        if not self.core.has_chunk(key, index):
+            self.chunks.setdefault(key, {})[index] = content
+        self.feed(inventory.ChunkStaged(key, plan, index))
+
+    def take(self, offer: inventory.OfferChunk, source: "Holder") -> None:
+        self.check_alive()
+        self.core.check_copy(offer.key, offer.plan)
+        if self.core.has_chunk(offer.key, offer.index):
+            return
+        source.check_alive()
+        content = source.chunks.get(offer.key, {}).get(offer.index)
+        if content is None:
+            raise ShardNotHeldError(source.host, str(offer.key))
+        if not self.cluster.cores.is_same(digest(content), offer.digest):
+            raise ChunkCorruptError(source.host, str(offer.key), offer.index)
+        self.chunks.setdefault(offer.key, {})[offer.index] = content
+        self.feed(inventory.ChunkFetched(offer.key, offer.plan, offer.index, offer.digest))
+
+    def fence(self, generation: int) -> None:
+        self.check_alive()
+        self.fence_seen = max(self.fence_seen, generation)
+        self.feed(inventory.FenceRaised(self.cluster.name, generation))
+
+    def verify(self, keys: Sequence[ShardKey]) -> list[ShardKey]:
+        """Read every byte; return what is missing or corrupt."""
+        self.check_alive()
+        bad = []
+        for key in keys:
+            try:
+                digests = self.core.record(key).digests
+            except ShardNotHeldError:
+                bad.append(key)
+                continue
+            chunks = self.chunks.get(key, {})
+            if any(digest(chunks[index]) != want for index, want in enumerate(digests)):
+                self.feed(inventory.ChunkFoundCorrupt(key))
+                self.unreported.pop(key, None)
+                bad.append(key)
+        return bad
+
+    # -- the shell ------------------------------------------------------------------------------
+
+    def feed(self, event: inventory.Event) -> None:
+        self.check_alive()
+        for command in self.core.handle(event, self.cluster.now_s):
+            match command:
+                case inventory.HashChunk(key, index):
+                    self._later("hash", lambda k=key, i=index: self._hash(k, i))
+                case inventory.OfferChunk():
+                    self._offer(command)
+                case inventory.ReportShard(record):
+                    self.cluster.model.sealed(self, record)
+                    self.unreported[record.key] = record
+                    self.report(record)
+                case inventory.DropShard(key):
+                    self.chunks.pop(key, None)
+                    self.unreported.pop(key, None)
+                case _:
+                    assert_never(command)
+
+    def tick(self) -> None:
+        self.feed(inventory.Ticked())
+        for record in list(self.unreported.values()):
+            self.report(record)
+
+    def _later(self, name: str, run) -> None:  # type: ignore[no-untyped-def]
+        self.cluster.network.send(Message(f"{self.id} {name}", self.host, self.host, run))
+
+    def _hash(self, key: ShardKey, index: int) -> None:
+        content = self.chunks.get(key, {}).get(index)
+        if self.is_alive and content is not None:
+            self.feed(inventory.ChunkHashed(key, index, digest(content)))
+
+    def _offer(self, offer: inventory.OfferChunk) -> None:
+        peer = self.cluster.holders.get(offer.to.node_id)
+
+        def answered(event: inventory.Event) -> None:
+            if self.is_alive:
+                self.feed(event)
+
+        def failed() -> None:
+            answered(inventory.ChunkNotTaken(offer.to, offer.key, offer.index))
+
+        def done() -> None:
+            answered(inventory.ChunkTaken(offer.to, offer.key, offer.index))
+
+        def run() -> None:
+            if peer is None:
+                raise HolderUnavailableError(offer.to.node_id, "unknown")
+            peer.take(offer, self)
+
+        name = f"{self.id} offers {offer.key}#{offer.index} to {offer.to}"
+        self.cluster.network.send(Message(name, self.host, offer.to.node_id, run, done, failed))
+
+    def report(self, record: ShardRecord) -> None:
+        def run() -> None:
+            if self.is_alive and self.unreported.get(record.key) is record:
+                self.cluster.coordinator.report(self.id, record)
+
+        def done() -> None:
+            if self.unreported.get(record.key) is record:
+                del self.unreported[record.key]
+
+        name = f"{self.id} reports {record.key}"
+        self.cluster.network.send(Message(name, self.host, HEAD, run, done))

@@ -1,16 +1,24 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Three commands do everything on a fresh machine: `make demo`, `make test` and `make bench`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+# `make bench QUICK=1` takes about 3 minutes instead of 20; ARGS adds options. The environments of
+# the peers are made in .bench/ when they are first needed.
+BENCH_ARGS = $(if $(QUICK),--size-mib 128 --repeat 3 --peers torch.save$(comma)dcp-async$(comma)lm-resiliency,)
+comma := ,
+
+.PHONY: demo test bench lint clean
 
 demo: $(STAMP)
 	@$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks $(if $(QUICK),compare,all) $(BENCH_ARGS) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -25,4 +33,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_out
+	rm -rf $(VENV) .bench demo_out bench_out

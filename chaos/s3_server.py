@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -83,10 +84,16 @@ class S3Server:
     Args:
         start_timeout_s: Until the server has stored and returned a first object.
         same_keys_as: Another server whose credentials this one accepts too; else its own.
+        policies: IAM policies, as the JSON text that AWS takes, by the name of who gets each. They
+            have credentials of their own: `environment(name)`.
     """
 
     def __init__(
-        self, *, start_timeout_s: float = 60.0, same_keys_as: "S3Server | None" = None
+        self,
+        *,
+        start_timeout_s: float = 60.0,
+        same_keys_as: "S3Server | None" = None,
+        policies: Mapping[str, str] | None = None,
     ) -> None:
         self.start_timeout_s = start_timeout_s
         self._access_key = secrets.token_hex(10).upper()
@@ -94,6 +101,10 @@ class S3Server:
         if same_keys_as is not None:
             self._access_key = same_keys_as._access_key
             self._secret_key = same_keys_as._secret_key
+        self._policies = dict(policies or {})
+        self._keys = {
+            name: (secrets.token_hex(10).upper(), secrets.token_hex(20)) for name in self._policies
+        }
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
         self._sockets: list[Path] = []
@@ -129,11 +140,18 @@ class S3Server:
         assert self._folder is not None, "the server is not running"
         return self._folder
 
-    def environment(self) -> dict[str, str]:
-        """The AWS_* variables with which boto3 finds this server and is let in."""
+    def environment(self, name: str | None = None) -> dict[str, str]:
+        """The AWS_* variables with which boto3 finds this server and is let in.
+
+        Args:
+            name: As whom, of `policies`; None: as one who may do everything.
+        """
+        access_key, secret_key = self._access_key, self._secret_key
+        if name is not None:
+            access_key, secret_key = self._keys[name]
         return {
-            "AWS_ACCESS_KEY_ID": self._access_key,
-            "AWS_SECRET_ACCESS_KEY": self._secret_key,
+            "AWS_ACCESS_KEY_ID": access_key,
+            "AWS_SECRET_ACCESS_KEY": secret_key,
             "AWS_REGION": REGION,
             "AWS_DEFAULT_REGION": REGION,
             "AWS_ENDPOINT_URL": self.endpoint_url,
@@ -198,15 +216,14 @@ class S3Server:
             for listener in _LISTENERS
         ]
         self._folder = Path(tempfile.mkdtemp(prefix="tiered-s3-"))
-        key = {"accessKey": self._access_key, "secretKey": self._secret_key}
-        identity = {"name": "tiered", "credentials": [key], "actions": ["Admin"]}
         config = self._folder / "s3.json"
-        config.write_text(json.dumps({"identities": [identity]}))
+        config.write_text(json.dumps(self._access()))
         environment = {  # not ours: SeaweedFS reads AWS_*, and configuration below HOME
             "PATH": os.environ.get("PATH", os.defpath),
             "HOME": str(self._folder),
             "SERVER_FOLDER": str(self._folder),
             "SERVER_SOCKETS": " ".join(map(str, self._sockets)),
+            "WEED_S3_SSE_KEK": secrets.token_hex(32),  # for SSE-S3; there is no KMS
             "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1",  # one volume a bucket at first, not seven
         }
         with (self._folder / "weed.log").open("wb") as log:
@@ -219,6 +236,18 @@ class S3Server:
                 env=environment,
                 start_new_session=True,
             )
+
+    def _access(self) -> dict[str, object]:
+        """Who may do what, as SeaweedFS wants it."""
+        key = {"accessKey": self._access_key, "secretKey": self._secret_key}
+        identities: list[dict[str, object]] = [
+            {"name": "tiered", "credentials": [key], "actions": ["Admin"]}
+        ]
+        for name, (access_key, secret_key) in self._keys.items():
+            key = {"accessKey": access_key, "secretKey": secret_key}
+            identities.append({"name": name, "credentials": [key], "policyNames": [name]})
+        policies = [{"name": name, "content": text} for name, text in self._policies.items()]
+        return {"identities": identities, "policies": policies}
 
     def _command(self, program: str, config: Path) -> list[str]:
         command = [

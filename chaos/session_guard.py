@@ -37,8 +37,12 @@ def end_session(folder: str, timeout_s: float = 10.0) -> list[psutil.Process]:
         The processes that were still there at the deadline; empty when all went well.
     """
     deadline_s = time.monotonic() + timeout_s
-    while (left := session_processes(folder)) and time.monotonic() < deadline_s:
+    while left := session_processes(folder):
+        # Looking alone can take longer than the time limit on a busy machine: kill, then give up.
         kill_processes(left, timeout_s=1.0)
+        left = [process for process in left if is_running(process)]
+        if time.monotonic() >= deadline_s:
+            break
     return left
 
 

@@ -9,6 +9,21 @@ import xxhash
 DIGEST_BYTES = 16
 
 
+class Digest:
+    """The xxh3-128 checksum of bytes that arrive piece by piece; lets other threads run."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+
+    def update(self, piece: memoryview) -> None:
+        """Take the next bytes."""
+        self._state.update(piece)
+
+    def digest(self) -> bytes:
+        """The checksum, 16 bytes, of all bytes so far."""
+        return self._state.digest()
+
+
 def digest(buffers: Iterable[npt.NDArray[np.uint8]]) -> bytes:
     """Return the xxh3-128 checksum, 16 bytes, of the concatenation of `buffers` ([n] uint8)."""
     state = xxhash.xxh3_128()

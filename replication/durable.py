@@ -10,6 +10,23 @@ from typing import Protocol
 
 from replication.records import Chunk
 
+UPLOAD_BASE_S = 60.0
+UPLOAD_BYTES_PER_S = 5e6  # slower than this counts as hung
+UPLOADS_AT_ONCE = 16  # of one host, which may have to share a cap on its bandwidth
+
+
+def upload_timeout_s(size_bytes: int, bandwidth_bytes_per_s: float | None = None) -> float:
+    """The deadline for uploading a shard, in seconds.
+
+    Args:
+        size_bytes: Of the shard.
+        bandwidth_bytes_per_s: What all uploads of its host together are held to, if anything.
+    """
+    rate = UPLOAD_BYTES_PER_S
+    if bandwidth_bytes_per_s is not None:
+        rate = min(rate, bandwidth_bytes_per_s / UPLOADS_AT_ONCE)
+    return UPLOAD_BASE_S + size_bytes / rate
+
 
 class DurableStore(Protocol):
     """Objects under string keys; safe to call from several threads, picklable.
@@ -23,7 +40,14 @@ class DurableStore(Protocol):
     def upload(self, key: str, chunks: Sequence[Chunk]) -> None:
         """Store the concatenation of `chunks` under `key`; all of it or nothing is visible.
 
-        Idempotent: the same bytes under the same key may be uploaded again.
+        Idempotent: the same bytes under the same key may be uploaded again. What an upload that
+        failed has sent already is not sent again, whoever repeats it.
+        """
+
+    def check(self) -> None:
+        """Raise if the store is known not to answer now; costs next to nothing while it does.
+
+        To be called before work that would be in vain.
         """
 
     def create(self, key: str, data: bytes) -> bool:
@@ -37,8 +61,11 @@ class DurableStore(Protocol):
     def get(self, key: str) -> bytes | None:
         """Return a small object whole, or None when there is none."""
 
-    def read(self, key: str, start: int, size_bytes: int) -> bytes:
-        """Return exactly `size_bytes` bytes of the object from `start`; short reads are errors."""
+    def read(self, key: str, start: int, size_bytes: int) -> memoryview:
+        """Return exactly `size_bytes` bytes of the object from `start`; short reads are errors.
+
+        Nothing else of the object is fetched; the caller owns the memory.
+        """
 
     def keys(self, prefix: str) -> list[str]:
         """Return every key below `prefix`, sorted."""

@@ -6,8 +6,12 @@ TieredError
 │   ├── MemoryBudgetError       the object store is too small for what the policy asks for
 │   ├── PlacementError          the policy asks for more hosts than there are
 │   ├── HolderUnavailableError  a holder did not answer in time, or is dead
+│   │   └── HolderTimeoutError  it was reached, and a deadline passed
 │   ├── ShardNotHeldError       a holder was asked for bytes that it does not hold
-│   └── ChunkCorruptError       bytes arrived whose checksum is not the recorded one
+│   ├── ChunkCorruptError       bytes arrived whose checksum is not the recorded one
+│   └── ProtocolError           the other end of a connection does not speak as agreed
+│       ├── ProtocolVersionError    it speaks another version
+│       └── AuthenticationError     it does not know the cluster's secret
 ├── DeadlineError               a wait ended without its condition
 └── (tiered.errors)             steps, states, configuration, S3
 
@@ -96,6 +100,16 @@ class HolderUnavailableError(ReplicationError):
         return f"the holder on host {self.node_id[:8]} is not available: {self.reason}"
 
 
+class HolderTimeoutError(HolderUnavailableError):
+    """A holder was reached, or ought to have been, and a deadline passed.
+
+    Asking the same holder in another way would cost the same time again: ask another one.
+    """
+
+    def __init__(self, node_id: str, reason: str) -> None:
+        super().__init__(node_id, reason)
+
+
 class ShardNotHeldError(ReplicationError):
     """A holder was asked for a chunk that it does not hold (any more)."""
 
@@ -124,6 +138,45 @@ class ChunkCorruptError(ReplicationError):
             f"chunk {self.index} of {self.shard} from {self.source} is corrupt: "
             "its xxh3-128 checksum is not the recorded one"
         )
+
+
+class ProtocolError(ReplicationError):
+    """The other end of a connection does not speak as agreed; the connection was closed."""
+
+    def __init__(self, peer: str, problem: str) -> None:
+        super().__init__(peer, problem)
+        self.peer = peer
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.peer} does not speak this data plane's protocol: {self.problem}"
+
+
+class ProtocolVersionError(ProtocolError):
+    """The other end speaks another version of the protocol."""
+
+    def __init__(self, peer: str, ours: int, theirs: int) -> None:
+        super().__init__(peer, f"version {theirs}, here version {ours}")
+        self.args = (peer, ours, theirs)
+        self.ours = ours
+        self.theirs = theirs
+
+    def __str__(self) -> str:
+        return (
+            f"{self.peer} speaks version {self.theirs} of the data plane, this process version "
+            f"{self.ours}; install one release of Tiered on every host"
+        )
+
+
+class AuthenticationError(ProtocolError):
+    """The other end does not know the secret of this cluster."""
+
+    def __init__(self, peer: str) -> None:
+        super().__init__(peer, "it does not know the secret of this cluster")
+        self.args = (peer,)
+
+    def __str__(self) -> str:
+        return f"{self.peer} does not know the secret of this cluster; nothing was sent to it"
 
 
 class DeadlineError(TieredError):

@@ -18,6 +18,7 @@ from replication import membership
 from replication.holder import NAMESPACE, Holder, HolderInfo, holder_name
 from replication.membership import Membership, Node
 from replication.records import ActorRef, HolderId
+from replication.wire import Secret
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +47,13 @@ def cluster_nodes(also: Collection[str] = ()) -> tuple[Node, ...]:
     return tuple(sorted(nodes, key=lambda node: node.node_id))
 
 
-def start_holder(node: Node, observer: str) -> ActorRef:
+def start_holder(node: Node, observer: str, secret: Secret) -> ActorRef:
     """Start the holder of a host, or return the one that is there; does not wait for it.
 
     Args:
         node: The host.
         observer: Name of the actor that holders report to.
+        secret: Of the cluster's data plane.
     """
     options = {
         "name": holder_name(node.node_id),
@@ -64,7 +66,7 @@ def start_holder(node: Node, observer: str) -> ActorRef:
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=False),
     }
     actor: ActorRef = ray.remote(Holder).options(**options)
-    return actor.remote(node.node_id, node.capacity_bytes, observer)
+    return actor.remote(node.node_id, node.capacity_bytes, observer, secret)
 
 
 class Fleet:
@@ -79,6 +81,7 @@ class Fleet:
         joined: Callable[[HolderId, str], Coroutine[Any, Any, None]],
         lost: Callable[[HolderId], None],
         may_end: Callable[[str], bool],
+        secret: Callable[[], Secret],
     ) -> None:
         """Start with no holders.
 
@@ -87,12 +90,14 @@ class Fleet:
             joined: Called with a holder that has come (back) and its failure domain.
             lost: Called with a holder that is gone or silent.
             may_end: Asked before the hung holder of a host is ended, and its copies with it.
+            secret: Returns the secret of the cluster's data plane, always the same; may block.
         """
         self.members = Membership()
         self._observer = observer
         self._joined = joined
         self._lost = lost
         self._may_end = may_end
+        self._secret = secret
         self._handles: dict[str, ActorRef] = {}
         self._also: set[str] = set()
 
@@ -155,7 +160,8 @@ class Fleet:
     async def _start(self, node: Node) -> None:
         """Start a host's holder, or find it; heartbeats tell when it is up."""
         try:
-            handle = await asyncio.to_thread(start_holder, node, self._observer)
+            secret = await asyncio.to_thread(self._secret)
+            handle = await asyncio.to_thread(start_holder, node, self._observer, secret)
         except Exception as error:  # noqa: BLE001 - the host may be gone; try when next seen
             logger.warning("cannot start a holder on host %s: %s", node.node_id[:8], error)
             await self._handle(membership.Missed(node.node_id, is_dead=True))

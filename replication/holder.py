@@ -5,32 +5,54 @@ It is a shell around `replication.inventory`, which decides. A save's way throug
     trainer --stage_chunk--> holder          pins the trainer's bytes (a live zero-copy view keeps
                                              them in the object store after the trainer's death),
                                              answers, then hashes in the background
-    holder  --take_chunk---> buddy           the buddy fetches the chunk through the transport,
-                                             verifies its checksum, puts and pins a copy of its own
+    holder  --take_chunk---> buddy           the buddy reads the chunk from the holder's data plane
+                                             (or through Ray, where that does not work) into memory
+                                             of its object store, verifying it on the way
     holder, buddy --report_shards--> observer (the coordinator) each when its copy is whole
 
-Everything runs on the actor's event loop, so that the core needs no lock; hashing, fetching and
-uploading run in threads.
+Everything runs on the actor's event loop, so that the core needs no lock; hashing, receiving,
+sending and uploading run in threads.
 """
 
 import asyncio
 import contextlib
 import logging
+import os
 import time
 import uuid
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, assert_never
 
 import ray
 
 from replication import inventory
-from replication.checksum import digest
+from replication.buffers import ReceiveBuffers
+from replication.checksum import Digest, digest
+from replication.chunk_server import ChunkServer, ReadChunk
+from replication.dataplane import Access, open_transports
 from replication.durable import DurableStore
 from replication.errors import ChunkCorruptError, ShardNotHeldError
 from replication.inventory import Inventory, Reservation
-from replication.records import ActorRef, Chunk, HolderId, ShardKey, ShardPlan, ShardRecord, Version
-from replication.transport import RayTransport, fetch_timeout_s
+from replication.records import (
+    ActorRef,
+    ByteRange,
+    Chunk,
+    ChunkId,
+    Endpoint,
+    HolderId,
+    ShardKey,
+    ShardPlan,
+    ShardRecord,
+    Version,
+    Way,
+)
+from replication.shared import Place, own_mappings, places_of
+from replication.sink import Sink
+from replication.stream import Tls, tls_like_ray
+from replication.transport import Source, fetch_timeout_s
+from replication.wire import Secret
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +60,8 @@ NAMESPACE = "tiered"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 TICK_S = 0.2
 REPORT_TIMEOUT_S = 10.0
-OFFERS_AT_ONCE = 2  # per peer: one on the wire while the next is being verified
+OFFERS_AT_ONCE = 2  # per peer, as many as it has connections: no pause between two chunks
+RECEIVERS = 16  # threads; one that waits for a hung peer must not keep others from theirs
 
 
 def holder_name(node_id: str) -> str:
@@ -53,36 +76,49 @@ class HolderInfo:
     holder: HolderId
     capacity_bytes: int
     used_bytes: int
+    endpoint: Endpoint | None = None  # of its data plane
 
 
-def pin(chunk: Chunk) -> Chunk:
-    """Copy a chunk into this host's object store; return read-only views that keep it there.
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes of chunks that a holder has moved so far.
 
-    The reference is dropped on purpose: bytes that only a view keeps are neither evicted nor
-    spilled to disk, where a held reference would be under memory pressure.
+    Attributes:
+        received: From other holders, by the way they came ("tcp", "ray").
+        sent: By its data plane; what Ray has moved is not counted.
     """
-    pinned: Chunk = ray.get(ray.put(chunk))
-    return pinned
+
+    received: dict[str, int]
+    sent: int
 
 
 class Holder:
     """One host's chunks. Every method may be called again with the same arguments."""
 
-    def __init__(self, node_id: str, capacity_bytes: int, observer: str) -> None:
-        """Start empty.
+    def __init__(self, node_id: str, capacity_bytes: int, observer: str, secret: Secret) -> None:
+        """Start empty, with the data plane listening.
 
         Args:
             node_id: The host.
             capacity_bytes: Budget for all shards here.
-            observer: Name of the actor that wants to know of sealed shards (`report_shards`).
+            observer: Name of the actor that wants to know of sealed shards (`report_shards`) and
+                of corrupt ones (`report_corrupt`).
+            secret: Of the cluster's data plane.
         """
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)  # this process is ours
         logging.getLogger("botocore").setLevel(logging.WARNING)
         self._core = Inventory(HolderId(node_id, uuid.uuid4().hex), capacity_bytes)
         self._observer = observer
-        self._transport = RayTransport()
         self._chunks: dict[ShardKey, dict[int, Chunk]] = {}
+        self._secret = secret
+        tls = tls_like_ray(os.environ)
+        self._server = _serve(self._pinned, secret, tls)
+        self._transports = open_transports(secret, tls)
+        self._ways: dict[str, Way] = {}
+        self._buffers = ReceiveBuffers()
+        self._receivers = ThreadPoolExecutor(RECEIVERS, thread_name_prefix="tiered-receive")
         self._unreported: dict[ShardKey, ShardRecord] = {}
+        self._corrupt: set[ShardKey] = set()  # of which the observer was not told yet
         self._has_unreported = asyncio.Event()
         self._offer_slots: dict[HolderId, asyncio.Semaphore] = {}
         self._peers: dict[HolderId, ActorRef] = {}
@@ -94,13 +130,27 @@ class Holder:
             self._spawn(self._tick_forever())
             self._spawn(self._report_forever())
         core = self._core
-        return HolderInfo(core.holder, core.capacity_bytes, core.used_bytes)
+        return HolderInfo(core.holder, core.capacity_bytes, core.used_bytes, self._endpoint)
 
     # -- called by trainers on this host --------------------------------------------------------
 
-    async def reserve(self, job: str, rank: int, reservation: Reservation) -> None:
-        """Declare a rank's need before its first byte; see `Inventory.reserve`."""
+    async def reserve(
+        self, job: str, rank: int, reservation: Reservation, way: Way = "auto"
+    ) -> None:
+        """Declare a rank's need before its first byte; see `Inventory.reserve`.
+
+        Args:
+            job: The job.
+            rank: Whose need.
+            reservation: The need.
+            way: How the job's chunks are to go to buddies from here.
+        """
         self._core.reserve(job, rank, reservation)
+        self._ways[job] = way
+
+    async def release(self, job: str, rank: int) -> None:
+        """Take back what a rank declared: it will save no more."""
+        self._core.release(job, rank)
 
     async def stage_chunk(self, key: ShardKey, plan: ShardPlan, index: int, chunk: Chunk) -> None:
         """Pin a chunk that a trainer on this host has put into the object store.
@@ -125,50 +175,77 @@ class Holder:
     # -- called by other holders, and by whoever restores ---------------------------------------
 
     async def take_chunk(
-        self, key: ShardKey, plan: ShardPlan, index: int, expected: bytes, source: HolderId
+        self,
+        key: ShardKey,
+        plan: ShardPlan,
+        index: int,
+        expected: bytes,
+        source: HolderId,
+        endpoint: Endpoint | None = None,
+        way: Way = "auto",
     ) -> None:
         """Fetch a chunk from `source`, verify it, and pin a copy of our own.
 
         When this returns, the copy counts: it is verified and survives the death of its source.
 
+        Args:
+            key: The shard.
+            plan: Its layout.
+            index: Which chunk.
+            expected: Its checksum.
+            source: Who has it.
+            endpoint: Where the data plane of `source` listens, if it has one.
+            way: How to fetch it.
+
         Raises:
             MemoryBudgetError: It does not fit.
             ChunkCorruptError: What arrived does not have the checksum `expected`.
-            HolderUnavailableError, ShardNotHeldError: The source could not serve it.
+            HolderUnavailableError, ShardNotHeldError, ProtocolError: The source could not serve it.
         """
         self._core.check_copy(key, plan)
         if self._core.has_chunk(key, index):
+            self._feed(inventory.ChunkKnown(key))
             return
-        handle = await self._peer(source)
-        timeout_s = fetch_timeout_s(plan.chunk_sizes[index])
-
-        def receive() -> Chunk:
-            chunk = self._transport.fetch(handle, source.node_id, key, index, timeout_s)
-            if digest(chunk) != expected:
-                raise ChunkCorruptError(f"host {source.node_id[:8]}", str(key), index)
-            return pin(chunk)
-
-        chunk = await asyncio.to_thread(receive)
+        self._trim()
+        origin = Source(source.node_id, await self._peer(source), endpoint)
+        wanted = ChunkId(key, index, plan.chunk_sizes[index])
+        receive = asyncio.get_running_loop().run_in_executor
+        chunk = await receive(self._receivers, self._receive, origin, wanted, expected, way)
         self._core.check_copy(key, plan)  # the world may have moved on while bytes did
         self._chunks.setdefault(key, {})[index] = chunk
         self._feed(inventory.ChunkFetched(key, plan, index, expected))
 
     async def read_chunk(self, key: ShardKey, index: int) -> Chunk:
-        """Return a chunk that is pinned here.
+        """Return a chunk that is pinned here; Ray copies it for whoever asked.
 
         Raises:
             ShardNotHeldError: It is not here.
         """
-        try:
-            return self._chunks[key][index]
-        except KeyError:
-            raise ShardNotHeldError(self._core.holder.node_id, str(key)) from None
+        return self._pinned(key, index)
+
+    async def places(self, key: ShardKey, index: int) -> list[Place] | None:
+        """Where in this host's object store a chunk lies; None if it is not all in its memory.
+
+        Raises:
+            ShardNotHeldError: It is not here.
+        """
+        return places_of(self._pinned(key, index), own_mappings())
+
+    async def access(self) -> Access:
+        """Tell how to read from here by TCP; who may call actors may know the secret."""
+        return Access(self._endpoint, self._secret)
 
     # -- called by the coordinator --------------------------------------------------------------
 
     async def list_shards(self) -> list[ShardRecord]:
         """Every shard held here whole: the truth about this host's memory."""
         return self._core.records()
+
+    async def traffic(self) -> Traffic:
+        """How many bytes came and went, and how."""
+        sent = 0 if self._server is None else self._server.counters.bytes_sent
+        ways: tuple[Way, ...] = ("tcp", "ray")
+        return Traffic({way: self._transports[way].bytes_read for way in ways}, sent)
 
     async def fence(self, job: str, generation: int) -> None:
         """Refuse older generations of `job` from now on."""
@@ -183,10 +260,18 @@ class Holder:
         self._feed(inventory.ReplicationRequested(key, to))
 
     async def collect(
-        self, job: str, generation: int, below: Version, pinned: tuple[Version, ...] = ()
+        self,
+        job: str,
+        generation: int,
+        below: Version,
+        pinned: tuple[Version, ...] = (),
+        branch: tuple[Version, ...] | None = None,
     ) -> None:
-        """Let go of every shard of `job` older than `below` that is not of a pinned version."""
-        self._feed(inventory.WatermarkRaised(job, generation, below, pinned))
+        """Let go of every shard of `job` that is older than `below`, or abandoned, and not pinned.
+
+        See `inventory.WatermarkRaised`.
+        """
+        self._feed(inventory.WatermarkRaised(job, generation, below, pinned, branch))
 
     async def drop_step(self, job: str, version: Version) -> None:
         """Let go of a step of `job` that was never committed."""
@@ -195,6 +280,7 @@ class Holder:
     async def forget(self, job: str) -> None:
         """Let go of everything of `job`."""
         self._feed(inventory.JobForgotten(job))
+        self._ways.pop(job, None)
 
     async def verify(self, keys: Sequence[ShardKey]) -> list[ShardKey]:
         """Read every byte of these shards; return those that are missing or corrupt here."""
@@ -214,8 +300,9 @@ class Holder:
             ChunkCorruptError: This copy is corrupt; nothing was uploaded.
             Exception: Whatever the store raises.
         """
-        record = await self._verified(key)
         with contextlib.closing(store):
+            await asyncio.to_thread(store.check)  # before a whole shard is read for nothing
+            record = await self._verified(key)
             await asyncio.to_thread(store.upload, object_key, self._whole(record))
         return record
 
@@ -232,6 +319,35 @@ class Holder:
             raise error
         return record
 
+    def _pinned(self, key: ShardKey, index: int) -> Chunk:
+        """A chunk that is here; called in any thread."""
+        try:
+            return self._chunks[key][index]
+        except KeyError:
+            raise ShardNotHeldError(self._core.holder.node_id, str(key)) from None
+
+    def _receive(self, source: Source, wanted: ChunkId, expected: bytes, way: Way) -> Chunk:
+        """Read a chunk into memory of the object store, hashing it as it comes; blocks."""
+        lease, checksum = self._buffers.lease(wanted.size_bytes), Digest()
+        sink = Sink([ByteRange(0, wanted.size_bytes)], [lease.view], checksum.update)
+        timeout_s = fetch_timeout_s(wanted.size_bytes)
+        self._transports[way].read(source, wanted, sink, timeout_s)
+        if checksum.digest() != expected:
+            raise ChunkCorruptError(f"host {source.node_id[:8]}", str(wanted.key), wanted.index)
+        return lease.pin()
+
+    def _trim(self) -> None:
+        """Keep as much memory for chunks to come as the budget leaves, and no more than is used.
+
+        What a collected step leaves so serves the next one; without shards nothing is kept.
+        """
+        core = self._core
+        self._buffers.trim(max(0, min(core.capacity_bytes - core.used_bytes, core.used_bytes)))
+
+    @property
+    def _endpoint(self) -> Endpoint | None:
+        return None if self._server is None else self._server.endpoint
+
     def _whole(self, record: ShardRecord) -> list[Chunk]:
         chunks = self._chunks[record.key]
         return [chunks[i] for i in range(len(record.plan.chunk_sizes))]
@@ -244,11 +360,20 @@ class Holder:
                 case inventory.OfferChunk():
                     self._spawn(self._offer(command))
                 case inventory.ReportShard():
+                    self._corrupt.discard(command.record.key)
                     self._unreported[command.record.key] = command.record
                     self._has_unreported.set()
+                case inventory.ReportCorrupt():
+                    self._unreported.pop(command.key, None)  # or it would count again
+                    self._corrupt.add(command.key)
+                    self._has_unreported.set()
+                case inventory.ReadChunk():
+                    self._spawn(self._reread(command.key, command.index))
                 case inventory.DropShard():
                     self._chunks.pop(command.key, None)
                     self._unreported.pop(command.key, None)
+                    self._corrupt.discard(command.key)
+                    self._trim()
                 case _:
                     assert_never(command)
 
@@ -268,6 +393,15 @@ class Holder:
             value = await asyncio.to_thread(digest, chunk)
             self._feed(inventory.ChunkHashed(key, index, value))
 
+    async def _reread(self, key: ShardKey, index: int) -> None:
+        chunk = self._chunks.get(key, {}).get(index)
+        value = b"" if chunk is None else await asyncio.to_thread(digest, chunk)
+        self._feed(inventory.ChunkRead(key, index, value))
+        shard = self._core.shards.get(key)
+        if shard is not None and shard.quarantined:
+            error = ChunkCorruptError("this host's memory", str(key), index)
+            logger.error("%s; the copy no longer counts", error)
+
     async def _offer(self, offer: inventory.OfferChunk) -> None:
         slots = self._offer_slots.setdefault(offer.to, asyncio.Semaphore(OFFERS_AT_ONCE))
         # The buddy's own deadline, and then some for its verification and put.
@@ -276,8 +410,9 @@ class Holder:
             try:
                 peer = await self._peer(offer.to)
                 answer = peer.take_chunk.remote(
-                    offer.key, offer.plan, offer.index, offer.digest, self._core.holder
-                )
+                    offer.key, offer.plan, offer.index, offer.digest,
+                    self._core.holder, self._endpoint, self._ways.get(offer.key.job, "auto"),
+                )  # fmt: skip
                 await asyncio.wait_for(answer, timeout_s)
             except Exception as error:  # noqa: BLE001 - every failure is the same event: not taken
                 logger.warning(
@@ -302,19 +437,25 @@ class Holder:
             self._feed(inventory.Ticked())
 
     async def _report_forever(self) -> None:
-        """Tell the observer of sealed shards, in batches, until it has answered."""
+        """Tell the observer of sealed and of corrupt shards, in batches, until it has answered."""
         pause_s = TICK_S
         while True:
             await self._has_unreported.wait()
             self._has_unreported.clear()
-            batch = list(self._unreported.values())
-            if not batch:
+            batch, corrupt = list(self._unreported.values()), sorted(self._corrupt)
+            if not batch and not corrupt:
                 continue
             try:
                 observer: ActorRef
                 observer = await asyncio.to_thread(ray.get_actor, self._observer, NAMESPACE)
-                answer = observer.report_shards.remote(self._core.holder, batch)
-                await asyncio.wait_for(answer, REPORT_TIMEOUT_S)
+                holder, timeout_s = self._core.holder, REPORT_TIMEOUT_S
+                if corrupt:
+                    answer = observer.report_corrupt.remote(holder, corrupt)
+                    await asyncio.wait_for(answer, timeout_s)
+                    self._corrupt.difference_update(corrupt)
+                if batch:
+                    answer = observer.report_shards.remote(holder, batch)
+                    await asyncio.wait_for(answer, timeout_s)
             except Exception as error:  # noqa: BLE001 - it may be restarting: ask again, for ever
                 logger.warning("cannot report to %s yet: %s", self._observer, error)
                 self._has_unreported.set()
@@ -325,6 +466,17 @@ class Holder:
             for record in batch:
                 if self._unreported.get(record.key) is record:
                     del self._unreported[record.key]
+
+
+def _serve(read: ReadChunk, secret: Secret, tls: Tls | None) -> ChunkServer | None:
+    """Start the data plane on this host's address as Ray knows it, and on no other."""
+    host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    try:
+        server = ChunkServer(read, secret, host, tls=tls)
+    except OSError as error:
+        logger.warning("no data plane on %s: %s; chunks go through Ray's object store", host, error)
+        return None
+    return server
 
 
 def _first_corrupt(chunks: Sequence[Chunk], digests: Sequence[bytes]) -> int | None:

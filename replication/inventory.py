@@ -11,20 +11,23 @@ Rules:
     4. What is not sealed is invisible to everybody else. What is below the watermark goes, and the
        watermark never moves back.
     5. The budget is checked before any byte is pinned.
+    6. What is pinned is read again now and then (`replication.scrub`). A copy that is found
+       corrupt stops counting, the coordinator is told, and told again: a message may be late.
 
 `handle` takes an event and returns commands; it does no I/O, knows no clock but `now_s`, and
 keeps no bytes: the shell (`replication.holder`) pins those and carries the commands out, feeding
 each outcome back as an event.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import assert_never
 
 from replication.errors import FencedError, MemoryBudgetError, ShardNotHeldError
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
+from replication.scrub import Scrub
 
 OFFER_BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+REMIND_S = 15.0  # a corrupt copy that is still here is reported again
 
 
 # --- events -------------------------------------------------------------------------------------
@@ -111,12 +114,24 @@ class WatermarkRaised:
         pinned: Versions below it that are still needed (they are being flushed). A version is
             pinned when it is the newest one and released later, never pinned again, so that the
             order in which these messages arrive does not matter.
+        branch: The last step of each older generation that this one descends from: what those
+            have beyond is abandoned, and goes too. None where that is not known.
     """
 
     job: str
     generation: int
     below: Version
     pinned: tuple[Version, ...] = ()
+    branch: tuple[Version, ...] | None = None
+
+    def is_needed(self, version: Version) -> bool:
+        """Whether a version is to be kept."""
+        if version in self.pinned:
+            return True
+        if self.branch is None or version.generation >= self.generation:
+            return version >= self.below
+        last = {end.generation: end.step for end in self.branch}
+        return version >= self.below and version.step <= last.get(version.generation, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +150,22 @@ class ChunkFoundCorrupt:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkRead:
+    """A chunk that was to be read again has this checksum; empty if it is not here any more."""
+
+    key: ShardKey
+    index: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkKnown:
+    """A peer offers a chunk that is here: whoever asked for that copy does not know of this one."""
+
+    key: ShardKey
+
+
+@dataclass(frozen=True, slots=True)
 class JobForgotten:
     """Everything of a job goes."""
 
@@ -143,7 +174,7 @@ class JobForgotten:
 
 @dataclass(frozen=True, slots=True)
 class Ticked:
-    """Time passed; offers whose pause is over are repeated."""
+    """Time passed; offers whose pause is over are repeated, and a chunk may be due for reading."""
 
 
 Event = (
@@ -158,6 +189,8 @@ Event = (
     | WatermarkRaised
     | StepDropped
     | ChunkFoundCorrupt
+    | ChunkRead
+    | ChunkKnown
     | JobForgotten
     | Ticked
 )
@@ -193,13 +226,28 @@ class ReportShard:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportCorrupt:
+    """Tell the coordinator that the copy here is corrupt, and must not count."""
+
+    key: ShardKey
+
+
+@dataclass(frozen=True, slots=True)
+class ReadChunk:
+    """Read a pinned chunk again, in the background; answer with ChunkRead."""
+
+    key: ShardKey
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class DropShard:
     """Let go of a shard's bytes."""
 
     key: ShardKey
 
 
-Command = HashChunk | OfferChunk | ReportShard | DropShard
+Command = HashChunk | OfferChunk | ReportShard | ReportCorrupt | ReadChunk | DropShard
 
 
 # --- state --------------------------------------------------------------------------------------
@@ -236,8 +284,9 @@ class Reservation:
 class Inventory:
     """What one holder holds. Not thread-safe: the shell serialises its calls."""
 
-    def __init__(self, holder: HolderId, capacity_bytes: int) -> None:
+    def __init__(self, holder: HolderId, capacity_bytes: int, scrub: Scrub | None = None) -> None:
         self.holder = holder
+        self.scrub = scrub or Scrub()
         self.capacity_bytes = capacity_bytes
         self.shards: dict[ShardKey, HeldShard] = {}
         self.fences: dict[str, int] = {}
@@ -246,6 +295,7 @@ class Inventory:
         self.buddies: dict[str, tuple[HolderId, ...]] = {}
         self.reservations: dict[tuple[str, int], Reservation] = {}
         self._retries: dict[tuple[HolderId, ShardKey, int], tuple[int, float]] = {}
+        self._remind_due_s = 0.0
 
     # -- questions ---------------------------------------------------------------------------
 
@@ -333,17 +383,35 @@ class Inventory:
 
         Raises:
             FencedError: The generation is fenced off.
-            MemoryBudgetError: With what other ranks declared it exceeds the budget.
+            MemoryBudgetError: With what other ranks declared, and what other jobs declared or have
+                here, it exceeds the budget.
         """
         self.check_generation(job, reservation.generation)
-        others = sum(r.need_bytes for k, r in self.reservations.items() if k != (job, rank))
-        need = others + reservation.need_bytes
+        theirs = sum(max(self._declared(j), self._held(j)) for j in self._jobs() - {job})
+        ranks = self._declared(job) - self._declared(job, rank)
+        need = theirs + ranks + reservation.need_bytes
         if need > self.capacity_bytes:
             detail = reservation.detail
-            if others:
-                detail += f"; {others:,} are declared by other ranks of this host"
+            if ranks:
+                detail += f"; {ranks:,} are declared by other ranks of this host"
+            if theirs:
+                detail += f"; {theirs:,} belong to other jobs"
             raise MemoryBudgetError(self.holder.node_id, need, self.capacity_bytes, detail)
         self.reservations[job, rank] = reservation
+
+    def release(self, job: str, rank: int) -> None:
+        """Take a declaration back: from now on only what the job has here counts; idempotent."""
+        self.reservations.pop((job, rank), None)
+
+    def _jobs(self) -> set[str]:
+        return {job for job, _ in self.reservations} | {key.job for key in self.shards}
+
+    def _declared(self, job: str, rank: int | None = None) -> int:
+        mine = ((j, r) for j, r in self.reservations if j == job and rank in (None, r))
+        return sum(self.reservations[key].need_bytes for key in mine)
+
+    def _held(self, job: str) -> int:
+        return sum(s.plan.size_bytes for key, s in self.shards.items() if key.job == job)
 
     # -- events ------------------------------------------------------------------------------
 
@@ -353,9 +421,9 @@ class Inventory:
             case ChunkStaged():
                 return self._staged(event)
             case ChunkHashed():
-                return self._hashed(event)
+                return self._hashed(event, now_s)
             case ChunkFetched():
-                return self._fetched(event)
+                return self._fetched(event, now_s)
             case ChunkTaken():
                 self._retries.pop((event.peer, event.key, event.index), None)
                 if shard := self.shards.get(event.key):
@@ -386,13 +454,16 @@ class Inventory:
                 keys = [k for k in self.shards if (k.job, k.version) == (event.job, event.version)]
                 return [self._drop(key) for key in keys]
             case ChunkFoundCorrupt():
-                if shard := self.shards.get(event.key):
-                    shard.quarantined = True
-                return []
+                return self._quarantine(event.key)
+            case ChunkRead():
+                return self._read(event, now_s)
+            case ChunkKnown():
+                shard = self.shards.get(event.key)
+                return [] if shard is None else self._seal(event.key, shard)
             case JobForgotten():
                 return self._forget(event.job)
             case Ticked():
-                return self._repeat_offers(now_s)
+                return [*self._repeat_offers(now_s), *self._remind(now_s), *self._scrub(now_s)]
             case _:
                 assert_never(event)
 
@@ -406,14 +477,15 @@ class Inventory:
         shard.present.add(event.index)
         return [HashChunk(event.key, event.index)]
 
-    def _hashed(self, event: ChunkHashed) -> list[Command]:
+    def _hashed(self, event: ChunkHashed, now_s: float) -> list[Command]:
         shard = self.shards.get(event.key)
         if shard is None or event.index not in shard.present or event.index in shard.digests:
             return []  # or it is of a copy that was let go meanwhile
         shard.digests[event.index] = event.digest
+        self.scrub.intact(event.key, event.index, now_s)
         return [*self._seal(event.key, shard), *self._offers(event.key.job, only=event.key)]
 
-    def _fetched(self, event: ChunkFetched) -> list[Command]:
+    def _fetched(self, event: ChunkFetched, now_s: float) -> list[Command]:
         if self.is_collected(event.key):
             return [DropShard(event.key)]
         self._raise_fence(event.key.job, event.key.version.generation)
@@ -425,6 +497,7 @@ class Inventory:
             return []
         shard.present.add(event.index)
         shard.digests[event.index] = event.digest
+        self.scrub.intact(event.key, event.index, now_s)
         return self._seal(event.key, shard)
 
     def _seal(self, key: ShardKey, shard: HeldShard) -> list[Command]:
@@ -445,8 +518,8 @@ class Inventory:
         self.watermarks[event.job] = below
         dropped = self.dropped.get(event.job, set())
         self.dropped[event.job] = {v for v in dropped if v >= below}
-        gone = [k for k in self.shards if k.job == event.job and k.version < event.below]
-        return [self._drop(key) for key in gone if key.version not in event.pinned]
+        gone = [k for k in self.shards if k.job == event.job and not event.is_needed(k.version)]
+        return [self._drop(key) for key in gone]
 
     def _forget(self, job: str) -> list[Command]:
         self.reservations = {k: r for k, r in self.reservations.items() if k[0] != job}
@@ -454,19 +527,49 @@ class Inventory:
         return [self._drop(key) for key in [k for k in self.shards if k.job == job]]
 
     def _drop(self, key: ShardKey) -> Command:
-        del self.shards[key]
+        self.scrub.forget(key, len(self.shards.pop(key).plan.chunk_sizes))
         self._retries = {k: v for k, v in self._retries.items() if k[1] != key}
         return DropShard(key)
 
+    # -- corrupt copies ----------------------------------------------------------------------
+
+    def _quarantine(self, key: ShardKey) -> list[Command]:
+        if (shard := self.shards.get(key)) is None:
+            return []
+        shard.quarantined = True
+        self.scrub.forget(key, len(shard.plan.chunk_sizes))
+        return [ReportCorrupt(key)]
+
+    def _read(self, event: ChunkRead, now_s: float) -> list[Command]:
+        commands: list[Command] = []
+        if self.scrub.is_over(event.key, event.index):
+            if event.digest == self.shards[event.key].digests[event.index]:
+                self.scrub.intact(event.key, event.index, now_s)
+            else:
+                commands = self._quarantine(event.key)
+        return [*commands, *self._scrub(now_s)]
+
+    def _scrub(self, now_s: float) -> list[Command]:
+        if (slot := self.scrub.due(now_s)) is None:
+            return []
+        key, index = slot
+        self.scrub.begin(slot, self.shards[key].plan.chunk_sizes[index], now_s)
+        return [ReadChunk(key, index)]
+
+    def _remind(self, now_s: float) -> list[Command]:
+        """Tell of every corrupt copy again: an older report may have come after the first."""
+        if now_s < self._remind_due_s:
+            return []
+        self._remind_due_s = now_s + REMIND_S
+        return [ReportCorrupt(key) for key, s in sorted(self.shards.items()) if s.quarantined]
+
     # -- offers ------------------------------------------------------------------------------
 
-    def _peers_of(self, key: ShardKey, shard: HeldShard) -> Iterator[HolderId]:
-        buddies = self.buddies.get(key.job, ()) if shard.staged_here else ()
-        seen = {self.holder}
-        for peer in (*buddies, *sorted(shard.extra_peers)):
-            if peer not in seen:
-                seen.add(peer)
-                yield peer
+    def _peers_of(self, key: ShardKey, shard: HeldShard) -> list[HolderId]:
+        peers = self.buddies.get(key.job, ()) if shard.staged_here else ()
+        if shard.extra_peers:
+            peers = (*peers, *sorted(shard.extra_peers))
+        return [peer for peer in dict.fromkeys(peers) if peer != self.holder]
 
     def _offers(self, job: str, only: ShardKey | None = None) -> list[Command]:
         """Offer each hashed chunk to each peer that was not offered it yet."""
@@ -476,11 +579,12 @@ class Inventory:
             shard = self.shards[key]
             if shard.quarantined:
                 continue
+            offered = shard.offered
             for peer in self._peers_of(key, shard):
-                for index, digest in sorted(shard.digests.items()):
-                    if (peer, index) in shard.offered:
-                        continue
-                    shard.offered.add((peer, index))
+                due = [index for index in shard.digests if (peer, index) not in offered]
+                for index in sorted(due):
+                    offered.add((peer, index))
+                    digest = shard.digests[index]
                     commands.append(OfferChunk(peer, key, shard.plan, index, digest))
         return commands
 

@@ -137,15 +137,16 @@ class Membership:
                 assert_never(event)
 
     def _gone(self, nodes: Iterable[Node]) -> list[Command]:
-        present = {node.node_id for node in nodes}
-        gone = [s for node_id, s in self._states.items() if node_id not in present]
-        self._states = {n: s for n, s in self._states.items() if n in present}
+        absent = self._states.keys() - {node.node_id for node in nodes}
+        gone = [self._states.pop(node_id) for node_id in sorted(absent)]
         return [HolderLost(s.holder) for s in gone if s.is_up and s.holder is not None]
 
     def _seen(self, nodes: Iterable[Node]) -> list[Command]:
         commands: list[Command] = []
         for node in nodes:
-            state = self._states.setdefault(node.node_id, _State(node))
+            state = self._states.get(node.node_id)
+            if state is None:
+                state = self._states[node.node_id] = _State(node)
             if not state.is_started:
                 state.is_started = True
                 commands.append(StartHolder(node))

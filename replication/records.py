@@ -7,11 +7,14 @@ orders history lexicographically by generation, then step.
 A shard is one rank's part of a step: one image of bytes, cut into chunks. Its `ShardPlan` is known
 before any byte moves; its `ShardRecord`, with a checksum for each chunk, once it is sealed.
 Records are written as msgpack with a format number, and read back strictly.
+
+`Version`, `ShardKey` and `HolderId` are named tuples, not dataclasses: they are the keys of every
+dictionary here, and a tuple is hashed and compared without running Python.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NewType
+from typing import Any, Literal, NamedTuple, NewType
 
 import msgpack
 import numpy as np
@@ -24,11 +27,11 @@ RECORD_FORMAT = 1
 Buffer = npt.NDArray[np.uint8]  # one contiguous run of bytes, [n] uint8
 Chunk = list[Buffer]  # a chunk's bytes are the concatenation of its buffers
 ActorRef = Any  # a Ray actor's handle, whose remote methods Ray does not type
+Way = Literal["auto", "tcp", "ray"]  # how chunks go; auto: by TCP where it works, else by Ray
 Life = NewType("Life", str)  # names one life of a job's workers; all its ranks give the same
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Version:
+class Version(NamedTuple):
     """A step as written by one generation; versions order history."""
 
     generation: int
@@ -38,8 +41,7 @@ class Version:
         return f"step {self.step} (generation {self.generation})"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class ShardKey:
+class ShardKey(NamedTuple):
     """Names one rank's shard of one version of one job; written once, by one writer."""
 
     job: str
@@ -51,8 +53,7 @@ class ShardKey:
         return f"[{self.job} gen={v.generation} rank={self.rank} step={v.step}]"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class HolderId:
+class HolderId(NamedTuple):
     """One life of the holder on one host; a restarted holder has lost its data and its name."""
 
     node_id: str
@@ -60,6 +61,42 @@ class HolderId:
 
     def __str__(self) -> str:
         return f"{self.node_id[:8]}/{self.incarnation[:4]}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkId:
+    """Names one chunk, and says how many bytes its shard's plan gives it."""
+
+    key: ShardKey
+    index: int
+    size_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.key} chunk {self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """Bytes `start` up to and without `stop`, counted from the beginning of a chunk."""
+
+    start: int
+    stop: int
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a holder's data plane listens."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from replication.errors import (
+        AuthenticationError,
         ChunkCorruptError,
         DeadlineError,
         FencedError,
+        HolderTimeoutError,
         HolderUnavailableError,
         MemoryBudgetError,
         PlacementError,
+        ProtocolError,
+        ProtocolVersionError,
         ReplicationError,
         ShardNotHeldError,
         TieredError,
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from tiered.errors import (
         CheckpointError,
         ConfigError,
+        DurableStoreDownError,
         DurableStoreError,
         SaveError,
         StateError,
@@ -41,20 +46,23 @@ if TYPE_CHECKING:
         WorldSizeError,
     )
     from tiered.handle import SaveHandle
-    from tiered.recovery import Recovered, drain, explain_placement, recover, status
+    from tiered.recovery import Recovered, drain, explain_placement, forget, recover, status
     from tiered.retention import KeepBest, KeepEvery, KeepInterval
     from tiered.rng import RngState
 
 __all__ = [
     "S3",
+    "AuthenticationError",
     "CheckpointError",
     "Checkpointer",
     "ChunkCorruptError",
     "ConfigError",
     "DeadlineError",
     "DegradedStep",
+    "DurableStoreDownError",
     "DurableStoreError",
     "FencedError",
+    "HolderTimeoutError",
     "HolderUnavailableError",
     "JobStatus",
     "KeepBest",
@@ -63,6 +71,8 @@ __all__ = [
     "Memory",
     "MemoryBudgetError",
     "PlacementError",
+    "ProtocolError",
+    "ProtocolVersionError",
     "Recovered",
     "ReplicationError",
     "Restored",
@@ -76,17 +86,22 @@ __all__ = [
     "WorldSizeError",
     "drain",
     "explain_placement",
+    "forget",
     "recover",
     "status",
 ]
 
 _HOME = {
+    "AuthenticationError": "replication.errors",
     "ChunkCorruptError": "replication.errors",
     "DeadlineError": "replication.errors",
     "FencedError": "replication.errors",
+    "HolderTimeoutError": "replication.errors",
     "HolderUnavailableError": "replication.errors",
     "MemoryBudgetError": "replication.errors",
     "PlacementError": "replication.errors",
+    "ProtocolError": "replication.errors",
+    "ProtocolVersionError": "replication.errors",
     "ReplicationError": "replication.errors",
     "ShardNotHeldError": "replication.errors",
     "TieredError": "replication.errors",
@@ -101,8 +116,10 @@ _HOME = {
     "KeepInterval": "tiered.retention",
     "explain_placement": "tiered.recovery",
     "drain": "tiered.recovery",
+    "forget": "tiered.recovery",
     "CheckpointError": "tiered.errors",
     "ConfigError": "tiered.errors",
+    "DurableStoreDownError": "tiered.errors",
     "DurableStoreError": "tiered.errors",
     "SaveError": "tiered.errors",
     "StateError": "tiered.errors",

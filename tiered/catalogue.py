@@ -59,11 +59,13 @@ class Catalogue:
     @property
     def settings(self) -> JobSettings | None:
         """The settings of the newest claimed generation."""
-        return self.claims[self.generation].settings if self.claims else None
+        return self.claims[max(self.claims)].settings if self.claims else None
 
     @property
     def staying(self) -> dict[HolderId, str]:
         """Live holders on hosts that nobody said would go away; all, if all will."""
+        if not self.leaving:
+            return self.holders
         staying = {h: d for h, d in self.holders.items() if h.node_id not in self.leaving}
         return staying or self.holders
 
@@ -88,9 +90,10 @@ class Catalogue:
     @property
     def copies_needed(self) -> int:
         """Copies that commit a shard: what the policy asks for, or as many as hosts live."""
+        need = 1 + self.replicas
         if self.settings is not None and self.settings.memory.strict:
-            return 1 + self.replicas
-        return 1 + min(self.replicas, max(0, self.hosts - 1))
+            return need
+        return max(1, min(need, self.hosts))
 
     @property
     def too_few_hosts(self) -> str:
@@ -105,12 +108,12 @@ class Catalogue:
     def intact(self, version: Version, rank: int) -> dict[HolderId, ShardRecord]:
         """The copies of a shard that count: on live holders, all with the same checksum."""
         records = self.copies.get(version, {}).get(rank, {})
-        return {h: r for h, r in sorted(records.items()) if h in self.holders}
+        return {h: records[h] for h in sorted(records) if h in self.holders}
 
     def copies_of(self, version: Version, rank: int) -> set[str]:
         """Hosts whose copy of a shard counts for the policy."""
-        staying = self.staying
-        return {h.node_id for h in self.intact(version, rank) if h in staying}
+        staying, held = self.staying, self.copies.get(version, {}).get(rank, {})
+        return {h.node_id for h in held if h in staying}
 
     def short_ranks(self, version: Version) -> tuple[int, ...]:
         """Ranks of a step with fewer copies than the policy asks for, with hosts or without."""

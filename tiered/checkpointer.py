@@ -37,6 +37,7 @@ from replication.errors import (
 )
 from replication.holder import NAMESPACE, holder_name
 from replication.inventory import Reservation
+from replication.pinning import put
 from replication.records import ActorRef, HolderId, ShardKey, ShardPlan, Version
 from replication.transport import fetch_timeout_s
 from tiered import cluster
@@ -50,15 +51,22 @@ from tiered.coordinator import (
     News,
     Progress,
 )
-from tiered.errors import ConfigError, SaveError, StateError, WorldSizeError
+from tiered.errors import (
+    ConfigError,
+    SaveError,
+    StateError,
+    StepNotFoundError,
+    WorldSizeError,
+)
 from tiered.fetch import ShardReader, tiers_of
 from tiered.handle import SaveHandle
 from tiered.history import Resolution
-from tiered.image import Layout, chunk_sizes, data_chunk, front, lay_out, signature_of
+from tiered.image import Layout, chunk_sizes, front, lay_out
 from tiered.messages import Level
 from tiered.restore import restore_into
 from tiered.s3 import S3Store
-from tiered.state import Captured, capture
+from tiered.staging import Stager
+from tiered.state import CaptureCache, Captured, capture
 from tiered.worker import find_worker, new_life
 
 logger = logging.getLogger(__name__)
@@ -138,6 +146,9 @@ class Checkpointer:
         self._holder: ActorRef = self._find_holder()
         self._generation = 0
         self._layout: Layout | None = None
+        self._cache: CaptureCache = {}
+        self._stager = Stager(self.settings.memory.chunk_bytes)
+        self._is_saving = threading.Lock()
         self._declared_bytes = 0
         self._handles: dict[int, SaveHandle] = {}
         self._last: SaveHandle | None = None
@@ -202,6 +213,7 @@ class Checkpointer:
             StateError: The state does not fit the saved one.
             WorldSizeError: The step was saved by another number of ranks.
             PlacementError: `Memory.replicas` is not less than the number of hosts.
+            MemoryBudgetError: The object store is too small for the policy and a state like this.
             DurableStoreError: Nothing is in memory and S3 does not answer, so that it is not known
                 whether this is a fresh start.
             DeadlineError: The cluster did not answer in time.
@@ -210,6 +222,7 @@ class Checkpointer:
         if resolution.version is None:
             self.restored = None
             logger.info("%s fresh start", self._tag())
+            self._make_ready(state)
             return 0
         if len(resolution.shards) != self._worker.world_size:
             where = f"{resolution.version} of job {self.job!r}"
@@ -218,9 +231,19 @@ class Checkpointer:
         sources = resolution.shards[self._worker.rank]
         s3 = self.settings.s3
         store = S3Store(s3, self.job) if s3 is not None else None
-        reader = ShardReader(sources, tiers_of(sources, self._node_id, store))
+        way = self.settings.memory.transport
+        reader = ShardReader(sources, tiers_of(sources, self._node_id, store, way))
         with contextlib.closing(store) if store is not None else contextlib.nullcontext():
-            restore_into(state, reader, allow_pickle=self._allow_pickle)
+            try:
+                restore_into(state, reader, allow_pickle=self._allow_pickle)
+            except StepNotFoundError:
+                if reader.is_rotten:  # or the next life would try the same step
+                    cluster.ask(
+                        self._coordinator, "report_unreadable",
+                        self.job, resolution.version, self._worker.rank,
+                        timeout_s=HOLDER_TIMEOUT_S,
+                    )  # fmt: skip
+                raise
         self.restored = Restored(
             step=resolution.version.step,
             generation=resolution.version.generation,
@@ -231,6 +254,7 @@ class Checkpointer:
             passed_over=resolution.passed_over,
         )
         self._log_restored(self.restored)
+        self._make_ready(state)
         return resolution.version.step + 1
 
     def _begin(self, step: int | None = None, before: int | None = None) -> Resolution:
@@ -307,9 +331,10 @@ class Checkpointer:
             return handle
         for replaced in admission.instead_of:
             self._holder.drop_step.remote(self.job, Version(self._generation, replaced))
-        captured = capture(state, allow_pickle=self._allow_pickle)
+        captured = capture(state, allow_pickle=self._allow_pickle, cache=self._cache)
         try:
-            self._stage(handle, captured, numbers)
+            with self._is_saving:
+                self._stage(handle, captured, numbers)
         except FencedError as error:
             self._fenced = error
             raise
@@ -321,6 +346,7 @@ class Checkpointer:
         else:
             handle._reach("staged")
             self._watch(handle)
+            self._prepare()
             if self._is_skipping:
                 logger.warning("%s saving again, %d skipped", self._tag(step), self._skipped)
             self._is_skipping = False
@@ -364,29 +390,60 @@ class Checkpointer:
         self, handle: SaveHandle, captured: Captured, metrics: tuple[tuple[str, float], ...]
     ) -> None:
         """Put the state's image into the object store, chunk by chunk, and have it pinned."""
-        if self._layout is None or self._layout.signature != signature_of(captured):
-            self._layout = lay_out(captured)
         if self._silence.is_silent(self._node_id):
             raise HolderUnavailableError(self._node_id, "it has not answered since it was silent")
-        layout, memory, worker = self._layout, self.settings.memory, self._worker
+        worker = self._worker
         key = ShardKey(self.job, Version(self._generation, handle.step), worker.rank)
-        first = front(layout, key, worker.world_size, captured.tree)
-        sizes = chunk_sizes(layout, len(first), memory.chunk_bytes)
+        layout, first = self._plan(key, captured)
+        sizes = chunk_sizes(layout, len(first), self.settings.memory.chunk_bytes)
         plan = ShardPlan(worker.world_size, sizes, time.time(), metrics)
         handle.size_bytes = plan.size_bytes
         self._declare(plan.size_bytes)
-        pending, start = [], 0
-        for index, size in enumerate(sizes):
+        slots = self._stager.take(layout)
+        pending = []
+        for index in range(len(sizes)):
             if index == 0:
-                chunk = [np.frombuffer(first, dtype=np.uint8)]
+                reference = put([np.frombuffer(first, dtype=np.uint8)])
             else:
-                chunk = data_chunk(layout, captured.tensors, start, start + size)
-                start += size
-            pending.append(self._holder.stage_chunk.remote(key, plan, index, ray.put(chunk)))
+                reference = self._stager.stage(layout, captured.tensors, index - 1, slots)
+            pending.append(self._holder.stage_chunk.remote(key, plan, index, reference))
         try:
             self._answers(pending)
         except MemoryBudgetError as error:  # the policy fits, just not now: training goes on
             raise SaveError(handle.step, str(error)) from error
+
+    def _plan(self, key: ShardKey, captured: Captured) -> tuple[Layout, bytes]:
+        """The layout of a shard, made anew only when its tensors changed, and its first chunk."""
+        if self._layout is None or self._layout.signature != captured.signature:
+            self._layout = lay_out(captured)
+        return self._layout, front(self._layout, key, self._worker.world_size, captured.tree)
+
+    def _make_ready(self, state: Mapping[str, Any]) -> None:
+        """Plan the first save, and see to its memory, while the first steps run."""
+        try:
+            captured = capture(state, allow_pickle=self._allow_pickle, cache=self._cache)
+        except StateError:
+            return  # save() will say so; by then the state may be another one
+        key = ShardKey(self.job, Version(self._generation, 0), self._worker.rank)
+        layout, first = self._plan(key, captured)
+        try:
+            self._declare(len(first) + layout.data_bytes)
+        except HolderUnavailableError as error:
+            logger.warning("%s memory not declared yet: %s", self._tag(), error)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make memory for the next save ready, unless so many are under way that it has none."""
+        memory, layout = self.settings.memory, self._layout
+        if not memory.prepare or layout is None or not self._is_saving.acquire(blocking=False):
+            return
+        try:
+            with self._news:
+                has_room = len(self._unreplicated()) < memory.in_flight and not self._closing
+            if has_room:
+                self._stager.prepare(layout)
+        finally:
+            self._is_saving.release()
 
     def _declare(self, shard_bytes: int) -> None:
         """Before the first byte moves: does what the policy asks for fit this host's memory?"""
@@ -405,7 +462,8 @@ class Checkpointer:
         )
         need = steps * (1 + replicas) * shard_bytes
         reservation = Reservation(self._generation, need, detail)
-        answer = self._holder.reserve.remote(self.job, self._worker.rank, reservation)
+        rank, way = self._worker.rank, memory.transport
+        answer = self._holder.reserve.remote(self.job, rank, reservation, way)
         self._answers([answer])
         self._declared_bytes = shard_bytes
 
@@ -479,6 +537,7 @@ class Checkpointer:
             except TieredError:
                 continue  # it was logged when it happened
         self._stop_watching()
+        self._holder.release.remote(self.job, self._worker.rank)
         if self._is_local:
             if self._worker.world_size > 1 and dist.is_initialized():
                 dist.barrier()  # nobody else still needs the cluster
@@ -504,6 +563,7 @@ class Checkpointer:
         with self._news:
             self._closing = True
             self._news.notify_all()
+        self._stager.release()
         if self._watcher is not None:
             self._watcher.join(timeout=2 * POLL_S)
 
@@ -528,6 +588,7 @@ class Checkpointer:
                 continue
             known.update(news.progress)
             self._tell(news.progress, pending)
+            self._prepare()
             self._note_degraded(news.degraded)
 
     def _pending(self) -> dict[int, SaveHandle]:

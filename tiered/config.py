@@ -3,8 +3,10 @@
 import math
 import re
 from dataclasses import KW_ONLY, dataclass
+from importlib.util import find_spec
 from typing import get_args
 
+from replication.records import Way
 from tiered.admission import Backpressure
 from tiered.errors import ConfigError
 from tiered.retention import Retention, check_policies
@@ -16,6 +18,11 @@ MIB = 1 << 20
 _BUCKET = re.compile(
     r"(?!xn--|sthree-|amzn-s3-demo-)(?!(\d+\.){3}\d+$)(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 )
+MIN_PART_BYTES, MAX_PART_BYTES = 5 * MIB, 5 * 1024 * MIB  # of S3, the last part excepted
+MIN_BANDWIDTH_BYTES_PER_S = 100e3
+CHECKSUMS = ("CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256")
+
+_CRT_CHECKSUMS = ("CRC32C", "CRC64NVME")
 _UNREADABLE_CLASSES = ("GLACIER", "DEEP_ARCHIVE")  # hours until such an object can be read
 _JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -39,6 +46,12 @@ class Memory:
             replica has arrived yet.
         in_flight: Saves on their way to their buddies at a time, the one being staged included.
         repair_bytes_per_s: What a host sends at most, on average, to make up for lost copies.
+        prepare: Make object-store memory for the next save ready in the background, so that a save
+            is one copy into warm memory; it is part of what `in_flight` saves take anyway.
+        transport: How chunks go from host to host. "tcp": over connections of our own, between the
+            addresses by which Ray knows the hosts, on ports that the system chooses. "ray": through
+            Ray's object transfer, which needs no further ports and is slower. "auto": the first
+            where it works, else the second.
     """
 
     every_steps: int = 10
@@ -51,6 +64,8 @@ class Memory:
     backpressure: Backpressure = "skip"
     in_flight: int = 2
     repair_bytes_per_s: int = 500_000_000
+    prepare: bool = True
+    transport: Way = "auto"
 
     def __post_init__(self) -> None:
         _at_least("Memory.every_steps", self.every_steps, 1)
@@ -61,13 +76,15 @@ class Memory:
         if self.replicas is not None:
             _at_least("Memory.replicas", self.replicas, 0)
         check_policies("Memory.also_keep", self.also_keep, is_bounded=True)
-        if type(self.strict) is not bool:
-            raise ConfigError(f"Memory.strict={self.strict!r} must be True or False")
+        for name in ("strict", "prepare"):
+            if type(value := getattr(self, name)) is not bool:
+                raise ConfigError(f"Memory.{name}={value!r} must be True or False")
         if self.strict and self.replicas is None:
             raise ConfigError("Memory(strict=True) needs a number of replicas to be strict about")
-        if self.backpressure not in get_args(Backpressure):
-            allowed = ", ".join(repr(name) for name in get_args(Backpressure))
-            raise ConfigError(f"Memory.backpressure={self.backpressure!r} must be one of {allowed}")
+        for name, kind in (("backpressure", Backpressure), ("transport", Way)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                allowed = ", ".join(map(repr, get_args(kind)))
+                raise ConfigError(f"Memory.{name}={value!r} must be one of {allowed}")
 
     @property
     def steps_held(self) -> int:
@@ -82,14 +99,24 @@ class S3:
     Attributes:
         uri: `s3://bucket` or `s3://bucket/prefix`.
         every_steps: A step that is a multiple of this is flushed to S3 after its commit.
-        keep: Steps kept on S3.
+        keep: Steps kept on S3; None: the job deletes nothing there, which is for whoever else may.
         endpoint_url: Of a store that is not AWS; None: boto3's own choice (AWS_ENDPOINT_URL).
         region: None: boto3's own choice (AWS_REGION, the profile).
         profile: A profile of the AWS configuration files of the hosts; None: boto3's own choice.
         path_style: `endpoint/bucket/key` rather than `bucket.endpoint/key`; None: only when
             `endpoint_url`, AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL is given.
         storage_class: Of the shards, such as STANDARD_IA; None: the bucket's default.
+        encryption: On the server, of everything that is written: AES256 (SSE-S3), aws:kms or
+            aws:kms:dsse; None: the bucket's default.
+        kms_key_id: The key of aws:kms and aws:kms:dsse: its id, ARN or alias.
         expected_bucket_owner: A 12-digit account; every call to a bucket of another is refused.
+        requester_pays: Agree to be charged for every call, where the bucket's owner is not.
+        checksum: That the store verifies on arrival: CRC32, CRC32C, CRC64NVME, SHA1 or SHA256;
+            None: as boto3 does, which is CRC32. CRC32C and CRC64NVME need the package awscrt.
+        part_bytes: Of a multipart upload, 5 MiB to 5 GiB; more where a shard would need more than
+            10,000 parts. A smaller shard is one request.
+        upload_concurrency: Parts on their way at once, from one host.
+        bandwidth_bytes_per_s: Cap on what one host uploads; None: no cap.
         connect_timeout_s: Until a connection is open.
         read_timeout_s: Without a byte of the answer.
         max_attempts: Of one request, the first included.
@@ -102,13 +129,20 @@ class S3:
     uri: str
     _: KW_ONLY
     every_steps: int = 500
-    keep: int = 5
+    keep: int | None = 5
     endpoint_url: str | None = None
     region: str | None = None
     profile: str | None = None
     path_style: bool | None = None
     storage_class: str | None = None
+    encryption: str | None = None
+    kms_key_id: str | None = None
     expected_bucket_owner: str | None = None
+    requester_pays: bool = False
+    checksum: str | None = None
+    part_bytes: int = 16 * MIB
+    upload_concurrency: int = 8
+    bandwidth_bytes_per_s: float | None = None
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 30.0
     max_attempts: int = 5
@@ -117,28 +151,55 @@ class S3:
     def __post_init__(self) -> None:
         self._check_uri()
         check_policies("S3.also_keep", self.also_keep, is_bounded=False)
-        for name in ("every_steps", "keep", "max_attempts"):
+        self._check_numbers()
+        self._check_names()
+        for name in ("path_style", "requester_pays"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise _wrong(name, value, "an int of at least 1")
+            if type(value) is not bool and (value is not None or name != "path_style"):
+                raise _wrong(name, value, "True or False" + ", or None" * (name == "path_style"))
+        if self.storage_class in _UNREADABLE_CLASSES:
+            raise _wrong("storage_class", self.storage_class, "a class that is readable at once")
+        needs_key = self.encryption is not None and self.encryption.startswith("aws:kms")
+        if needs_key and self.kms_key_id is None:
+            raise _wrong("kms_key_id", None, f"given with encryption={self.encryption!r}")
+        if self.kms_key_id is not None and not needs_key:
+            raise _wrong("encryption", self.encryption, "aws:kms or aws:kms:dsse with a kms_key_id")
+        if self.checksum in _CRT_CHECKSUMS and find_spec("awscrt") is None:
+            raise _wrong("checksum", self.checksum, "one of CRC32, SHA1 and SHA256 without awscrt")
+
+    def _check_numbers(self) -> None:
+        for name in ("every_steps", "keep", "max_attempts", "upload_concurrency"):
+            value = getattr(self, name)
+            if (name != "keep" or value is not None) and (type(value) is not int or value < 1):
+                raise _wrong(name, value, "an int of at least 1" + ", or None" * (name == "keep"))
+        size = self.part_bytes
+        if type(size) is not int or not MIN_PART_BYTES <= size <= MAX_PART_BYTES:
+            allowed = f"an int between {MIN_PART_BYTES} (5 MiB) and {MAX_PART_BYTES} (5 GiB)"
+            raise _wrong("part_bytes", size, allowed)
         for name in ("connect_timeout_s", "read_timeout_s"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise _wrong(name, value, "a finite number of seconds above 0")
-        if type(self.path_style) not in (bool, type(None)):
-            raise _wrong("path_style", self.path_style, "True, False or None")
+        cap = self.bandwidth_bytes_per_s
+        is_number = type(cap) in (int, float)
+        if cap is not None and not (is_number and MIN_BANDWIDTH_BYTES_PER_S <= cap < math.inf):
+            allowed = f"at least {MIN_BANDWIDTH_BYTES_PER_S:g} bytes per second, or None"
+            raise _wrong("bandwidth_bytes_per_s", cap, allowed)
+
+    def _check_names(self) -> None:
         for name, pattern, allowed in (
-            ("endpoint_url", r"https?://[^\s/]+(/\S*)?", "http://host[:port] or https://host"),
+            ("endpoint_url", r"https?://[^\s/@]+(/\S*)?", "http://host[:port] or https://host"),
             ("region", r"[A-Za-z0-9-]+", "the name of a region, such as us-east-1"),
             ("profile", r"\S(.*\S)?", "the name of a profile in the AWS configuration"),
             ("storage_class", r"[A-Z0-9_]+", "a storage class, such as STANDARD_IA"),
+            ("encryption", r"AES256|aws:kms|aws:kms:dsse", "AES256, aws:kms or aws:kms:dsse"),
+            ("kms_key_id", r"[A-Za-z0-9:/_-]+", "the id, ARN or alias of a KMS key"),
             ("expected_bucket_owner", r"[0-9]{12}", "an account number of 12 digits"),
+            ("checksum", "|".join(CHECKSUMS), f"one of {', '.join(CHECKSUMS)}"),
         ):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and re.fullmatch(pattern, value)):
                 raise _wrong(name, value, f"{allowed}, or None")
-        if self.storage_class in _UNREADABLE_CLASSES:
-            raise _wrong("storage_class", self.storage_class, "a class that is readable at once")
 
     def _check_uri(self) -> None:
         uri = self.uri

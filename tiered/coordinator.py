@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar, assert_never
 
+from replication.durable import upload_timeout_s
 from replication.errors import DeadlineError, FencedError, HolderUnavailableError, TieredError
 from replication.fleet import HEARTBEAT_S, HEARTBEAT_TIMEOUT_S, Fleet
 from replication.holder import LOG_FORMAT
@@ -22,7 +23,7 @@ from tiered import messages as m
 from tiered import register
 from tiered.admission import Admission
 from tiered.config import S3, JobSettings
-from tiered.errors import DurableStoreError, StepNotFoundError
+from tiered.errors import DurableStoreDownError, DurableStoreError, StepNotFoundError
 from tiered.history import Resolution
 from tiered.job import Job
 from tiered.ledger import Ledger
@@ -33,7 +34,6 @@ COORDINATOR_NAME = "coordinator"
 CALL_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 60.0
 VERIFY_TIMEOUT_S = 60.0
-UPLOAD_TIMEOUT_S = 3600.0
 S3_INDEX_TIMEOUT_S = 15.0
 SETTLE_TIMEOUT_S = 30.0
 BEGIN_TIMEOUT_S = 150.0
@@ -103,7 +103,9 @@ class Coordinator:
     def __init__(self) -> None:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)  # this process is ours
         logging.getLogger("botocore").setLevel(logging.WARNING)
-        self._fleet = Fleet(COORDINATOR_NAME, self._joined, self._lost, self._may_end)
+        self._fleet = Fleet(
+            COORDINATOR_NAME, self._joined, self._lost, self._may_end, register.cluster_secret
+        )
         self._ledgers: dict[str, Ledger] = {}
         self._jobs: dict[str, Job] = {}
         self._leaving: set[str] = set()
@@ -111,6 +113,7 @@ class Coordinator:
         self._started: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Event()
+        self._upload_problem = ""
         self._answers: dict[tuple[str, Life], asyncio.Future[TieredError | None]] = {}
 
     # -- called by trainers, holders and tools --------------------------------------------------
@@ -170,10 +173,11 @@ class Coordinator:
             raise DeadlineError("beginning a generation", BEGIN_TIMEOUT_S) from None
         if error is not None:
             raise error
-        generations = [c.generation for c in job.claims.values() if c.life == life]
-        if generations[0] < job.generation:
-            raise FencedError(job_name, generations[0], job.generation)
-        return job.resolution(generations[0])
+        # A life may own two claims: the first was overtaken while S3 was silent.
+        generation = max(c.generation for c in job.claims.values() if c.life == life)
+        if generation < job.generation:
+            raise FencedError(job_name, generation, job.generation)
+        return job.resolution(generation)
 
     async def resolve(
         self, job_name: str, step: int | None = None, before: int | None = None
@@ -240,6 +244,17 @@ class Coordinator:
                 return job.admissions.refuse(step, reason, time.monotonic())
             await self._change(left_s)
 
+    async def report_corrupt(self, holder: HolderId, keys: list[ShardKey]) -> None:
+        """A holder's copies of these shards are corrupt, and count no more."""
+        await self._ready()
+        for key in keys:
+            self._feed(await self._job(key.job), m.CopyFoundCorrupt(holder, key))
+
+    async def report_unreadable(self, job_name: str, version: Version, rank: int) -> None:
+        """A rank could not restore a step: what S3 has of it is not what was saved."""
+        await self._ready()
+        self._feed(await self._job(job_name), m.DurableFoundCorrupt(version, rank))
+
     async def progress(
         self, job_name: str, generation: int, known: Progress, timeout_s: float
     ) -> News:
@@ -270,6 +285,23 @@ class Coordinator:
             short = _short_without(job, node_id)
             left += [f"job {name!r}: {short}"] if short else []
         return tuple(left)
+
+    async def forget(self, job_name: str) -> None:
+        """Let go of everything that a job has in memory; what is on S3 stays.
+
+        Raises:
+            HolderUnavailableError: Some holder did not answer; ask again.
+        """
+        await self.hello()
+        job = await self._job(job_name)
+        calls = [self._fleet.call(h, "forget", CALL_TIMEOUT_S, job_name) for h in job.holders]
+        for holder, outcome in zip(
+            job.holders, await asyncio.gather(*calls, return_exceptions=True), strict=True
+        ):
+            if isinstance(outcome, BaseException):
+                raise HolderUnavailableError(holder.node_id, _first_line(outcome))
+        if job.begin is None:  # what is known of it is read anew, when somebody asks
+            del self._jobs[job_name]
 
     async def status(self, job_name: str) -> JobStatus:
         """What is known of a job now."""
@@ -531,13 +563,25 @@ class Coordinator:
         version, rank, holder = command.version, command.rank, command.holder
         store = self._ledger(job).store(_settings(job))
         key = ShardKey(job.name, version, rank)
-        object_key = register.shard_key(version, rank)
+        args = (key, store, register.shard_key(version, rank))
+        copy = job.copies.get(version, {}).get(rank, {}).get(holder)
+        size_bytes = 0 if copy is None else copy.plan.size_bytes
+        timeout_s = upload_timeout_s(size_bytes, store.settings.bandwidth_bytes_per_s)
         try:
-            record = await self._fleet.call(
-                holder, "upload", UPLOAD_TIMEOUT_S, key, store, object_key
-            )
-        except Exception as error:  # noqa: BLE001 - the core decides who tries next
+            await asyncio.to_thread(store.check)  # while S3 is down no holder is bothered
+        except DurableStoreError as error:
             return m.UploadFailed(version, rank, holder, _first_line(error))
+        try:
+            record = await self._fleet.call(holder, "upload", timeout_s, *args)
+        except Exception as error:  # noqa: BLE001 - the core decides who tries next
+            reason, cause = _first_line(error), getattr(error, "cause", None) or error
+            if isinstance(cause, DurableStoreDownError):
+                store.report(cause.problem)
+            elif reason != self._upload_problem:  # once for each, not for each rank
+                logger.warning("%s rank %d not uploaded: %s", _tag(job, version), rank, reason)
+                self._upload_problem = reason
+            return m.UploadFailed(version, rank, holder, reason)
+        store.report(None)
         return m.ShardUploaded(version, rank, record)
 
     async def _publish(self, job: Job, command: m.PublishManifest) -> m.Event:
@@ -560,9 +604,9 @@ class Coordinator:
         would take from them what the new generation resumed from.
         """
         if await asyncio.to_thread(self._ledger(job).newest_generation) == command.generation:
-            args = (job.name, command.generation, command.below, command.pinned)
+            order = (command.generation, command.below, command.pinned, command.branch)
             for holder in command.holders:
-                self._tell(holder, "collect", *args)
+                self._tell(holder, "collect", job.name, *order)
 
     async def _delete_durable(self, job: Job, versions: tuple[Version, ...]) -> None:
         try:

@@ -8,6 +8,7 @@ TieredError (replication.errors)
     ├── StepNotFoundError      a step that was asked for is not restorable; says what is
     ├── SaveError              a save did not reach the level that was waited for
     └── DurableStoreError      S3 could not be reached, refused, or answered wrongly
+        └── DurableStoreDownError  it did not serve the request; it may later
 """
 
 from typing import ClassVar
@@ -90,3 +91,7 @@ class DurableStoreError(CheckpointError):
 
     def __str__(self) -> str:
         return f"{self.operation} at {self.store} failed: {self.problem}"
+
+
+class DurableStoreDownError(DurableStoreError):
+    """The durable store did not serve a request, or was not asked because it has been down."""

@@ -1,27 +1,49 @@
 """Reading a shard back: own host's memory first, then a buddy's, then S3; every chunk verified."""
 
 import logging
+import os
+import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
-from replication.checksum import digest
+from replication.checksum import Digest, digest
+from replication.dataplane import STREAMS, Access, open_transports
 from replication.durable import DurableStore
-from replication.errors import ChunkCorruptError, HolderUnavailableError, TieredError
+from replication.errors import (
+    ChunkCorruptError,
+    HolderTimeoutError,
+    HolderUnavailableError,
+    TieredError,
+)
 from replication.holder import NAMESPACE, holder_name
-from replication.records import Chunk, HolderId
-from replication.transport import RayTransport, fetch_timeout_s
+from replication.records import ActorRef, ByteRange, Chunk, ChunkId, HolderId, Way
+from replication.shared import SharedMemoryTransport
+from replication.sink import Sink
+from replication.stream import tls_like_ray
+from replication.transport import (
+    FallbackTransport,
+    RayTransport,
+    Source,
+    Transport,
+    fetch_timeout_s,
+)
 from tiered import register
 from tiered.errors import StepNotFoundError
 from tiered.history import ShardSources
 
 logger = logging.getLogger(__name__)
+
+ACCESS_TIMEOUT_S = 10.0  # for the one actor call before the first byte
+AT_ONCE = STREAMS  # chunks of one shard: a connection for each
+
+T = TypeVar("T")
 
 # Where a shard came from. A rank's own host is the one that it ran on when it saved and still does;
 # after a restart Ray may have put the rank elsewhere, on its buddy's host, say.
@@ -30,7 +52,7 @@ BUDDY, DURABLE = "a buddy's RAM", "S3"
 
 
 class Tier(Protocol):
-    """A place that has a whole shard."""
+    """A place that has a whole shard; may be asked from several threads."""
 
     label: str
     name: str
@@ -42,32 +64,89 @@ class Tier(Protocol):
             TieredError: It could not be had from here.
         """
 
+    def read_into(self, index: int, sink: Sink) -> None:
+        """Fill `sink` with one chunk's bytes, unverified; as `read` otherwise."""
+
+    def close(self) -> None:
+        """Let go of connections; a later read opens them again."""
+
 
 class HolderTier:
     """The memory of one host."""
 
-    def __init__(self, holder: HolderId, sources: ShardSources, node_id: str | None) -> None:
+    def __init__(
+        self, holder: HolderId, sources: ShardSources, node_id: str | None, way: Way = "auto"
+    ) -> None:
         if holder in sources.replicas:
             self.label = BUDDY
         else:
             self.label = OWN_HOST if holder.node_id == node_id else FORMER_HOST
         self.name = f"host {holder.node_id[:8]}"
         self._holder = holder
+        self._is_near = holder.node_id == node_id
         self._record = sources.record
-        self._transport = RayTransport()
+        self._way = way
+        self._lock = threading.Lock()
+        self._found: tuple[Source, Transport] | None = None
+        self._problem: HolderUnavailableError | None = None
 
     def read(self, index: int) -> Chunk:
         """See Tier."""
+        source, transport = self._find()
+        chunk = self._chunk(index)
+        return transport.fetch(source, chunk, fetch_timeout_s(chunk.size_bytes))
+
+    def read_into(self, index: int, sink: Sink) -> None:
+        """See Tier."""
+        source, transport = self._find()
+        chunk = self._chunk(index)
+        transport.read(source, chunk, sink, fetch_timeout_s(chunk.size_bytes))
+
+    def close(self) -> None:
+        """See Tier."""
+        with self._lock:
+            if self._found is not None:
+                self._found[1].close()
+            self._found = self._problem = None
+
+    def _chunk(self, index: int) -> ChunkId:
+        return ChunkId(self._record.key, index, self._record.plan.chunk_sizes[index])
+
+    def _find(self) -> tuple[Source, Transport]:
+        """The holder, and the way to it; asked for once, by an actor call.
+
+        Raises:
+            HolderUnavailableError: It is gone, or did not answer; nobody waits for it twice.
+        """
+        with self._lock:
+            if self._problem is not None:
+                raise self._problem
+            if self._found is None:
+                try:
+                    self._found = self._ask()
+                except HolderUnavailableError as error:
+                    self._problem = error
+                    raise
+            return self._found
+
+    def _ask(self) -> tuple[Source, Transport]:
         node_id = self._holder.node_id
         try:
-            handle = ray.get_actor(holder_name(node_id), NAMESPACE)
+            handle: ActorRef = ray.get_actor(holder_name(node_id), NAMESPACE)
+            if self._way == "ray":
+                return Source(node_id, handle), RayTransport()
+            access: Access = ray.get(handle.access.remote(), timeout=ACCESS_TIMEOUT_S)
         except ValueError as error:  # Ray's word for: no such actor
             raise HolderUnavailableError(node_id, "it is gone") from error
-        timeout_s = fetch_timeout_s(self._record.plan.chunk_sizes[index])
-        try:
-            return self._transport.fetch(handle, node_id, self._record.key, index, timeout_s)
-        except RayError as error:  # the object was lost, the store is full, a bug: ask the next
+        except GetTimeoutError as error:
+            reason = f"no answer within {ACCESS_TIMEOUT_S:g} s"
+            raise HolderTimeoutError(node_id, reason) from error
+        except RayError as error:
             raise HolderUnavailableError(node_id, f"{type(error).__name__}: {error}") from error
+        transport = open_transports(access.secret, tls_like_ray(os.environ))[self._way]
+        if self._is_near:
+            transport = FallbackTransport(SharedMemoryTransport(), transport)
+        return Source(node_id, handle, access.endpoint), transport
 
 
 class DurableTier:
@@ -84,20 +163,35 @@ class DurableTier:
         """See Tier."""
         sizes = self._record.plan.chunk_sizes
         key = register.shard_key(self._record.key.version, self._record.key.rank)
-        data = self._store.read(key, sum(sizes[:index]), sizes[index])
-        return [np.frombuffer(data, dtype=np.uint8)]
+        chunk: Chunk = []
+        for _ in range(2):  # bytes that were damaged on the way may be whole the next time
+            data = self._store.read(key, sum(sizes[:index]), sizes[index])
+            chunk = [np.frombuffer(data, dtype=np.uint8)]
+            if digest(chunk) == self._record.digests[index]:
+                break
+        return chunk
+
+    def read_into(self, index: int, sink: Sink) -> None:
+        """See Tier."""
+        sink.fill(buffer.data for buffer in self.read(index))
+
+    def close(self) -> None:
+        """See Tier; the store is its owner's to close."""
 
 
-def tiers_of(sources: ShardSources, node_id: str | None, store: DurableStore | None) -> list[Tier]:
+def tiers_of(
+    sources: ShardSources, node_id: str | None, store: DurableStore | None, way: Way = "auto"
+) -> list[Tier]:
     """The places to read a shard from, nearest first.
 
     Args:
         sources: Who has it.
         node_id: The reader's host, None outside of the cluster.
         store: The durable store, if one is configured.
+        way: How to read from holders.
     """
     near_first = sorted(sources.holders, key=lambda holder: holder.node_id != node_id)
-    tiers: list[Tier] = [HolderTier(holder, sources, node_id) for holder in near_first]
+    tiers: list[Tier] = [HolderTier(h, sources, node_id, way) for h in near_first]
     if sources.is_durable and store is not None:
         tiers.append(DurableTier(store, sources))
     return tiers
@@ -111,12 +205,15 @@ class ShardReader:
         sources: What to read.
         tiers: Where from, in order of preference.
         bytes_by_label: How many bytes came from where, filled as chunks are read.
+        is_rotten: What S3 has is not what was saved.
     """
 
     sources: ShardSources
     tiers: list[Tier]
     bytes_by_label: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    is_rotten: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -143,24 +240,78 @@ class ShardReader:
 
     def chunk(self, index: int) -> Chunk:
         """One chunk, verified, from the first tier that has it intact."""
+
+        def read(tier: Tier) -> tuple[bytes, Chunk]:
+            chunk = tier.read(index)
+            return digest(chunk), chunk
+
+        return self._first_intact(index, read)
+
+    def fill(self, places: Callable[[int], Sequence[memoryview]], indices: Sequence[int]) -> None:
+        """Read chunks straight to where their bytes belong, `AT_ONCE` at a time; verified.
+
+        Args:
+            places: The memory that takes a chunk's bytes, in order. Other chunks' may be next to
+                it; none overlap.
+            indices: Which chunks.
+
+        Raises:
+            StepNotFoundError: No tier had an intact copy of a chunk. What the memory holds then is
+                undefined, unlike what `chunks` hands out.
+        """
+        began_s = time.monotonic()
+
+        def one(index: int) -> None:
+            into = places(index)
+
+            def read(tier: Tier) -> tuple[bytes, None]:
+                checksum = Digest()
+                size_bytes = self.sources.record.plan.chunk_sizes[index]
+                sink = Sink([ByteRange(0, size_bytes)], into, checksum.update)
+                tier.read_into(index, sink)
+                return checksum.digest(), None
+
+            self._first_intact(index, read)
+
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="tiered-fill") as pool:
+            jobs = [pool.submit(one, index) for index in indices]
+            try:
+                for job in jobs:
+                    job.result()
+            finally:  # nobody writes there any more when this is over
+                pool.shutdown(cancel_futures=True)
+        self.seconds = time.monotonic() - began_s
+
+    def close(self) -> None:
+        """Let go of connections; a later read opens them again."""
+        for tier in self.tiers:
+            tier.close()
+
+    def _first_intact(self, index: int, read: Callable[[Tier], tuple[bytes, T]]) -> T:
+        """What `read` returns beside the checksum, of the first tier where that is right."""
         record = self.sources.record
         problems = []
         for tier in list(self.tiers):
             try:
-                chunk = tier.read(index)
-                if digest(chunk) != record.digests[index]:
+                checksum, value = read(tier)
+                if checksum != record.digests[index]:
                     raise ChunkCorruptError(tier.name, str(record.key), index)
             except TieredError as error:
                 logger.warning("%s %s; trying the next copy", record.key, error)
                 problems.append(str(error))
+                is_corrupt = isinstance(error, ChunkCorruptError)
+                self.is_rotten = self.is_rotten or (is_corrupt and tier.label == DURABLE)
                 # Not asked again while another answers; but two copies that are damaged in
                 # different chunks still make a whole shard.
-                self.tiers.remove(tier)
-                self.tiers.append(tier)
+                with self._lock:
+                    self.tiers.remove(tier)
+                    self.tiers.append(tier)
                 continue
             size = record.plan.chunk_sizes[index]
-            self.bytes_by_label[tier.label] = self.bytes_by_label.get(tier.label, 0) + size
-            return chunk
+            with self._lock:
+                counts = self.bytes_by_label
+                counts[tier.label] = counts.get(tier.label, 0) + size
+            return value
         key = record.key
         wanted = f"rank {key.rank} of {key.version}"
         raise StepNotFoundError(key.job, wanted, tuple(problems))

@@ -108,6 +108,23 @@ def is_on_branch(version: Version, parents: Parents) -> bool:
         generation, last_step = parent.generation, parent.step
 
 
+def branch_ends(parents: Parents, oldest: Version) -> tuple[Version, ...]:
+    """The last step of each generation that the newest one descends from, newest first.
+
+    Args:
+        parents: See `is_on_branch`.
+        oldest: What ended before it is left out.
+    """
+    ends: list[Version] = []
+    generation = max(parents, default=0)
+    while True:
+        parent = parents.get(generation)
+        if parent is None or parent.generation >= generation or parent < oldest:
+            return tuple(ends)
+        ends.append(parent)
+        generation = parent.generation
+
+
 def latest_consistent_step(
     candidates: Iterable[Candidate],
     parents: Parents,

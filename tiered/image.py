@@ -13,7 +13,7 @@ that did not change make the same chunks again. docs/FORMAT.md has the details.
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,17 +55,28 @@ class Layout:
         spans: In image order.
         data_bytes: Of all tensors.
         entries: Each tensor's header entry, without its offsets.
+        kinds: Each tensor's dtype and shape.
+        texts: The entries as JSON, by the offset of the first tensor; filled as needed.
     """
 
-    signature: tuple[tuple[str, torch.dtype, torch.Size], ...]
+    signature: tuple[Any, ...]
     spans: tuple[Span, ...]
     data_bytes: int
     entries: tuple[dict[str, Any], ...]
+    kinds: Mapping[str, tuple[torch.dtype, torch.Size]]
+    texts: dict[int, bytes] = field(default_factory=dict)
 
-
-def signature_of(captured: Captured) -> tuple[tuple[str, torch.dtype, torch.Size], ...]:
-    """What a layout depends on."""
-    return tuple((name, t.dtype, t.shape) for name, t in captured.tensors.items())
+    def text(self, offset: int) -> bytes:
+        """Every tensor's header entry as JSON, each after a comma."""
+        if offset not in self.texts:
+            self.texts.clear()
+            entries = {
+                span.name: {**entry, "data_offsets": [offset + span.start, offset + span.stop]}
+                for span, entry in zip(self.spans, self.entries, strict=True)
+            }
+            inner = _json(entries)[1:-1]
+            self.texts[offset] = b"," + inner if inner else b""
+        return self.texts[offset]
 
 
 def lay_out(captured: Captured) -> Layout:
@@ -81,7 +92,8 @@ def lay_out(captured: Captured) -> Layout:
         entries.append({"dtype": dtype, "shape": shape})
         spans.append(Span(name, offset, offset + size))
         offset += size
-    return Layout(signature_of(captured), tuple(spans), offset, tuple(entries))
+    kinds = {name: (t.dtype, t.shape) for name, t in captured.tensors.items()}
+    return Layout(captured.signature, tuple(spans), offset, tuple(entries), kinds)
 
 
 def chunk_sizes(layout: Layout, first_bytes: int, chunk_bytes: int) -> tuple[int, ...]:
@@ -110,9 +122,7 @@ def front(layout: Layout, key: ShardKey, world_size: int, tree: bytes) -> bytes:
         },
         TREE_NAME: {"dtype": "U8", "shape": [padded], "data_offsets": [0, padded]},
     }
-    for span, entry in zip(layout.spans, layout.entries, strict=True):
-        header[span.name] = {**entry, "data_offsets": [padded + span.start, padded + span.stop]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = _json(header)[:-1] + layout.text(padded) + b"}"
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
         raise StateError(
@@ -123,11 +133,15 @@ def front(layout: Layout, key: ShardKey, world_size: int, tree: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + tree + bytes(padded - len(tree))
 
 
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
 def bytes_of(tensor: torch.Tensor) -> Buffer:
     """A tensor's bytes, [n] uint8; a view of a contiguous CPU tensor, a copy of any other."""
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
-    dense = tensor.cpu().contiguous()
+    dense = tensor.detach().cpu().contiguous()
     flat = dense.as_strided((dense.numel(),), (1,))  # a dimension of size 1 may have any stride
     return np.asarray(flat.view(torch.uint8).numpy())
 
@@ -137,11 +151,11 @@ def data_chunk(layout: Layout, tensors: Mapping[str, torch.Tensor], start: int, 
     chunk = []
     for span in overlapping(layout.spans, start, stop):
         low, high = max(0, start - span.start), min(span.stop, stop) - span.start
-        chunk.append(_bytes_between(tensors[span.name], low, high))
+        chunk.append(bytes_between(tensors[span.name], low, high))
     return chunk
 
 
-def _bytes_between(tensor: torch.Tensor, start: int, stop: int) -> Buffer:
+def bytes_between(tensor: torch.Tensor, start: int, stop: int) -> Buffer:
     """Bytes `start` to `stop` of a tensor; of one that has to be copied, only the rows they span.
 
     A large tensor is in many chunks, and copying all of it for each would be quadratic.

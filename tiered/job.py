@@ -7,9 +7,12 @@ Rules (the specification's names in brackets; docs/ARCHITECTURE.md tells the sto
     2. A step is committed when every rank's shard is whole on its own host and on as many others
        as the policy asks for, by the holders' own word, with the same checksum everywhere. With
        fewer hosts alive than that, what there is counts, and the step is marked degraded.
-    3. Memory below the `keep`-th newest step committed *in this generation* is collected; a mark
-       that only rises, so order does not matter. What is being flushed, or kept by a retention
-       policy, is pinned below it until it is released, once.
+    3. Memory below the `keep`-th newest step is collected, counting those committed *in this
+       generation* and, of those that it has inherited, whole ones that were committed, or that
+       are replicated now; a mark that only rises, so order does not matter. What is being flushed,
+       or kept by a retention policy, is pinned below it until it is released, once. What older
+       generations left beyond the step that this one resumed from is on no branch any more: half
+       steps go at once, whole ones when this generation has committed a step of its own.
     4. What is known (`tiered.catalogue`) is a cache, rebuilt after the coordinator's death from the
        register, the holders' inventories and S3's listing.
     5. A shard of a step that is still needed with fewer copies than the policy asks for is
@@ -34,6 +37,7 @@ from tiered.config import Memory
 from tiered.errors import ConfigError, DurableStoreError, StepNotFoundError, WorldSizeError
 from tiered.history import (
     Choice,
+    branch_ends,
     is_on_branch,
     latest_consistent_step,
 )
@@ -75,11 +79,15 @@ class Job(Catalogue):
         self.begin: Begin | None = None
         self.placement: Placement | None = None
         self._durable_problem: str | None = "S3 was not listed yet"
+        self._rotten: set[Version] = set()  # on S3, and not what was saved
         self._oldest_claimable = 1
         self._pinned: set[Version] = set()
         self._retained: frozenset[Version] = frozenset()
         self._facts_asked: set[Version] = set()
+        self._spared: set[Version] = set()  # abandoned, and whole
+        self._collected_by = 0  # the generation that last ordered a collection
         self._is_rebuilding = False
+        self._found: set[Version] = set()  # when the inventories were in, and not committed
         self._overtaken: dict[Life, m.Claim] = {}
         self._repairs: dict[tuple[ShardKey, HolderId], float] = {}
         self._repair_tries: dict[ShardKey, int] = {}
@@ -118,6 +126,13 @@ class Job(Catalogue):
                 return self._started(event, now_s)
             case m.ShardReported():
                 return self._reported(event, now_s)
+            case m.DurableFoundCorrupt():  # the next life resumes from an older one
+                self._rotten.add(event.version)
+                self.durable.discard(event.version)
+                return []
+            case m.CopyFoundCorrupt():
+                self._drop_copy(event.holder, event.key)
+                return self._repair(now_s)
             case m.ShardUploaded() | m.UploadFailed() | m.ManifestPublished() | m.PublishFailed():
                 return self._flush_event(event, now_s)
             case m.SaveAsked():
@@ -135,6 +150,7 @@ class Job(Catalogue):
     def _ticked(self, event: m.Ticked, now_s: float) -> list[m.Command]:
         if self._is_rebuilding:
             self._is_rebuilding = False
+            self._found = {v for v in self.copies if v.generation == self.generation}
             return [*self._rearrange(), *self._review(now_s)]
         commands = [*self._repair(now_s), *self._note_degraded(now_s)]
         commands += self.flushes.handle(event, now_s, self._holders_of)
@@ -149,10 +165,8 @@ class Job(Catalogue):
     def _remind(self, holder: HolderId) -> list[m.Command]:
         """Tell a holder what it may have missed; telling it again changes nothing."""
         commands: list[m.Command] = [m.FenceNewHolder(self.generation, holder)]
-        if self.watermark > Version(0, 0):
-            pinned = tuple(sorted(self._pinned))
-            collect = m.CollectBelow(self.generation, self.watermark, (holder,), pinned)
-            commands.append(collect)
+        if self._collected_by == self.generation:
+            commands.append(self._order_collection(holder))
         return commands
 
     # -- begin: claim, fence, list, choose, verify, record, answer ---------------------------
@@ -235,7 +249,7 @@ class Job(Catalogue):
 
     def _durable_listed(self, event: m.DurableListed) -> list[m.Command]:
         self._durable_problem = event.problem or None
-        self.durable |= set(event.versions)
+        self.durable |= set(event.versions) - self._rotten
         self.parents = {**event.parents, **self.parents}
         newest = max([event.newest_generation, *event.parents])  # S3 may have missed a claim
         self._oldest_claimable = max(self._oldest_claimable, newest + 1)
@@ -364,7 +378,7 @@ class Job(Catalogue):
         if begin is None or event.generation != begin.claim.generation:
             return []
         for holder, key in event.bad:
-            self.copies.get(key.version, {}).get(key.rank, {}).pop(holder, None)
+            self._drop_copy(holder, key)
             begin.unreadable.append(f"{key}: the copy on host {holder.node_id[:8]} is corrupt")
         for holder, key in event.unread:
             held = self.copies.get(key.version, {}).get(key.rank, {})
@@ -396,9 +410,11 @@ class Job(Catalogue):
             begin.verified.clear()
             return [*self._rearrange(), *self._choose()]
         self.passed_over[event.generation] = begin.choice.passed_over
-        commands = [*self._rearrange(), *self._repair(now_s)]
-        if begin.choice.version in self.durable and not self._has_sources(begin.choice.version):
-            # A holder went since its copies were read; S3 has them, its manifest says where.
+        commands = [*self._rearrange(), *self._repair(now_s), *self._collect()]
+        version, s3 = begin.choice.version, begin.claim.settings.s3
+        is_on_s3 = version in self.durable or (s3 is not None and self._durable_problem is not None)
+        if is_on_s3 and not self._has_sources(version):
+            # A copy went since it was read. S3 has it, its manifest says where; or it may have it.
             self.begin, begin.is_recorded = begin, True
             begin.verified.clear()
             return [*commands, *self._choose()]
@@ -500,9 +516,15 @@ class Job(Catalogue):
         if is_current and key.version.step in self.admissions.replaced:
             return
         held = self.copies.setdefault(key.version, {}).setdefault(key.rank, {})
-        others = [r for h, r in held.items() if h in self.holders]
-        if not others or others[0].digest == record.digest:
+        other = next((r for h, r in held.items() if h in self.holders), None)
+        if other is None or other.digests == record.digests:
             held[holder] = record
+
+    def _drop_copy(self, holder: HolderId, key: ShardKey) -> None:
+        """A corrupt copy counts no more, nor will it when a begin is over."""
+        self.copies.get(key.version, {}).get(key.rank, {}).pop(holder, None)
+        if (begin := self.begin) is not None:
+            begin.set_aside = [(h, r) for h, r in begin.set_aside if (h, r.key) != (holder, key)]
 
     def _reported(self, event: m.ShardReported, now_s: float) -> list[m.Command]:
         if event.holder not in self.holders:
@@ -519,12 +541,15 @@ class Job(Catalogue):
         commands: list[m.Command] = []
         if self._is_rebuilding:
             return commands
+        generation = self.generation
         versions = [only] if only is not None else sorted(self.copies)
         for version in versions:
-            is_current = version.generation == self.generation
+            is_current = version.generation == generation
             if is_current and version not in self.commits and self._is_replicated(version):
                 commands += self._commit(version, now_s)
         commands += self._collect()
+        if only in self.degraded:
+            commands += self._note_degraded(now_s)
         if only is None:
             commands += [*self._repair(now_s), *self._note_degraded(now_s)]
             commands += self.flushes.review(now_s, self._holders_of)
@@ -549,13 +574,16 @@ class Job(Catalogue):
         return commands
 
     def _is_replicated(self, version: Version) -> bool:
+        return self._is_whole(version, self.copies_needed)
+
+    def _is_whole(self, version: Version, need: int = 1) -> bool:
+        """Whether each rank's shard has as many copies, on live hosts."""
         ranks = self.copies.get(version, {})
         record = next((r for rs in ranks.values() for r in rs.values()), None)
         if record is None:
             return False
-        need = self.copies_needed
-        ranks_needed = range(record.plan.world_size)
-        return all(len(self.copies_of(version, rank)) >= need for rank in ranks_needed)
+        held = (ranks.get(rank, ()) for rank in range(record.plan.world_size))
+        return all(len({h.node_id for h in hs if h in self.holders}) >= need for hs in held)
 
     def _commit(self, version: Version, now_s: float) -> list[m.Command]:
         is_degraded = self.copies_needed < 1 + self.replicas
@@ -571,21 +599,43 @@ class Job(Catalogue):
         return commands
 
     def _collect(self) -> list[m.Command]:
-        settings = self.settings
-        committed = sorted(v for v in self.commits if v.generation == self.generation)
-        if settings is None or len(committed) < settings.memory.keep:
+        settings, generation = self.settings, self.generation
+        if settings is None or generation not in self.parents or self._is_rebuilding:
             return []
-        mark = max(committed[-settings.memory.keep], self.watermark)
+        keep = settings.memory.keep
+        kept = sorted(v for v in self.commits if v.generation == generation)[-keep:]
+        abandoned, self._spared = set[Version](), set()
+        if (missing := keep - len(kept)) > 0:
+            inherited, abandoned = self._inherited(generation)
+            if not kept:
+                self._spared = {v for v in abandoned if v in self.commits or self._is_whole(v)}
+            kept = [*inherited[-missing:], *kept]
+        mark = max(self.watermark, kept[0]) if len(kept) == keep else self.watermark
         self._retained = self._kept_in_memory(settings.memory)
         below = {v for v in self._retained if v < mark}
-        pinned = tuple(sorted(below.union(self.flushes.versions)))
-        if mark <= self.watermark and not self._pinned - set(pinned):
+        pinned = {*self.flushes.versions, *self._spared, *below}
+        is_new = mark > self.watermark or self._collected_by != generation
+        if not is_new and not self._pinned - pinned:
             return []
-        self.watermark, self._pinned = mark, set(pinned)
-        self.copies = {v: r for v, r in self.copies.items() if v >= mark or v in pinned}
+        self.watermark, self._pinned, self._collected_by = mark, pinned, generation
+        gone = {v for v in self.copies if v < mark or v in abandoned} - pinned
+        self.copies = {v: ranks for v, ranks in self.copies.items() if v not in gone}
         self.commits = {v: d for v, d in self.commits.items() if v >= mark or v in pinned}
         self._repair_tries = {k: n for k, n in self._repair_tries.items() if k.version >= mark}
-        return [m.CollectBelow(self.generation, mark, tuple(sorted(self.holders)), pinned)]
+        return [self._order_collection(*sorted(self.holders))]
+
+    def _order_collection(self, *holders: HolderId) -> m.CollectBelow:
+        pinned = tuple(sorted(self._pinned))
+        branch = branch_ends(self.parents, self.watermark)
+        return m.CollectBelow(self.generation, self.watermark, holders, pinned, branch)
+
+    def _inherited(self, generation: int) -> tuple[list[Version], set[Version]]:
+        """Older generations' steps that count among those to keep; and those on no branch."""
+        older = {v for v in self.copies if v.generation < generation}
+        on_branch = {v for v in older if is_on_branch(v, self.parents)}
+        need = self.copies_needed
+        counted = (v for v in on_branch if self._is_whole(v, 1 if v in self.commits else need))
+        return sorted(counted), older - on_branch
 
     def _kept_in_memory(self, memory: Memory) -> frozenset[Version]:
         """Versions that retention policies keep: committed, or whole and of an older generation."""
@@ -624,9 +674,10 @@ class Job(Catalogue):
         if settings is None or settings.s3 is None or self.begin is not None:
             return []
         on_branch = sorted(v for v in self.durable if is_on_branch(v, self.parents))
-        if len(on_branch) <= settings.s3.keep:
+        keep = settings.s3.keep
+        if keep is None or len(on_branch) <= keep:
             return []
-        mark, policies = on_branch[-settings.s3.keep], settings.s3.also_keep
+        mark, policies = on_branch[-keep], settings.s3.also_keep
         steps = [self.saved_step(v) for v in on_branch]
         unknown = {s.version for s in steps if s.metrics is None} - self._facts_asked
         if unknown and any(policy.needs_facts for policy in policies):
@@ -642,22 +693,33 @@ class Job(Catalogue):
         return [m.DeleteDurable(gone)]
 
     def needed_versions(self) -> Iterable[Version]:
-        """Versions whose shards are worth repairing: committed ones, and the branch's newest."""
-        parent = self.parents.get(self.generation)
-        kept = {v for v in self.commits if v.generation == self.generation} | self._retained
+        """Versions whose shards are worth repairing: committed ones, and the branch's newest.
+
+        After the coordinator's death a step that was committed, and has lost a copy, looks as if
+        it never had been.
+        """
+        generation = self.generation
+        parent = self.parents.get(generation)
+        kept = {v for v in self.commits if v.generation == generation}
+        self._found -= kept
+        kept.update([v for v in sorted(self._found) if self._is_whole(v)][-1:])
+        kept |= self._retained
         return sorted(kept | ({parent} if parent is not None else set()), reverse=True)
 
     def _repair(self, now_s: float) -> list[m.Command]:
         """Ask for one more copy of each shard that has too few, newest step first."""
         commands: list[m.Command] = []
-        self._repairs = {
-            (key, to): due
-            for (key, to), due in self._repairs.items()
-            if due > now_s and to in self.holders
-        }
+        need = self.copies_needed
+        if self._repairs:
+            self._repairs = {
+                (key, to): due
+                for (key, to), due in self._repairs.items()
+                if due > now_s and to in self.holders
+            }
         for version in self.needed_versions():
             for rank in sorted(self.copies.get(version, {})):
-                commands += self._repair_shard(version, rank, now_s)
+                if len(self.copies_of(version, rank)) < need:
+                    commands += self._repair_shard(version, rank, now_s)
         return commands
 
     def _repair_shard(self, version: Version, rank: int, now_s: float) -> list[m.Command]:

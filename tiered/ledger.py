@@ -49,8 +49,9 @@ class Ledger:
         return register.read_listing(self._gcs.keys("index/generation/")).newest_generation
 
     def list_durable(self, settings: JobSettings) -> DurableListed:
-        """What S3 knows: one LIST."""
+        """What S3 knows: one LIST. A life begins with it, so S3 is asked even if it was down."""
         try:
+            self.store(settings).check(is_urgent=True)
             return register.read_listing(self.store(settings).keys("index/"))
         except DurableStoreError as error:
             return DurableListed(problem=error.problem)
@@ -62,6 +63,8 @@ class Ledger:
         if is_ours and claim.settings.s3 is not None:
             try:
                 is_ours = self.store(claim.settings).create(key, data)
+                if is_ours:
+                    self._mirrored.add(key)
             except DurableStoreError as error:
                 logger.warning("[%s] generation not claimed on S3 yet: %s", self.job, error)
         return GenerationClaimed(claim.generation, is_ours)
@@ -82,41 +85,42 @@ class Ledger:
         self._gcs.create(winner, b"")
         if settings.s3 is not None:
             try:
-                if self._mirror(generation, settings):
-                    logger.warning("[%s] another cluster has generation %d", self.job, generation)
+                if key := self._mirror(settings):
+                    logger.warning("[%s] another cluster has written %s of this job", self.job, key)
             except DurableStoreError as error:
                 logger.warning("[%s] parent not recorded on S3 yet: %s", self.job, error)
         return ParentRecorded(generation, parents[generation])
 
-    def _mirror(self, generation: int, settings: JobSettings) -> str:
-        """Write a generation's claim and parent to S3: the claim first, which only one wins.
+    def _mirror(self, settings: JobSettings) -> str:
+        """Write to S3 what it missed of the generations that started, the oldest first.
+
+        A parent without those that it descends from would end the branch there: a new cluster
+        would not find the steps that are durable, and start afresh. Of each generation the claim is
+        written first, which only one cluster wins.
 
         Returns:
             The key that another cluster has written, or nothing.
         """
         store = self.store(settings)
-        keys = [register.claim_key(generation)]
-        slot = self._gcs.get(register.parent_slot(generation))
-        keys += [slot.decode()] if slot is not None else []
-        for key in keys:
-            if key in self._mirrored:
-                continue
-            if not store.create(key, self._gcs.get(key) or b""):
-                return key
-            self._mirrored.add(key)
+        parents = register.read_parents(self._gcs.keys("index/generation/"))
+        for generation, parent in sorted(parents.items()):
+            keys = register.claim_key(generation), register.parent_key(generation, parent)
+            for key in keys:
+                if key in self._mirrored:
+                    continue
+                if not store.create(key, self._gcs.get(key) or b""):
+                    return key
+                self._mirrored.add(key)
         return ""
 
     def manifest(self, version: Version, settings: JobSettings) -> tuple[ShardRecord, ...]:
         """Read a durable step's manifest.
 
         Raises:
-            ValueError: It is gone, or not the whole manifest of this version.
+            ValueError: It is gone, not the whole manifest of this version, or its shards are.
             DurableStoreError: S3 did not answer.
         """
-        data = self.store(settings).get(register.manifest_key(version))
-        if data is None:
-            raise ValueError("it is gone")
-        return register.decode_manifest(self.job, version, data)
+        return read_manifest(self.store(settings), self.job, version)
 
     def publish(
         self,
@@ -139,9 +143,11 @@ class Ledger:
             return str(FencedError(self.job, generation, listing.newest_generation))
         if listing.versions and listing.versions[-1] > version:
             return f"{listing.versions[-1]} is newer, and was published"
-        for started in sorted(self.recall().parents):  # what S3 missed while it was away
-            if key := self._mirror(started, settings):
-                return f"another cluster has written {key} of this job"
+        if key := self._mirror(settings):
+            return f"another cluster has written {key} of this job"
+        sizes = store.sizes(register.data_prefix(version))
+        if missing := register.explain_missing(records, sizes):
+            return f"it is not whole on S3: {missing}"
         manifest = register.encode_manifest(self.job, version, records)
         if not store.create(register.manifest_key(version), manifest):
             return "another manifest of this step is there"
@@ -157,3 +163,19 @@ class Ledger:
         store.delete([register.manifest_key(version) for version in versions])
         for version in versions:
             store.delete(store.keys(register.data_prefix(version)))
+
+
+def read_manifest(store: S3Store, job: str, version: Version) -> tuple[ShardRecord, ...]:
+    """Read a durable step's manifest, and see that every shard is there with its size: one LIST.
+
+    Raises:
+        ValueError: It is gone, not the whole manifest of this version, or not what is there.
+        DurableStoreError: S3 did not answer.
+    """
+    data = store.get(register.manifest_key(version))
+    if data is None:
+        raise ValueError("it is gone")
+    records = register.decode_manifest(job, version, data)
+    if missing := register.explain_missing(records, store.sizes(register.data_prefix(version))):
+        raise ValueError(missing)
+    return records

@@ -155,6 +155,22 @@ class ShardReported:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyFoundCorrupt:
+    """A holder has read its copy of a shard, and it is not what it was."""
+
+    holder: HolderId
+    key: ShardKey
+
+
+@dataclass(frozen=True, slots=True)
+class DurableFoundCorrupt:
+    """A rank has read a step from S3, its last resort, and it is not what was saved."""
+
+    version: Version
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class ShardUploaded:
     """A rank's shard is on S3, whole."""
 
@@ -220,6 +236,8 @@ Event = (
     | ShardsVerified
     | ParentRecorded
     | ShardReported
+    | CopyFoundCorrupt
+    | DurableFoundCorrupt
     | ShardUploaded
     | UploadFailed
     | ManifestPublished
@@ -300,12 +318,22 @@ class SetBuddies:
 
 @dataclass(frozen=True, slots=True)
 class CollectBelow:
-    """Tell these holders to let go of what is older than `below`, but for what is being flushed."""
+    """Tell these holders to let go of what is older than `below`, but for what is pinned.
+
+    Attributes:
+        generation: Who says so.
+        below: The watermark.
+        holders: Whom to tell.
+        pinned: What stays although it is older, or abandoned.
+        branch: The last step of each older generation that this one descends from: what those
+            have beyond is abandoned, and goes too. None where that is not known.
+    """
 
     generation: int
     below: Version
     holders: tuple[HolderId, ...]
     pinned: tuple[Version, ...] = ()
+    branch: tuple[Version, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

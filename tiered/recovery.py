@@ -17,6 +17,7 @@ from tiered.coordinator import CALL_TIMEOUT_S, SETTLE_TIMEOUT_S, JobStatus
 from tiered.errors import ConfigError, StepNotFoundError, WorldSizeError
 from tiered.fetch import ShardReader, tiers_of
 from tiered.history import Candidate, Resolution, ShardSources, latest_consistent_step
+from tiered.ledger import read_manifest
 from tiered.restore import read_state, restore_into
 from tiered.s3 import S3Store
 
@@ -91,9 +92,11 @@ class Recovered:
 
     @contextlib.contextmanager
     def _reading(self, rank: int) -> Iterator[ShardReader]:
+        reader = self._reader(rank)
         try:
-            yield self._reader(rank)
+            yield reader
         finally:
+            reader.close()
             if self._store is not None:
                 self._store.close()
 
@@ -206,6 +209,19 @@ def drain(node_id: str, timeout_s: float = 600.0) -> None:
         time.sleep(DRAIN_POLL_S)
 
 
+def forget(job: str) -> None:
+    """Let go of everything that `job` has in the cluster's memory; what is on S3 stays.
+
+    For a job that is over: one that is training just goes on, with its next save.
+
+    Raises:
+        ConfigError: No Ray cluster with checkpoints in its memory is running.
+        HolderUnavailableError: Some host did not answer. Ask again.
+    """
+    check_job_name(job)
+    cluster.ask(cluster.running_coordinator(), "forget", job, timeout_s=ASK_TIMEOUT_S)
+
+
 def _resolve_on_s3(job: str, store: S3Store, step: int | None, before: int | None) -> Resolution:
     """The same decision as the coordinator's, over S3 alone: one LIST, one manifest."""
     listing = register.read_listing(store.keys("index/"))
@@ -231,11 +247,8 @@ def _resolve_on_s3(job: str, store: S3Store, step: int | None, before: int | Non
 def _read_manifest(
     job: str, store: S3Store, version: Version
 ) -> tuple[str, tuple[ShardSources, ...]]:
-    data = store.get(register.manifest_key(version))
-    if data is None:
-        return "its manifest is gone", ()
     try:
-        records = register.decode_manifest(job, version, data)
+        records = read_manifest(store, job, version)
     except ValueError as error:
         return f"its manifest cannot be used: {error}", ()
     return "", tuple(ShardSources(record, (), is_durable=True) for record in records)

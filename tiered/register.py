@@ -13,6 +13,7 @@ needs. S3, where there is one, holds the same keys under a job's prefix, so that
 """
 
 import re
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
@@ -26,11 +27,14 @@ from ray.experimental.internal_kv import (
 from replication.checksum import DIGEST_BYTES
 from replication.holder import NAMESPACE
 from replication.records import Life, ShardRecord, Version, decode, encode
+from replication.wire import SECRET_BYTES, Secret
 from tiered import retention
 from tiered.config import S3, JobSettings, Memory
 from tiered.messages import Claim, DurableListed
 
 T = TypeVar("T", Memory, S3)
+SECRET_NAMESPACE = f"{NAMESPACE}-data-plane"  # beside the jobs', whose names it could else take
+SECRET_KEY = "secret"
 
 _CLAIM = re.compile(r"index/generation/([0-9]{8,18})/claim")
 _PARENT = re.compile(r"index/generation/([0-9]{8,18})/parent-(?:none|([0-9]{8,18})-([0-9]{12,18}))")
@@ -109,6 +113,20 @@ def known_jobs() -> list[str]:
     return sorted({k.decode().split("/", 1)[0] for k in found})
 
 
+def cluster_secret() -> Secret:
+    """Return the secret of the cluster's data plane, made by whoever asked first.
+
+    It is in Ray's GCS because it has to outlive the coordinator, and because creating a key there
+    has one winner: a coordinator that was restarted, or a second one, can start no holder that its
+    elders do not believe. Nobody learns it there who could not before: it is an argument of the
+    holders' creation, which the GCS keeps too, and who may read the GCS may call the holders. It is
+    not below a job, is never logged, and nothing of ours writes it to a disk or to S3.
+    """
+    made = secrets.token_bytes(SECRET_BYTES)
+    _internal_kv_put(SECRET_KEY, made, overwrite=False, namespace=SECRET_NAMESPACE)
+    return Secret(_internal_kv_get(SECRET_KEY, namespace=SECRET_NAMESPACE))
+
+
 # --- claims -------------------------------------------------------------------------------------
 
 
@@ -170,8 +188,9 @@ def read_listing(keys: Iterable[str]) -> DurableListed:
     claimed = [generation for key, generation in claims.items() if key == claim_key(generation)]
     steps = {key: Version(int(m[1]), int(m[2])) for key in keys if (m := _STEP.fullmatch(key))}
     versions = tuple(sorted(v for key, v in steps.items() if key == manifest_key(v)))
-    newest = max([*claimed, *(v.generation for v in versions)], default=0)
-    return DurableListed(versions, read_parents(keys), newest)
+    parents = read_parents(keys)
+    newest = max([*claimed, *parents, *(v.generation for v in versions)], default=0)
+    return DurableListed(versions, parents, newest)
 
 
 # --- manifests ----------------------------------------------------------------------------------
@@ -213,6 +232,25 @@ def decode_manifest(job: str, version: Version, data: bytes) -> tuple[ShardRecor
     if not records:
         raise ValueError("it has no shards")
     return records
+
+
+def explain_missing(records: Iterable[ShardRecord], sizes: Mapping[str, int]) -> str:
+    """Which shards of a step are not on S3, or not with their size; empty when all are.
+
+    Args:
+        records: What the manifest says.
+        sizes: Of the objects that are there, by key.
+    """
+    problems = []
+    for record in records:
+        stored = sizes.get(shard_key(record.key.version, record.key.rank))
+        if stored is None:
+            problems.append(f"rank {record.key.rank}'s shard is missing")
+        elif stored != record.plan.size_bytes:
+            expected = record.plan.size_bytes
+            problems.append(f"rank {record.key.rank}'s shard has {stored} bytes, not {expected}")
+    more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return ", ".join(problems[:3]) + more
 
 
 def _read_entry(shard: Mapping[str, Any]) -> ShardRecord:

@@ -1,7 +1,8 @@
 """Filling a state from a shard: checked as a whole first, then in place, chunk by chunk."""
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -9,10 +10,10 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from replication.records import Chunk
+from replication.records import Buffer
 from tiered.errors import StateError
 from tiered.fetch import ShardReader
-from tiered.image import Front, bytes_of, overlapping, read_front
+from tiered.image import Front, Span, bytes_of, overlapping, read_front
 from tiered.state import (
     Array,
     TensorRef,
@@ -38,11 +39,11 @@ def restore_into(
     Raises:
         StateError: Keys are missing or too many, or a tensor does not fit; says which, all of
             them, before anything is overwritten.
-        StepNotFoundError: No tier has an intact copy of some chunk; what came before it is
-            already in `state`, which is then part old, part new.
+        StepNotFoundError: No tier has an intact copy of some chunk. The tensors in `state` are then
+            part old, part new, part what no tier had intact: they are not to be used.
     """
-    with closing(reader.chunks()) as chunks:
-        front, tree = _open(reader, chunks, allow_pickle=allow_pickle)
+    with closing(reader):
+        front, tree = _open(reader, allow_pickle=allow_pickle)
         present = capture(state, is_target=True)
         current = read_tree(present.tree)
         _check_keys(state, tree)
@@ -50,7 +51,7 @@ def restore_into(
         pairs = list(_pairs(current, tree))
         sharded = {b.name: present.sharded[a.name] for a, b in pairs if a.name in present.sharded}
         _check_sharded(tree, sharded)
-        tensors = _read_tensors(chunks, front, tree, _targets(pairs, present.tensors))
+        tensors = _read_tensors(reader, front, tree, _targets(pairs, present.tensors))
     tensors |= sharded
     for key, saved in tree.items():
         state[key] = _filled(state[key], current[key], saved, tensors)
@@ -58,16 +59,14 @@ def restore_into(
 
 def read_state(reader: ShardReader, *, allow_pickle: bool = False) -> dict[Any, Any]:
     """Return a shard's state in memory of its own: containers, numbers, CPU tensors."""
-    with closing(reader.chunks()) as chunks:
-        front, tree = _open(reader, chunks, allow_pickle=allow_pickle)
-        result: dict[Any, Any] = materialise(tree, _read_tensors(chunks, front, tree, {}))
+    with closing(reader):
+        front, tree = _open(reader, allow_pickle=allow_pickle)
+        result: dict[Any, Any] = materialise(tree, _read_tensors(reader, front, tree, {}))
     return result
 
 
-def _open(
-    reader: ShardReader, chunks: Iterator[Chunk], *, allow_pickle: bool
-) -> tuple[Front, dict[Any, Any]]:
-    first = b"".join(buffer.tobytes() for buffer in next(chunks))
+def _open(reader: ShardReader, *, allow_pickle: bool) -> tuple[Front, dict[Any, Any]]:
+    first = b"".join(buffer.tobytes() for buffer in reader.chunk(0))
     front = read_front(first, reader.sources.record.plan)
     return front, read_tree(front.tree, allow_pickle=allow_pickle)
 
@@ -183,12 +182,12 @@ def _targets(
 
 
 def _read_tensors(
-    chunks: Iterator[Chunk],
+    reader: ShardReader,
     front: Front,
     tree: Any,
     targets: Mapping[str, list[torch.Tensor]],
 ) -> dict[str, torch.Tensor]:
-    """Read all tensors, into `targets` where there are any; chunk by chunk."""
+    """Read all tensors, into `targets` where there are any: each byte straight to its place."""
     refs = {ref.name: ref for ref in tensor_refs(tree)}
     spans = tuple(span for span in front.spans if span.name in refs)
     if absent := refs.keys() - {span.name for span in spans}:
@@ -201,18 +200,32 @@ def _read_tensors(
             raise StateError(span.name, f"{span.stop - span.start} bytes saved, {size} needed")
         tensors[span.name] = tensor = _destination(ref, targets.get(span.name, []))
         views[span.name] = bytes_of(tensor)
-    start = 0
-    for chunk in chunks:
-        for buffer in chunk:
-            stop = start + buffer.nbytes
-            for span in overlapping(spans, start, stop):
-                low, high = max(start, span.start), min(stop, span.stop)
-                view = views[span.name][low - span.start : high - span.start]
-                np.copyto(view, buffer[low - start : high - start])
-            start = stop
+    sizes = reader.sources.record.plan.chunk_sizes[1:]  # the first one was the front
+    stops = list(itertools.accumulate(sizes))
+
+    def places(index: int) -> list[memoryview]:
+        return _places(spans, views, stops[index - 1] - sizes[index - 1], stops[index - 1])
+
+    reader.fill(places, range(1, 1 + len(sizes)))
     for name, copies in targets.items():
         tensors[name] = _copied(tensors[name], copies)
     return tensors
+
+
+def _places(
+    spans: Sequence[Span], views: Mapping[str, Buffer], start: int, stop: int
+) -> list[memoryview]:
+    """Where bytes `start` to `stop` of the tensor data go; what no tensor has goes nowhere."""
+    places, at = [], start
+    for span in overlapping(spans, start, stop):
+        low, high = max(start, span.start), min(stop, span.stop)
+        if at < low:
+            places.append(memoryview(bytearray(low - at)))
+        places.append(views[span.name][low - span.start : high - span.start].data)
+        at = high
+    if at < stop:
+        places.append(memoryview(bytearray(stop - at)))
+    return places
 
 
 def _destination(ref: TensorRef, targets: list[torch.Tensor]) -> torch.Tensor:

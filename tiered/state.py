@@ -10,6 +10,7 @@ Face tools expect. Tensors that are the same memory (tied weights) are saved onc
 twice. Of a DTensor the local shard is saved, with its place in the global tensor.
 """
 
+import itertools
 import pickle
 import re
 from collections import Counter, OrderedDict
@@ -115,13 +116,16 @@ class Captured:
 
     Attributes:
         tree: The msgpack document.
-        tensors: By name, detached, on the device where they are; not copied.
+        tensors: By name, on the device where they are; not copied.
         sharded: By name, the DTensors of which `tensors` has the local shards.
+        signature: Equal for states with tensors of the same names, dtypes and shapes; quick to
+            compare where `capture` had a cache.
     """
 
     tree: bytes
     tensors: dict[str, torch.Tensor]
     sharded: dict[str, DTensor] = field(default_factory=dict)
+    signature: tuple[Any, ...] = ()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -129,7 +133,54 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# --- what is the same as last time --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorDict:
+    """A dict of plain tensors as it was captured, to be known again.
+
+    A model's state_dict() holds thousands of tensors whose memory stays where it is. Looking at
+    each anew (its name, its kind, its aliases) takes longer than copying a small one.
+    """
+
+    keys: tuple[Any, ...]
+    shapes: tuple[tuple[int, torch.dtype, torch.Size, tuple[int, ...]], ...]
+    names: tuple[str, ...]
+    encoded: dict[Any, Any]
+    aliases: dict[tuple[Any, ...], TensorRef]
+    pointers: frozenset[int]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether a layout made for one is right for the other."""
+        return self is other or (
+            isinstance(other, TensorDict)
+            and self.names == other.names
+            and [s[1:3] for s in self.shapes] == [s[1:3] for s in other.shapes]
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # an equal one may be elsewhere in memory
+
+    def is_same(self, value: Mapping[Any, Any]) -> bool:
+        """Whether these are tensors of the same kind, in the same memory, under the same keys."""
+        if len(value) != len(self.keys) or tuple(value) != self.keys:
+            return False
+        for tensor, (pointer, dtype, shape, stride) in zip(
+            value.values(), self.shapes, strict=True
+        ):
+            if type(tensor) not in PLAIN or tensor.data_ptr() != pointer:
+                return False
+            if tensor.dtype is not dtype or tensor.shape != shape or tensor.stride() != stride:
+                return False
+        return True
+
+
+CaptureCache = dict[Path, TensorDict]  # what `capture` remembers between saves of one state
+
+
 # --- taking apart -------------------------------------------------------------------------------
+
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 
 
 @dataclass(slots=True)
@@ -137,9 +188,13 @@ class _Capture:
     allow_pickle: bool
     is_target: bool = False
     is_in_set: bool = False
+    cache: CaptureCache | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     sharded: dict[str, DTensor] = field(default_factory=dict)
     aliases: dict[tuple[Any, ...], TensorRef] = field(default_factory=dict)
+    pointers: set[int] = field(default_factory=set)
+    known: list[TensorDict] = field(default_factory=list)  # whose aliases are not in `aliases` yet
+    signature: list[Any] = field(default_factory=list)
 
     def encode(self, value: Any, path: Path) -> Any:
         kind = type(value)
@@ -161,7 +216,7 @@ class _Capture:
         if isinstance(value, torch.Tensor):
             return msgpack.ExtType(EXT_TENSOR, self.tensor(value, path).pack())
         if kind is dict or kind is OrderedDict:
-            return {self.key(k, path): self.encode(v, (*path, k)) for k, v in value.items()}
+            return self.encode_dict(value, path)
         if kind is list:
             return [self.encode(v, (*path, i)) for i, v in enumerate(value)]
         if kind is tuple:
@@ -169,6 +224,55 @@ class _Capture:
         if is_stateful(value):
             return self.encode(value.state_dict(), path)
         return self.encode_rare(value, path)
+
+    def encode_dict(self, value: Mapping[Any, Any], path: Path) -> dict[Any, Any]:
+        if self.cache is None or not value:
+            return {self.key(k, path): self.encode(v, (*path, k)) for k, v in value.items()}
+        known = self.cache.get(path)
+        if (
+            known is not None
+            and known.is_same(value)
+            and self.pointers.isdisjoint(known.pointers)
+            and self.tensors.keys().isdisjoint(known.names)
+        ):
+            self.tensors.update(zip(known.names, value.values(), strict=True))
+            self.pointers |= known.pointers
+            self.known.append(known)
+            self.signature.append(known)
+            return known.encoded
+        before = len(self.tensors), len(self.signature)
+        encoded = {self.key(k, path): self.encode(v, (*path, k)) for k, v in value.items()}
+        self._remember(path, value, encoded, *before)
+        return encoded
+
+    def _remember(
+        self,
+        path: Path,
+        value: Mapping[Any, Any],
+        encoded: dict[Any, Any],
+        tensors: int,
+        parts: int,
+    ) -> None:
+        """Remember a dict of plain tensors on the CPU, each with memory of its own."""
+        assert self.cache is not None
+        self.cache.pop(path, None)
+        is_plain = all(type(v) in PLAIN and v.device.type == "cpu" for v in value.values())
+        names = tuple(dotted((*path, key)) for key in value)
+        own = list(itertools.islice(self.tensors, tensors, None))
+        if not is_plain or own != list(names):
+            return  # something else in it, or tied weights
+        aliases = [(_alias(self.tensors[n]), n) for n in names if self.tensors[n].numel()]
+        if any(n != self.aliases[alias].name for alias, n in aliases):
+            return
+        self.cache[path] = known = TensorDict(
+            tuple(value),
+            tuple((v.data_ptr(), v.dtype, v.shape, v.stride()) for v in value.values()),
+            names,
+            encoded,
+            {alias: self.aliases[alias] for alias, _ in aliases},
+            frozenset(v.data_ptr() for v in value.values() if v.numel()),
+        )
+        self.signature[parts:] = [known]
 
     def encode_rare(self, value: Any, path: Path) -> Any:
         kind = type(value)
@@ -234,21 +338,37 @@ class _Capture:
             value = value.to_local()
         value = value.detach()
         check_tensor(name, value)
-        alias = (
-            value.device, value.data_ptr(), value.dtype, value.shape, value.stride(),
-            value.is_conj(), value.is_neg(), offsets, global_shape,
-        )  # fmt: skip
-        if value.numel() and (known := self.aliases.get(alias)):
-            return known
+        alias = _alias(value, offsets, global_shape)
+        if value.numel():
+            if self.known and value.data_ptr() in self.pointers:
+                for known_dict in self.known:
+                    self.aliases.update(known_dict.aliases)
+                self.known.clear()
+            if known := self.aliases.get(alias):
+                return known
+            self.pointers.add(value.data_ptr())
         _check_name(name)
         if name in self.tensors:
             raise StateError(name, "two values have this name once their paths are joined by dots")
         ref = TensorRef(name, dtype_name(value.dtype), tuple(value.shape), offsets, global_shape)
         self.aliases[alias] = ref
         self.tensors[name] = value
+        self.signature.append((name, value.dtype, value.shape))
         if isinstance(whole, DTensor):
             self.sharded[name] = whole
         return ref
+
+
+def _alias(
+    value: torch.Tensor,
+    offsets: tuple[int, ...] | None = None,
+    global_shape: tuple[int, ...] | None = None,
+) -> tuple[Any, ...]:
+    """What two tensors that are the same memory have in common."""
+    return (
+        value.device, value.data_ptr(), value.dtype, value.shape, value.stride(),
+        value.is_conj(), value.is_neg(), offsets, global_shape,
+    )  # fmt: skip
 
 
 def check_tensor(name: str, value: torch.Tensor) -> None:
@@ -258,7 +378,7 @@ def check_tensor(name: str, value: torch.Tensor) -> None:
         StateError: It is on the meta device, sparse, nested, quantized, freed, or an unknown
             subclass.
     """
-    if type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    if type(value) not in PLAIN:
         raise StateError(name, f"tensor subclass {type(value).__name__} is not supported")
     if value.device.type == "meta":
         raise StateError(name, "it is on the meta device and has no data; materialise it first")
@@ -308,7 +428,11 @@ def _pack(body: Any) -> bytes:
 
 
 def capture(
-    state: Mapping[str, Any], *, allow_pickle: bool = False, is_target: bool = False
+    state: Mapping[str, Any],
+    *,
+    allow_pickle: bool = False,
+    is_target: bool = False,
+    cache: CaptureCache | None = None,
 ) -> Captured:
     """Take a state apart; copies no tensor.
 
@@ -316,15 +440,16 @@ def capture(
         state: Names to tensors, numbers, containers, or objects with state_dict().
         allow_pickle: Pickle what is none of these, instead of refusing it.
         is_target: The state is about to be filled: None stands for what is none of these.
+        cache: Empty at first; the same one with each save of a state makes later ones quick.
 
     Raises:
         StateError: A value cannot be saved; names its key.
     """
     if not isinstance(state, Mapping):
         raise StateError("", f"the state must be a dict, not a {type(state).__name__}")
-    work = _Capture(allow_pickle, is_target)
+    work = _Capture(allow_pickle, is_target, cache=cache)
     tree = {work.key(k, ()): work.encode(v, (k,)) for k, v in state.items()}
-    return Captured(_pack(tree), work.tensors, work.sharded)
+    return Captured(_pack(tree), work.tensors, work.sharded, tuple(work.signature))
 
 
 # --- putting together ---------------------------------------------------------------------------

@@ -41,6 +41,9 @@ class FakeStore(DurableStore):
         with self._lock:
             self.objects[key] = image
 
+    def check(self) -> None:
+        self._begin("check", "")
+
     def create(self, key: str, data: bytes) -> bool:
         self._begin("create", key)
         with self._lock:
@@ -51,7 +54,7 @@ class FakeStore(DurableStore):
         with self._lock:
             return self.objects.get(key)
 
-    def read(self, key: str, start: int, size_bytes: int) -> bytes:
+    def read(self, key: str, start: int, size_bytes: int) -> memoryview:
         self._begin("read", key)
         with self._lock:
             image = self.objects.get(key)
@@ -60,7 +63,7 @@ class FakeStore(DurableStore):
         data = image[start : start + size_bytes]
         if len(data) != size_bytes:
             raise DurableStoreError("fake", f"read of {key}", "the object ends before")
-        return data
+        return memoryview(data)
 
     def keys(self, prefix: str) -> list[str]:
         self._begin("keys", prefix)

@@ -9,16 +9,27 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from chaos.s3_faults import Fault
 from chaos.s3_server import S3Server
 from replication.durable import DurableStore
 from replication.records import Chunk
+from tests.contract.conftest import SHARED_BUCKET
 from tests.contract.fake_store import FakeStore
-from tiered.config import S3
+from tiered.config import MIB, S3
 from tiered.errors import DurableStoreError
-from tiered.s3 import DELETE_BATCH, PART_SIZE_BYTES, S3Store
+from tiered.s3 import DELETE_BATCH, S3Store
 
 BUCKET = "contract"
 WRITERS = 4
+PART_BYTES = 5 * MIB
+FAULTS = [  # what S3 and the way there do now and then
+    Fault("status", status=500, probability=0.02, times=None),
+    Fault("status", status=503, code="SlowDown", probability=0.02, times=None),
+    Fault("cut_request", probability=0.02, times=None),
+    Fault("cut_response", probability=0.02, times=None),
+    Fault("truncate", match="^(GetObject|ListObjectsV2) ", probability=0.02, times=None),
+    Fault("drop_reply", probability=0.02, times=None),
+]
 
 _roots = (f"job-{number}" for number in itertools.count())
 
@@ -31,15 +42,22 @@ def s3_settings() -> Iterator[S3]:
         for name, value in server.environment().items():
             patch.setenv(name, value)
         server.create_bucket(BUCKET)
-        yield S3(f"s3://{BUCKET}/check/points")
+        yield S3(f"s3://{BUCKET}/check/points", part_bytes=PART_BYTES)
 
 
-@pytest.fixture(params=["fake", "s3"])
+@pytest.fixture(params=["fake", "s3", "faulty s3"])
 def store(request: pytest.FixtureRequest) -> Iterator[DurableStore]:
     if request.param == "fake":
         yield FakeStore()
         return
-    real = S3Store(request.getfixturevalue("s3_settings"), next(_roots))
+    if request.param == "s3":
+        settings = request.getfixturevalue("s3_settings")
+    else:
+        request.getfixturevalue("pauses")
+        request.getfixturevalue("proxy").set_faults(*FAULTS)
+        # Of 1000 requests one may meet three faults in a row.
+        settings = S3(f"s3://{SHARED_BUCKET}/faulty", part_bytes=PART_BYTES, max_attempts=9)
+    real = S3Store(settings, next(_roots))
     yield real
     real.close()
 
@@ -71,12 +89,12 @@ def test_upload_of_no_bytes_stores_an_empty_object(
 
 
 def test_upload_in_several_parts_is_one_object(store: DurableStore) -> None:
-    image = image_of(2 * PART_SIZE_BYTES + 12_345)
-    cut = PART_SIZE_BYTES - 7
+    image = image_of(2 * PART_BYTES + 12_345)
+    cut = PART_BYTES - 7
     store.upload("large", chunks_of([image[:cut]], [image[cut : cut + 3], image[cut + 3 :]]))
 
-    assert store.get("large") == image
-    edge = PART_SIZE_BYTES - 100
+    assert store.read("large", 0, len(image)) == image
+    edge = PART_BYTES - 100
     assert store.read("large", edge, 200) == image[edge : edge + 200]
     assert store.read("large", len(image) - 1, 1) == image[-1:]
 

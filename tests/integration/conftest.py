@@ -3,14 +3,20 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+import ray
 
+import tiered
 from chaos.local_cluster import LocalCluster
 from chaos.s3_server import S3Server
 
 
 @pytest.fixture
-def job() -> str:
-    return f"test-{uuid.uuid4().hex[:8]}"
+def job() -> Iterator[str]:
+    """A job's name; in the end its memory is there for the next one."""
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    yield name
+    if ray.is_initialized():
+        tiered.forget(name)
 
 
 @pytest.fixture

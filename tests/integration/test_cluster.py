@@ -282,9 +282,8 @@ def test_an_object_store_too_small_for_the_policy(
 ) -> None:
     actors = start_trainers(cluster.hosts[:1], port)
     settings = {"memory": EVERY, "state_bytes": 60 * MIB}
-    ray.get(actors[0].start.remote(job, settings, 0))
     with pytest.raises(tiered.MemoryBudgetError) as refusal:
-        save(actors, 1)
+        ray.get(actors[0].start.remote(job, settings, 0))
     text = str(refusal.value)
     assert "--object-store-memory" in text
     assert "keep=2" in text

@@ -76,6 +76,18 @@ class Trainer:
             handle.wait(level, timeout_s=60)  # type: ignore[arg-type]
         return dict(handle.levels)
 
+    def try_save(self, step: int, seed: int, **options: Any) -> tuple[str, float]:
+        """Save if due; returns why it gets no safer, if that is known at once, and the stall."""
+        self.state = make_state(seed, self.state_bytes)
+        handle = self.checkpointer.save(step, self.state, **options)
+        assert handle is not None
+        self.handles[step] = handle
+        return str(handle.error or ""), handle.stall_s
+
+    def counters(self) -> tuple[int, tuple[tiered.DegradedStep, ...]]:
+        """Skipped saves, and what is known to be degraded."""
+        return self.checkpointer.skipped, self.checkpointer.degraded
+
     def wait(self, step: int, level: str) -> dict[str, float]:
         return dict(self.handles[step].wait(level, timeout_s=60).levels)  # type: ignore[arg-type]
 

@@ -4,9 +4,9 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
 
-from tests.sim.mutants import MUTANTS, violations_of
+from tests.sim.mutants import MUTANTS
+from tests.sim.pool import run_mutants, run_seeds
 from tests.sim.world import World, draw_setup
 
 
@@ -16,42 +16,49 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--seeds", type=int, default=1, help="how many")
     parser.add_argument("--hosts", type=int, help="hosts, and as many ranks (default: 2 to 5)")
-    parser.add_argument("--hours", type=float, help="virtual hours (default: under 10 minutes)")
+    parser.add_argument("--hours", type=float, help="virtual hours (default: a few minutes)")
+    parser.add_argument("--jobs", type=int, help="processes (default: one for each core)")
     parser.add_argument("--quiet", action="store_true", help="no trace of a single seed")
     parser.add_argument("--mutants", nargs="*", metavar="NAME", help="broken cores (default: all)")
     args = parser.parse_args()
     seeds = range(args.seed, args.seed + args.seeds)
     if args.mutants is not None:
-        return _run_mutants(args.mutants or MUTANTS, seeds)
-    totals: Counter[str] = Counter()
-    failed = []
+        return _run_mutants(args.mutants or list(MUTANTS), seeds, args.jobs)
     began_s = time.perf_counter()
-    for seed in seeds:
-        is_traced = args.seeds == 1 and not args.quiet
-        world = World(seed, draw_setup(seed, args.hosts, args.hours), is_traced=is_traced)
-        violations = world.run()
-        totals.update(world.oracle.counts)
-        totals["events"] += world.kernel.events
-        for line in world.kernel.trace or ():
-            _say(line)
-        if violations:
-            failed.append(seed)
-            _say(f"seed {seed}: " + "; ".join(violations[:3]))
+    if args.seeds > 1:
+        findings, totals = run_seeds(seeds, args.hosts, args.hours, jobs=args.jobs)
+    else:
+        findings, totals = _run_one(args.seed, args.hosts, args.hours, is_traced=not args.quiet)
     spent_s = time.perf_counter() - began_s
+    for seed, violations in findings:
+        _say(f"seed {seed}: " + "; ".join(violations[:3]))
     _say(f"{args.seeds} seeds in {spent_s:.1f} s, {args.seeds / spent_s:.1f} a second")
     _say(", ".join(f"{totals[name]:,} {name}" for name in sorted(totals)))
+    failed = [seed for seed, _ in findings]
     _say(f"{len(failed)} seeds broke a promise" + (f": {failed[:20]}" if failed else ""))
     return 1 if failed else 0
 
 
-def _run_mutants(names: Iterable[str], seeds: range) -> int:
-    is_missed = False
+def _run_one(
+    seed: int, hosts: int | None, hours: float | None, *, is_traced: bool
+) -> tuple[list[tuple[int, list[str]]], Counter[str]]:
+    """One seed, with what happened in it."""
+    world = World(seed, draw_setup(seed, hosts, hours), is_traced=is_traced)
+    violations = world.run()
+    for line in world.kernel.trace or ():
+        _say(line)
+    totals = Counter({**world.oracle.counts, "events": world.kernel.events})
+    return [(seed, violations)] if violations else [], totals
+
+
+def _run_mutants(names: list[str], seeds: range, jobs: int | None) -> int:
+    """Say of each mutant how many seeds caught it, and which did first."""
+    caught = run_mutants(names, seeds, jobs=jobs)
     for name in names:
-        failed = [(seed, found[0]) for seed in seeds if (found := violations_of(name, seed))]
-        first = f"first {failed[0][0]}: {failed[0][1]}" if failed else "never"
-        _say(f"{name}: {len(failed)} of {len(seeds)} seeds, {first}")
-        is_missed |= not failed
-    return 1 if is_missed else 0
+        found = caught[name]
+        first = f"first {found[0][0]}: {found[0][1]}" if found else "never"
+        _say(f"{name}: {len(found)} of {len(seeds)} seeds, {first}")
+    return 0 if all(caught.values()) else 1
 
 
 def _say(line: str) -> None:

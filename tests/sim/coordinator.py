@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING, Any, assert_never
 from replication import membership
 from replication.errors import FencedError, HolderUnavailableError, TieredError
 from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
+from tests.sim.limits import (
+    CALL_TIMEOUT_S,
+    COORDINATOR_RESTART_S,
+    HEARTBEAT_TIMEOUT_S,
+    SETTLE_TIMEOUT_S,
+    UPLOAD_TIMEOUT_S,
+    VERIFY_TIMEOUT_S,
+)
 from tests.sim.network import Host, Outcome, Process, Reply, gather
 from tiered import messages as m
 from tiered import register
@@ -20,13 +28,7 @@ from tiered.history import Resolution
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-HEARTBEAT_TIMEOUT_S = 2.0
-CALL_TIMEOUT_S = 10.0
-VERIFY_TIMEOUT_S = 60.0
-UPLOAD_TIMEOUT_S = 60.0
-SETTLE_TIMEOUT_S = 30.0
 Copies = tuple[tuple[HolderId, ShardKey], ...]
-RESTART_S = 1.5  # by then the register has served what another one had asked of it
 
 
 class Coordinator(Process):
@@ -42,7 +44,7 @@ class Coordinator(Process):
         self._is_opening = False
         self._waiting: list[Callable[[], None]] = []
         self._answers: dict[Life, list[Reply]] = {}
-        world.kernel.after(RESTART_S, self._beat)
+        world.kernel.after(COORDINATOR_RESTART_S, self._beat)
 
     @property
     def is_current(self) -> bool:
@@ -60,10 +62,18 @@ class Coordinator(Process):
 
         self._when_settled(self.world.kernel.now_s + SETTLE_TIMEOUT_S, ask)
 
-    def report_shards(self, holder: HolderId, records: list[ShardRecord], reply: Reply) -> None:
-        """A holder has these shards."""
+    def report(
+        self,
+        holder: HolderId,
+        records: list[ShardRecord],
+        corrupt: list[ShardKey],
+        reply: Reply,
+    ) -> None:
+        """A holder has these shards, and of those its copy is corrupt."""
 
         def report() -> None:
+            for key in corrupt:
+                self.feed(m.CopyFoundCorrupt(holder, key))
             for record in records:
                 if holder not in self.job.holders:
                     reply(HolderUnavailableError(holder.node_id, "not up yet"))
@@ -89,6 +99,15 @@ class Coordinator(Process):
             reply(answer)
 
         self._when_open(ask)
+
+    def report_unreadable(self, version: Version, rank: int, reply: Reply) -> None:
+        """What S3 has of a step is not what was saved."""
+
+        def report() -> None:
+            self.feed(m.DurableFoundCorrupt(version, rank))
+            reply(None)
+
+        self._when_open(report)
 
     def progress(self, versions: list[Version], reply: Reply) -> None:
         """How safe these saves are."""
@@ -148,7 +167,7 @@ class Coordinator(Process):
         for command in self.members.handle(event):
             match command:
                 case membership.StartHolder():
-                    delay_s = self.world.kernel.random.uniform(0.2, 2.0)
+                    delay_s = self.world.kernel.uniform(0.2, 2.0)
                     self.world.kernel.after(delay_s, self._start_holder, command.node.node_id)
                 case membership.ReplaceHolder():
                     self._end(command.node_id)
@@ -309,8 +328,9 @@ class Coordinator(Process):
         """
 
         def confirmed(newest: int) -> None:
+            order = (command.generation, command.below, command.pinned, command.branch)
             for holder in command.holders if newest == command.generation else ():
-                self._tell("collect", holder, command.generation, command.below, command.pinned)
+                self._tell("collect", holder, *order)
 
         self._register(self.world.claimed_generation, confirmed)
 
@@ -334,20 +354,22 @@ class Coordinator(Process):
 
         Who was replaced is cut off from it.
         """
-        kernel = self.world.kernel
+        kernel, cluster = self.world.kernel, self.world.clusters
         if not self.is_current:
             return
 
         def serve() -> None:
-            kernel.after(kernel.random.uniform(0.001, 0.02), finish, run())
+            if cluster != self.world.clusters:
+                return  # the register was lost, and this is another one
+            kernel.after(kernel.uniform(0.001, 0.02), finish, run())
 
         def finish(outcome: Outcome) -> None:
             if self.is_alive:
                 done(outcome)
 
-        delay_s = kernel.random.uniform(0.001, 0.02)
-        if "register" in self.world.network.weather.sites and kernel.random.random() < 0.1:
-            delay_s += RESTART_S * kernel.random.random()
+        delay_s = kernel.uniform(0.001, 0.02)
+        if "register" in self.world.network.weather.sites and kernel.roll() < 0.1:
+            delay_s += COORDINATOR_RESTART_S * kernel.roll()
         kernel.after(delay_s, serve)
 
     def _s3(self, run: Callable[[], Any], done: Reply) -> None:
@@ -375,12 +397,11 @@ class Coordinator(Process):
             if isinstance(outcome, DurableStoreError):
                 self.feed(m.DurableListed(problem=outcome.problem))
             else:
-                listing = register.read_listing(outcome)
-                for generation in listing.parents:
+                for generation in outcome.parents:
                     self.world.oracle.begun(generation)
-                self.feed(listing)
+                self.feed(outcome)
 
-        self._s3(lambda: self.world.store.index.keys("index/"), listed)
+        self._s3(self.world.store.index.listing, listed)
 
     def _fence(self, command: m.FenceHolders) -> None:
         def fence(holder: HolderId) -> Callable[[Reply], None]:
@@ -453,7 +474,13 @@ class Coordinator(Process):
             if world.setup.settings.s3 is None:
                 self.feed(m.ParentRecorded(generation, parent))
             else:
-                self._s3(lambda: world.store.index.create(key, b""), mirrored)
+                self._s3(mirror, mirrored)
+
+        def mirror() -> None:
+            """Ancestors first: a branch with a link missing would end there."""
+            for missed in [*self.started_keys(), key]:
+                if not world.store.index.create(missed, world.register.entries.get(missed, b"")):
+                    return
 
         def mirrored(outcome: Outcome) -> None:
             self.feed(m.ParentRecorded(generation, parent))
@@ -482,7 +509,7 @@ class Coordinator(Process):
 
         def prepare() -> str:
             index = world.store.index
-            listing = register.read_listing(index.keys("index/"))
+            listing = index.listing()
             if listing.newest_generation > generation:
                 return "fenced"
             if any(other > version for other in listing.versions):

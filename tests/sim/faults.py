@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from tests.sim.limits import MINUTE_S, S3_DELAY_S, S3_SLOW_S
 from tests.sim.network import CALM, HEAD, Host, Weather
 from tiered import register
 
@@ -14,7 +15,9 @@ SITES = (
     "stage", "take", "read", "report", "begin", "progress", "list", "fence", "set_buddies",
     "replicate", "collect", "verify", "upload", "fetch", "register",
 )  # fmt: skip
-MINUTE_S = 60.0
+ORDERS = frozenset({"collect", "fence", "register", "replicate", "report", "set_buddies"})
+ZOMBIES = 0.12  # of all seeds: who was replaced goes on, and its orders are late
+FLIP = 1 << 40  # added to a chunk's content; never back to what it was
 
 
 class Faults:
@@ -35,13 +38,15 @@ class Faults:
             "coordinator": (4.0, self._crash_coordinator),
             "flip": (4.0, self._flip),
             "s3": (3.0, self._disturb_s3),
+            "swizzle": (1.0, self._swizzle),
+            "rot": (1.0, self._rot),
             "join": (1.0, self._join),
             "ask": (1.5, self._ask),
             "cluster": (0.15, self._lose_cluster),
         }
         share = random.choice((0.3, 0.6, 1.0))
         self._enabled = [k for k in self._kinds if random.random() < share] or ["rank", "host"]
-        self._gap_s = random.choice((6.0, 15.0, 40.0))
+        self._gap_s = random.choice((3.0, 6.0, 12.0))
         scale = max(1.0, world.setup.fault_s / 600.0)
         self._gap_s *= min(scale, 20.0)
         self._weather = CALM
@@ -52,12 +57,19 @@ class Faults:
                 fire=random.choice((0.05, 0.25)),
                 sites=frozenset(site for site in SITES if random.random() < 0.25),
             )
+        if random.random() < ZOMBIES:
+            self._enabled = ["ask", "twin", "coordinator", "rank", "swizzle", "hang"]
+            self._weather = Weather(repeat=0.2, fire=0.5, sites=ORDERS)
 
     def start(self) -> None:
         """From now on everything may fail."""
         self.world.network.weather = self._weather
         self.world.kernel.log(
-            "faults: %s every %g s; %s", self._enabled, self._gap_s, self._weather
+            "faults: %s every %g s; %s, late: %s",
+            self._enabled,
+            self._gap_s,
+            self._weather,
+            sorted(self._weather.sites),
         )
         self._wait()
 
@@ -71,7 +83,7 @@ class Faults:
         for host in world.hosts.values():
             host.hung_until_s = min(host.hung_until_s, world.kernel.now_s)
         store = world.store
-        store.is_up, store.delay_s, store.loss = True, 0.2, 0.0
+        store.is_up, store.delay_s, store.loss = True, S3_DELAY_S, 0.0
         missing = world.setup.hosts - sum(h.is_alive for h in world.hosts.values())
         for _ in range(missing):
             world.add_host()
@@ -138,7 +150,7 @@ class Faults:
 
     def _hang(self) -> None:
         if (host := self._a_host()) is not None:
-            for_s = 2.0 * 40.0 ** self.world.kernel.random.random()
+            for_s = 1.0 * 25.0 ** self.world.kernel.random.random()
             host.hung_until_s = self.world.kernel.now_s + for_s
             self.world.network.note_trouble(host)
             self.world.kernel.log("host %s hangs for %.0f s", host.place, for_s)
@@ -191,6 +203,23 @@ class Faults:
         network.blocked |= pairs
         self._later(2.0, 1.5 * MINUTE_S, lambda: network.blocked.difference_update(pairs))
 
+    def _swizzle(self) -> None:
+        """Hosts are cut off from the head one by one, and come back one by one in another order."""
+        network, random, kernel = self.world.network, self.world.kernel.random, self.world.kernel
+        hosts = [h.place for h in self._alive()]
+        hosts = random.sample(hosts, random.randint(1, len(hosts))) if hosts else []
+        kernel.log("swizzle: %s", hosts)
+        gap_s = random.choice((0.5, 2.0, 5.0))
+
+        def change(change: Callable[[set[tuple[str, str]]], None], place: str) -> None:
+            if not self.is_over:
+                change({(HEAD, place), (place, HEAD)})
+
+        for turn, place in enumerate(hosts):
+            kernel.after(turn * gap_s, change, network.blocked.update, place)
+        for turn, place in enumerate(random.sample(hosts, len(hosts)), start=len(hosts)):
+            kernel.after(turn * gap_s, change, network.blocked.difference_update, place)
+
     def _flip(self) -> None:
         holder, random = self._a_holder(), self.world.kernel.random
         if holder is None:
@@ -199,7 +228,7 @@ class Faults:
         key = random.choice(keys) if keys else None
         if key is not None and holder.chunks.get(key):
             index = random.choice(sorted(holder.chunks[key]))
-            holder.chunks[key][index] += 1 << 40  # never back to what it was
+            holder.chunks[key][index] += FLIP
             self.world.oracle.flipped(holder.id, key)
             self.world.kernel.log("a bit of %s flips on %s", key, holder.id)
 
@@ -209,15 +238,29 @@ class Faults:
         store.trouble_s = self.world.kernel.now_s
         self.world.kernel.log("S3 is %s", kind)
         store.is_up = kind != "down"
-        store.delay_s = 20.0 if kind == "slow" else 0.2
+        store.delay_s = S3_SLOW_S if kind == "slow" else S3_DELAY_S
         store.loss = 0.4 if kind == "flaky" else 0.0
 
         def mend() -> None:
-            store.is_up, store.delay_s, store.loss = True, 0.2, 0.0
+            store.is_up, store.delay_s, store.loss = True, S3_DELAY_S, 0.0
             store.trouble_s = self.world.kernel.now_s
             self.world.kernel.log("S3 is well")
 
         self._later(3.0, 2 * MINUTE_S, mend)
+
+    def _rot(self) -> None:
+        """A shard on S3 is not what was stored, or shorter."""
+        world, random = self.world, self.world.kernel.random
+        versions = sorted(world.oracle.durable)
+        if not versions:
+            return
+        version, rank = random.choice(versions), random.randrange(world.setup.ranks)
+        key = register.shard_key(version, rank)
+        if world.store.objects.get(key):
+            *others, last = world.store.objects[key]
+            world.store.objects[key] = (*others, *([last + FLIP] if random.random() < 0.5 else []))
+            world.oracle.rotten.add(version)
+            world.kernel.log("rank %d of %s rots on S3", rank, version)
 
     def _lose_cluster(self) -> None:
         """Everything but S3 is gone; a new cluster takes the job up."""
@@ -229,7 +272,8 @@ class Faults:
         world.holders.clear()
         for coordinator in world.coordinators:
             coordinator.is_alive = False
-        world.register.entries.clear()
+        world.clusters += 1
+        world.register.delete(tuple(world.register.entries))
         world.network.blocked.clear()
         world.oracle.cluster_lost(register.read_parents(world.store.index.entries))
         for _ in range(world.setup.hosts):

@@ -10,17 +10,22 @@ from typing import TYPE_CHECKING, assert_never
 from replication import inventory
 from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
+from replication.scrub import Scrub
+from tests.sim.limits import (
+    FETCH_TIMEOUT_S,
+    HOLDER_TICK_S,
+    OFFER_TIMEOUT_S,
+    READ_S,
+    REPORT_TIMEOUT_S,
+    SCRUB_PERIOD_S,
+    TICKS_AFTER_S,
+)
 from tests.sim.network import Host, Outcome, Process, Reply
 from tiered import register
 from tiered.errors import DurableStoreError
 
 if TYPE_CHECKING:
     from tests.sim.world import World
-
-FETCH_TIMEOUT_S = 15.0
-OFFER_TIMEOUT_S = 22.5
-REPORT_TIMEOUT_S = 10.0
-TICKS_AFTER_S = (0.25, 1.1, 5.1)  # when an offer that failed may be due again
 
 
 def digest(content: int) -> bytes:
@@ -39,9 +44,12 @@ class Holder(Process):
         self.chunks: dict[ShardKey, dict[int, int]] = {}
         self.fence_seen = 0
         self.born_s = world.kernel.now_s
+        self.core.scrub = Scrub(SCRUB_PERIOD_S)
         self._unreported: dict[ShardKey, ShardRecord] = {}
+        self._corrupt: set[ShardKey] = set()
         self._is_reporting = False
         self._pause_s = 0.2
+        world.kernel.after(HOLDER_TICK_S, self._tick_forever)
 
     # -- called by trainers on this host --------------------------------------------------------
 
@@ -52,6 +60,7 @@ class Holder(Process):
         if not self.core.has_chunk(key, index):
             self.chunks.setdefault(key, {})[index] = content
         self.feed(inventory.ChunkStaged(key, plan, index))
+        self.world.oracle.pinned(self.id, self.chunks)
 
     # -- called by other holders, and by whoever restores ---------------------------------------
 
@@ -59,6 +68,7 @@ class Holder(Process):
         """Fetch a chunk, verify it, keep a copy."""
         self.check_take(offer)
         if self.core.has_chunk(offer.key, offer.index):
+            self.feed(inventory.ChunkKnown(offer.key))
             reply(None)
             return
 
@@ -88,6 +98,7 @@ class Holder(Process):
         self.check_take(offer)
         self.chunks.setdefault(offer.key, {})[offer.index] = outcome
         self.feed(inventory.ChunkFetched(offer.key, offer.plan, offer.index, offer.digest))
+        self.world.oracle.pinned(self.id, self.chunks)
         if (shard := self.core.shards.get(offer.key)) is not None and shard.is_sealed:
             self.world.oracle.sealed(self.id, offer.key, self.chunks)
 
@@ -113,10 +124,16 @@ class Holder(Process):
         """Make one more copy."""
         self.feed(inventory.ReplicationRequested(key, to))
 
-    def collect(self, generation: int, below: Version, pinned: tuple[Version, ...] = ()) -> None:
-        """Let go of what is older."""
+    def collect(
+        self,
+        generation: int,
+        below: Version,
+        pinned: tuple[Version, ...],
+        branch: tuple[Version, ...] | None,
+    ) -> None:
+        """Let go of what is older, or abandoned."""
         job = self.world.job_name
-        self.feed(inventory.WatermarkRaised(job, generation, below, pinned))
+        self.feed(inventory.WatermarkRaised(job, generation, below, pinned, branch))
 
     def drop_step(self, version: Version) -> None:
         """Let go of a step that was never committed."""
@@ -137,7 +154,6 @@ class Holder(Process):
                 i in chunks and is_same(digest(chunks[i]), d) for i, d in enumerate(record.digests)
             ):
                 self.feed(inventory.ChunkFoundCorrupt(key))
-                self._unreported.pop(key, None)  # or a late report would make it count again
                 bad.append(key)
         return bad
 
@@ -169,18 +185,26 @@ class Holder(Process):
         for command in self.core.handle(event, world.kernel.now_s):
             match command:
                 case inventory.HashChunk():
-                    delay_s = world.kernel.random.uniform(0.001, 0.02)
+                    delay_s = world.kernel.uniform(0.001, 0.02)
                     world.kernel.after(delay_s, self._hash, command.key, command.index)
                 case inventory.OfferChunk():
                     self._offer(command)
                 case inventory.ReportShard():
                     world.oracle.sealed(self.id, command.record.key, self.chunks)
+                    self._corrupt.discard(command.record.key)
                     self._unreported[command.record.key] = command.record
                     self._report()
+                case inventory.ReportCorrupt():
+                    self._unreported.pop(command.key, None)  # or it would count again
+                    self._corrupt.add(command.key)
+                    self._report()
+                case inventory.ReadChunk():
+                    world.kernel.after(READ_S, self._reread, command.key, command.index)
                 case inventory.DropShard():
                     world.oracle.dropped(self.id, command.key)
                     self.chunks.pop(command.key, None)
                     self._unreported.pop(command.key, None)
+                    self._corrupt.discard(command.key)
                 case _:
                     assert_never(command)
 
@@ -193,6 +217,12 @@ class Holder(Process):
         content = self.chunks.get(key, {}).get(index)
         if content is not None:
             self.feed(inventory.ChunkHashed(key, index, digest(content)))
+
+    def _reread(self, key: ShardKey, index: int) -> None:
+        if self.is_alive:
+            content = self.chunks.get(key, {}).get(index)
+            value = b"" if content is None else self.world.cores.read(content)
+            self.feed(inventory.ChunkRead(key, index, value))
 
     def _offer(self, offer: inventory.OfferChunk) -> None:
         peer = self.world.holder_on(offer.to.node_id)
@@ -214,12 +244,19 @@ class Holder(Process):
         if self.is_alive:
             self.feed(inventory.Ticked())
 
+    def _tick_forever(self) -> None:
+        if not self.is_alive:
+            return
+        if self.host.hung_until_s <= self.world.kernel.now_s:
+            self.feed(inventory.Ticked())
+        self.world.kernel.after(HOLDER_TICK_S, self._tick_forever)
+
     def _report(self) -> None:
-        """Tell the coordinator of sealed shards, in batches, until it has answered."""
-        if self._is_reporting or not self._unreported or not self.is_alive:
+        """Tell the coordinator of sealed and corrupt shards, in batches, until it has answered."""
+        if self._is_reporting or not self.is_alive or not (self._unreported or self._corrupt):
             return
         self._is_reporting = True
-        batch = list(self._unreported.values())
+        batch, corrupt = list(self._unreported.values()), sorted(self._corrupt)
         coordinator = self.world.coordinator
 
         def answered(outcome: Outcome) -> None:
@@ -229,6 +266,7 @@ class Holder(Process):
                 self._pause_s = min(2 * self._pause_s, 5.0)
                 return
             self._pause_s = 0.2
+            self._corrupt.difference_update(corrupt)
             for record in batch:
                 if self._unreported.get(record.key) is record:
                     del self._unreported[record.key]
@@ -236,5 +274,5 @@ class Holder(Process):
 
         self.world.network.call(
             "report", self, coordinator, REPORT_TIMEOUT_S,
-            lambda reply: coordinator.report_shards(self.id, batch, reply), answered,
+            lambda reply: coordinator.report(self.id, batch, corrupt, reply), answered,
         )  # fmt: skip

@@ -15,7 +15,8 @@ from replication import inventory
 from replication.inventory import Inventory
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
 from tests.sim.coordinator import Coordinator, Copies
-from tests.sim.holder import Holder
+from tests.sim.faults import FLIP
+from tests.sim.holder import Holder, digest
 from tests.sim.network import Outcome, Reply
 from tests.sim.world import Cores, World, draw_setup
 from tiered import messages as m
@@ -70,16 +71,12 @@ class GcBeforeCommit(Job):
 
 
 class ParentCounts(Job):
-    """The version that was resumed from counts as one of those to keep."""
+    """What was inherited counts among what is kept, though it lacks copies."""
 
-    def _collect(self) -> list[m.Command]:
-        real, parent = self.commits, self.parents.get(self.generation)
-        if parent is not None and parent >= self.watermark:
-            alias = Version(self.generation, -1)
-            self.commits = real | {alias: False}
-        commands = super()._collect()
-        self.commits = {v: d for v, d in real.items() if v >= self.watermark}
-        return commands
+    def _inherited(self, generation: int) -> tuple[list[Version], set[Version]]:
+        _, abandoned = super()._inherited(generation)
+        older = {v for v in self.copies if v.generation < generation}
+        return sorted(older - abandoned), abandoned
 
 
 class GcUnfenced(Inventory):
@@ -95,7 +92,7 @@ class StepOnlyKey(Holder):
     def stage_chunk(self, key: ShardKey, plan: ShardPlan, index: int, content: int) -> None:
         generation = max(self.fence_seen, key.version.generation)
         version = Version(generation, key.version.step)
-        super().stage_chunk(replace(key, version=version), plan, index, content)
+        super().stage_chunk(key._replace(version=version), plan, index, content)
 
 
 class AckBeforeStore(Holder):
@@ -130,11 +127,17 @@ class Evictable(Holder):
 class KeepList(Holder):
     """Collection by a list of what to keep, which may be out of date when it comes."""
 
-    def collect(self, generation: int, below: Version, keep: tuple[Version, ...] = ()) -> None:
+    def collect(
+        self,
+        generation: int,
+        below: Version,
+        keep: tuple[Version, ...],
+        branch: tuple[Version, ...] | None,
+    ) -> None:
         self.core.check_generation(self.world.job_name, generation)
         shards = self.core.shards
         for key in [k for k in shards if shards[k].is_sealed and k.version not in keep]:
-            del self.core.shards[key]
+            self.core._drop(key)
             self.world.oracle.dropped(self.id, key)
             self.chunks.pop(key, None)
 
@@ -144,7 +147,7 @@ class SendsKeepList(Coordinator):
 
     def _tell(self, method: str, holder: HolderId, *args: Any) -> None:
         if method == "collect":
-            args = (*args[:2], (*(v for v in self.job.copies if v >= args[1]), args[1]))
+            args = (*args[:2], (*(v for v in self.job.copies if v >= args[1]), args[1]), None)
         super()._tell(method, holder, *args)
 
 
@@ -165,7 +168,7 @@ class DeleteOnFailedVerify(Coordinator):
         if bad:
             for holder in self.world.holders.values():
                 for key in [k for k in holder.core.shards if k.version == command.version]:
-                    del holder.core.shards[key]
+                    holder.core._drop(key)
                     holder.chunks.pop(key, None)
             bad = tuple((h, key) for h, keys in command.copies for key in keys)
         super().verified(command, bad, unread)
@@ -271,6 +274,44 @@ class ForgetsLostPublication(Job):
         return commands
 
 
+class CountsItsOwn(Job):
+    """Nothing inherited counts among what is kept: two generations' steps are held at once."""
+
+    def _inherited(self, generation: int) -> tuple[list[Version], set[Version]]:
+        return [], super()._inherited(generation)[1]
+
+
+class KeepsAbandoned(Job):
+    """What a crash left half saved stays until enough new steps are committed."""
+
+    def _order_collection(self, *holders: HolderId) -> m.CollectBelow:
+        return replace(super()._order_collection(*holders), branch=None)
+
+
+class NeverScrubs(Inventory):
+    """What nobody reads is never read."""
+
+    def _scrub(self, now_s: float) -> list[inventory.Command]:
+        return []
+
+
+class CorruptUntold(Inventory):
+    """A corrupt copy is told of to whoever asked to have it read, if to anybody."""
+
+    def _quarantine(self, key: ShardKey) -> list[inventory.Command]:
+        return super()._quarantine(key) and []
+
+    def _remind(self, now_s: float) -> list[inventory.Command]:
+        return []
+
+
+class CorruptToldOnce(Inventory):
+    """A corrupt copy is told of once, and a report of it as whole may come later."""
+
+    def _remind(self, now_s: float) -> list[inventory.Command]:
+        return []
+
+
 class RefusesOldCopies(Inventory):
     """What a generation resumed from is fenced off like a zombie's write."""
 
@@ -333,6 +374,11 @@ class Mutant:
     patch: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
+def _as_saved(content: int) -> bytes:
+    """The checksum that a chunk had before any bit of it flipped."""
+    return digest(content % FLIP)
+
+
 def _no_branch() -> AbstractContextManager[Any]:
     return mock.patch("tiered.history.is_on_branch", return_value=True)
 
@@ -343,7 +389,7 @@ MUTANTS: dict[str, Mutant] = {
     "ack_before_store": Mutant(Cores(holder=AckBeforeStore), 20),
     "parent_not_durable": Mutant(Cores(coordinator=ParentNotDurable), 20),
     "evictable_copies": Mutant(Cores(holder=Evictable), 100),
-    "no_digest": Mutant(Cores(is_same=lambda have, expected: True), 50),
+    "no_digest": Mutant(Cores(is_same=lambda have, expected: True, read=_as_saved), 50),
     "key_by_step": Mutant(Cores(job=KeyByStep), 100),
     "no_branch_rule": Mutant(Cores(), 100, _no_branch),
     "gc_before_commit": Mutant(Cores(job=GcBeforeCommit), 100),
@@ -361,6 +407,11 @@ MUTANTS: dict[str, Mutant] = {
     "answers_without_sources": Mutant(Cores(job=AnswersWithoutSources), None),
     "believes_unread": Mutant(Cores(job=BelievesUnread), None),
     "forgets_lost_publication": Mutant(Cores(job=ForgetsLostPublication), None),
+    "counts_its_own": Mutant(Cores(job=CountsItsOwn), None),
+    "keeps_abandoned": Mutant(Cores(job=KeepsAbandoned), None),
+    "never_scrubs": Mutant(Cores(inventory=NeverScrubs), None),
+    "corrupt_untold": Mutant(Cores(inventory=CorruptUntold), None),
+    "corrupt_told_once": Mutant(Cores(inventory=CorruptToldOnce), None),
     "refuses_old_copies": Mutant(Cores(inventory=RefusesOldCopies), 100),
     "keeps_quarantined": Mutant(Cores(inventory=KeepsQuarantined), None),
     "uploads_unverified": Mutant(Cores(holder=UploadsUnverified), 200),

@@ -10,6 +10,7 @@ from typing import Any
 
 from replication.errors import HolderUnavailableError, TieredError
 from tests.sim.kernel import Kernel
+from tests.sim.limits import LATE_S
 
 HEAD = "head"
 NOTICEABLE_S = 0.5  # a message this late may have been missed by a deadline
@@ -46,7 +47,7 @@ class Host:
         self.domain = domain
         self.is_alive = True
         self.hung_until_s = 0.0
-        self.died_s = 0.0
+        self.noticed_s = 0.0  # when it died, until when the cluster lists it
 
 
 class Process:
@@ -95,16 +96,17 @@ class Network:
         if target is None:
             self.kernel.after(0.01, self._finish, call, _unavailable("nobody has that name"))
             return
-        self._request(call)
-        if self.weather.repeat and self.kernel.random.random() < self.weather.repeat:
+        self._carry(call, source.host, target.host, self._arrive)
+        repeat = self.weather.repeat
+        if repeat and self.kernel.roll() < repeat:
             twin = _Call(kind, source, target, call.deadline_s, serve, None)
-            self._request(twin)
+            self._carry(twin, source.host, target.host, self._arrive)
 
     def sends(self, source: Host, target: Host) -> bool:
         """Whether one message arrives; notes trouble if it does not."""
-        random = self.kernel.random
-        if (source.place, target.place) in self.blocked or (
-            self.weather.loss and source is not target and random.random() < self.weather.loss
+        loss = self.weather.loss
+        if (self.blocked and (source.place, target.place) in self.blocked) or (
+            loss and source is not target and self.kernel.roll() < loss
         ):
             self.note_trouble(source, target)
             return False
@@ -116,21 +118,21 @@ class Network:
             for host in hosts:
                 self.trouble_s[host.place] = self.kernel.now_s
 
-    def _delay_s(self, call: _Call, source: Host, target: Host) -> float:
-        random, weather = self.kernel.random, self.weather
-        delay_s = random.uniform(0.0005, 0.004) if source is target else random.uniform(0.001, 0.02)
-        if call.kind in weather.sites and random.random() < weather.fire:
-            delay_s += random.choice((0.3, 3.0, 20.0)) * random.random()
+    def _carry(
+        self, call: _Call, source: Host, target: Host, then: Callable[..., None], *args: Any
+    ) -> None:
+        """Bring one message of a call over; if it is lost, the caller waits for its deadline."""
+        if not self.sends(source, target):
+            self._fail_late(call)
+            return
+        kernel, weather = self.kernel, self.weather
+        roll = kernel.roll
+        delay_s = 0.0005 + 0.0035 * roll() if source is target else 0.001 + 0.019 * roll()
+        if call.kind in weather.sites and roll() < weather.fire:
+            delay_s += kernel.random.choice(LATE_S) * roll()
             if delay_s > NOTICEABLE_S:
                 self.note_trouble(source, target)
-        return delay_s
-
-    def _request(self, call: _Call) -> None:
-        source, target = call.source.host, call.target.host
-        if self.sends(source, target):
-            self.kernel.after(self._delay_s(call, source, target), self._arrive, call)
-        else:
-            self._fail_late(call)
+        kernel.after(delay_s, then, call, *args)
 
     def _arrive(self, call: _Call) -> None:
         now_s, target = self.kernel.now_s, call.target
@@ -163,9 +165,8 @@ class Network:
     def _answer(self, call: _Call, outcome: Outcome) -> None:
         if call.done is None:
             return
-        source, target = call.source.host, call.target.host
-        if call.target.is_alive and self.sends(target, source):
-            self.kernel.after(self._delay_s(call, target, source), self._deliver, call, outcome)
+        if call.target.is_alive:
+            self._carry(call, call.target.host, call.source.host, self._deliver, outcome)
         else:
             self._fail_late(call)
 

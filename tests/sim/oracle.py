@@ -24,6 +24,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from replication.records import HolderId, Life, ShardKey, Version
+from tests.sim.limits import HOLDER_TICK_S, SCRUB_PERIOD_S
 from tiered import messages as m
 from tiered.history import Resolution
 
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     from tests.sim.coordinator import Coordinator
     from tests.sim.world import World
 
-GRACE_S = 25.0
+GRACE_S = 12.0
 TOLD_S = 2.0  # a copy sealed later than that may not have been reported yet
+FOUND_S = GRACE_S + SCRUB_PERIOD_S + 2 * HOLDER_TICK_S  # by then a flipped bit is known
 NEVER_S = float("inf")
 
 Asked = tuple[int | None, int | None]  # step, before
@@ -57,6 +59,7 @@ class Oracle:
         self.asked_s: dict[int, float] = {}
         self.durable: dict[Version, float] = {}
         self.ever_durable: set[Version] = set()
+        self.rotten: set[Version] = set()  # on S3, and not what was stored
         self.counts: dict[str, int] = defaultdict(int)
         self._bounds: dict[int, int | None] = {}
         self.mark = Version(0, 0)  # what is older may be collected
@@ -85,6 +88,12 @@ class Oracle:
             held.setdefault(holder, self.world.kernel.now_s)
             self.lost_s.pop((holder, key), None)
 
+    def pinned(self, holder: HolderId, held: dict[ShardKey, dict[int, int]]) -> None:
+        """A holder has pinned one more chunk."""
+        capacity = self.world.setup.capacity
+        if sum(map(len, held.values())) > capacity:
+            self.violated("I7", f"{holder} holds more than its budget of {capacity}")
+
     def flipped(self, holder: HolderId, key: ShardKey) -> None:
         """A bit of a copy flipped."""
         self.lost_s[holder, key] = self.world.kernel.now_s
@@ -103,7 +112,7 @@ class Oracle:
         self.ever_durable.add(version)
         for rank in range(self.world.setup.ranks):
             key = ShardKey(self.world.job_name, version, rank)
-            if self.world.stored(key) != self.saved.get(key):
+            if version not in self.rotten and self.world.stored(key) != self.saved.get(key):
                 self.violated("I6", f"{version} was published without a true shard of rank {rank}")
 
     def durable_deleted(self, versions: tuple[Version, ...]) -> None:
@@ -192,7 +201,8 @@ class Oracle:
             if not is_overtaken:
                 self.violated("I5", f"{version} commits, generation {self.generation} has started")
             return
-        self._raise_mark(version)
+        self.commits[version.generation].add(version)
+        self._raise_mark()
         if is_overtaken:
             return  # F7: a coordinator that was replaced, and does not know it
         self.acked.setdefault(version, world.kernel.now_s)
@@ -210,15 +220,33 @@ class Oracle:
             if len(nodes) < max(1, need):
                 self.violated("I6", f"{version} commits, rank {rank} was never on {need} hosts")
 
-    def _raise_mark(self, version: Version) -> None:
-        """What is older than the `keep` newest commits of one generation may be collected."""
-        self.commits[version.generation].add(version)
-        own = sorted(self.commits[version.generation])
+    def _raise_mark(self) -> None:
+        """What is older than the `keep` newest may be collected.
+
+        Of the present generation those that were committed count; of older ones those of the
+        branch that were, and have a copy of each shard left, or that have all their copies now.
+        """
         keep = self.world.setup.settings.memory.keep
-        if len(own) >= keep:
-            self.commits[version.generation] = set(own[-keep:])
-            self.mark = max(self.mark, own[-keep])
+        own = sorted(self.commits[self.generation])[-keep:]
+        if (missing := keep - len(own)) > 0:
+            older = [v for v in self.copies if v.generation < self.generation]
+            whole = [v for v in older if self.is_on_branch(v) and self._is_counted(v)]
+            own = [*sorted(whole)[-missing:], *own]
+        if len(own) == keep and own[0] > self.mark:
+            self.mark = own[0]
             self.protected = {v for v in self.protected if v >= self.mark}
+
+    def _is_counted(self, version: Version) -> bool:
+        """Whether every rank has its copies as far as anybody knows; one, if it was committed."""
+        world, since_s = self.world, self.world.kernel.now_s - FOUND_S
+        need = min(1 + world.replicas(), sum(map(self._is_steady, world.hosts)))
+        if version in self.acked:
+            need = 1
+        for rank in range(world.setup.ranks):
+            left = self.holders(version, rank, since_s, reachable=False)
+            if len({h.node_id for h in left}) < max(1, need):
+                return False
+        return True
 
     def _is_steady(self, place: str) -> bool:
         """Whether a holder has been up and in touch for so long that everybody must know."""
@@ -259,6 +287,7 @@ class Oracle:
     def begun(self, generation: int) -> None:
         """A coordinator knows, and will tell, that a generation has started."""
         if generation not in self.parents and generation in self.recorded:
+            self._raise_mark()  # what was collected until now may be gone, whatever comes
             self.parents[generation] = self.recorded[generation]
             self._walk()
 
@@ -278,7 +307,8 @@ class Oracle:
                 if parent is None or parent < version:
                     self.violated("I3", f"{parent} is chosen, acknowledged {version} is there")
                 break
-        allowed = [v for v in self.durable if before is None or v.step < before]
+        good = self.durable.keys() - self.rotten
+        allowed = [v for v in good if before is None or v.step < before]
         told_s = since_s - GRACE_S  # a listing may have been served before a manifest came
         on_s3 = [v for v in allowed if self.is_on_branch(v) and self.durable[v] < told_s]
         if not on_s3 or (parent is not None and parent >= max(on_s3)):
@@ -324,6 +354,8 @@ class Oracle:
     def dropped(self, holder: HolderId, key: ShardKey) -> None:
         """A holder lets go of a copy."""
         version = key.version
+        if version >= self.mark:
+            self._raise_mark()  # a step inherited may have got its copies back since
         if version < self.mark:
             return
         needed = set(self.newest_acked())
@@ -334,3 +366,5 @@ class Oracle:
             needed.add(parent)
         if version in needed:
             self.violated("I3", f"{holder} drops {key}, which is needed")
+        else:
+            self.lost_s[holder, key] = self.world.kernel.now_s

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from tests.sim.kernel import Kernel
+from tests.sim.limits import S3_DELAY_S, S3_TIMEOUT_S
 from tests.sim.network import Outcome, Reply
+from tiered import register
 from tiered.errors import DurableStoreError
-
-S3_TIMEOUT_S = 15.0
+from tiered.messages import DurableListed
 
 
 class Index:
@@ -19,9 +20,11 @@ class Index:
 
     def __init__(self) -> None:
         self.entries: dict[str, bytes] = {}
+        self._listing: DurableListed | None = None
 
     def create(self, key: str, data: bytes) -> bool:
         """Create `key`; True also when an earlier try of the same bytes did."""
+        self._listing = None
         return self.entries.setdefault(key, data) == data
 
     def get(self, key: str) -> bytes | None:
@@ -32,6 +35,18 @@ class Index:
         """Keys below a prefix."""
         return sorted(key for key in self.entries if key.startswith(prefix))
 
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete keys."""
+        self._listing = None
+        for key in keys:
+            self.entries.pop(key, None)
+
+    def listing(self) -> DurableListed:
+        """What the keys say."""
+        if self._listing is None:
+            self._listing = register.read_listing(self.entries)
+        return self._listing
+
 
 class Store:
     """S3: an index, and objects of which each is one shard's chunks."""
@@ -41,7 +56,7 @@ class Store:
         self.index = Index()
         self.objects: dict[str, tuple[int, ...]] = {}
         self.is_up = True
-        self.delay_s = 0.2
+        self.delay_s = S3_DELAY_S
         self.loss = 0.0
         self.trouble_s = -1e9
 
@@ -66,6 +81,7 @@ class Store:
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete entries of the index, and objects."""
+        keys = tuple(keys)
+        self.index.delete(keys)
         for key in keys:
-            self.index.entries.pop(key, None)
             self.objects.pop(key, None)

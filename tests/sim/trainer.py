@@ -9,8 +9,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from replication.errors import FencedError, MemoryBudgetError, ShardNotHeldError, TieredError
+from replication.inventory import Reservation
 from replication.records import HolderId, Life, ShardKey, ShardPlan, Version
 from tests.sim.holder import digest
+from tests.sim.limits import (
+    ADMIT_TIMEOUT_S,
+    ASK_TIMEOUT_S,
+    BEGIN_TIMEOUT_S,
+    ROOM_TIMEOUT_S,
+    STAGE_TIMEOUT_S,
+    STALL_S,
+)
 from tests.sim.network import HEAD, Host, Outcome, Process, Reply, gather
 from tiered import messages as m
 from tiered.admission import Admission
@@ -19,12 +28,6 @@ from tiered.history import Resolution, ShardSources
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-ASK_TIMEOUT_S = 45.0  # then it asks again: the coordinator may have died
-BEGIN_TIMEOUT_S = 200.0
-HOLDER_TIMEOUT_S = 15.0
-ADMIT_TIMEOUT_S = 5.0
-ROOM_TIMEOUT_S = 20.0
-STALL_S = 60.0
 ZOMBIE_SAVES = 6
 
 
@@ -41,6 +44,8 @@ class Rank(Process):
         self.zombie_saves = 0
         self.pending: list[Version] = []
         self._born_s = world.kernel.now_s
+        self._has_declared = False
+        self._has_read_s3 = False
 
     def later(self, delay_s: float, run: Callable[[], None]) -> None:
         """Run something of this process, unless it is dead by then; after it woke, if it hangs."""
@@ -107,10 +112,12 @@ class Rank(Process):
             self._ready()
             return
         if not places:
-            self.fail(f"no intact copy of {key}")
+            self._give_up(key, is_rotten=sources.is_durable and self._has_read_s3)
             return
 
         def got(outcome: Outcome) -> None:
+            if place is None:
+                self._has_read_s3 = not isinstance(outcome, TieredError)
             if not isinstance(outcome, TieredError):
                 for index, content in outcome.items():
                     if self.world.cores.is_same(digest(content), digests[index]):
@@ -128,7 +135,22 @@ class Rank(Process):
                 raise ShardNotHeldError(peer.id.node_id, str(key))
             reply(dict(peer.chunks[key]))
 
-        self.world.network.call("fetch", self, peer, HOLDER_TIMEOUT_S, serve, got)
+        self.world.network.call("fetch", self, peer, STAGE_TIMEOUT_S, serve, got)
+
+    def _give_up(self, key: ShardKey, *, is_rotten: bool) -> None:
+        """The process ends; if S3 has something else than was saved, the next one must know."""
+
+        def told(_: Outcome) -> None:
+            self.fail(f"no intact copy of {key}")
+
+        coordinator = self.world.coordinator
+        if is_rotten:
+            self.world.network.call(
+                "progress", self, coordinator, STAGE_TIMEOUT_S,
+                lambda reply: coordinator.report_unreadable(key.version, key.rank, reply), told,
+            )  # fmt: skip
+        else:
+            told(None)
 
     def _ready(self) -> None:
         self.life.arrive(self)
@@ -165,7 +187,7 @@ class Rank(Process):
     def _drop(self, version: Version) -> None:
         holder = self.world.holder_on(self.host.place)
         self.world.network.call(
-            "drop_step", self, holder, HOLDER_TIMEOUT_S,
+            "drop_step", self, holder, STAGE_TIMEOUT_S,
             lambda reply: reply(holder.drop_step(version)),
         )  # fmt: skip
 
@@ -190,6 +212,27 @@ class Rank(Process):
         )  # fmt: skip
 
     def _stage(self) -> None:
+        """Save the shard, once this host has room for what the policy asks for."""
+        holder = self.world.holder_on(self.host.place)
+        need = Reservation(self.generation, self.world.setup.need, "")
+
+        def declared(outcome: Outcome) -> None:
+            self._has_declared = not isinstance(outcome, TieredError)
+            if self._has_declared:
+                self._stage_chunks()
+            else:
+                self._staged({0: outcome}, is_refused=isinstance(outcome, MemoryBudgetError))
+
+        if self._has_declared:
+            self._stage_chunks()
+        else:
+            self.world.network.call(
+                "stage", self, holder, STAGE_TIMEOUT_S,
+                lambda reply: reply(holder.core.reserve(self.world.job_name, self.rank, need)),
+                declared,
+            )  # fmt: skip
+
+    def _stage_chunks(self) -> None:
         setup = self.world.setup
         key = ShardKey(self.world.job_name, Version(self.generation, self.step), self.rank)
         plan = ShardPlan(setup.ranks, (1,) * setup.chunks, self.world.kernel.now_s)
@@ -198,18 +241,21 @@ class Rank(Process):
 
         def stage(index: int) -> Callable[[Reply], None]:
             return lambda done: self.world.network.call(
-                "stage", self, holder, HOLDER_TIMEOUT_S,
+                "stage", self, holder, STAGE_TIMEOUT_S,
                 lambda reply: reply(holder.stage_chunk(key, plan, index, content[index])), done,
             )  # fmt: skip
 
         gather({index: stage(index) for index in range(setup.chunks)}, self._staged)
 
-    def _staged(self, outcomes: dict[int, Outcome]) -> None:
+    def _staged(self, outcomes: dict[int, Outcome], *, is_refused: bool = False) -> None:
+        """The save is staged; or it is not, and training goes on, unless it never can be."""
         failures = [o for o in outcomes.values() if isinstance(o, TieredError)]
-        fatal = next((f for f in failures if isinstance(f, FencedError | MemoryBudgetError)), None)
+        fatal = next((f for f in failures if is_refused or isinstance(f, FencedError)), None)
         if fatal is not None:
             self.fail(fatal)
             return
+        if any(isinstance(f, MemoryBudgetError) for f in failures):
+            self.world.oracle.counts["saves refused"] += 1
         if not failures:
             self.pending.append(Version(self.generation, self.step))
         self._hear_news()
@@ -239,11 +285,11 @@ class LifeOfJob:
     def start(self) -> None:
         """Every process starts, in its own time."""
         for rank in self.ranks:
-            rank.later(self.world.kernel.random.uniform(0.1, 3.0), rank.begin)
+            rank.later(self.world.kernel.uniform(0.1, 3.0), rank.begin)
 
     def arrive(self, rank: Rank) -> None:
         """A rank has done its part of a step; when all have, the next one begins."""
-        pause_s = self.world.setup.step_s * self.world.kernel.random.uniform(0.5, 1.5)
+        pause_s = self.world.setup.step_s * self.world.kernel.uniform(0.5, 1.5)
         if self.is_given_up:
             rank.zombie_saves += 1
             if rank.zombie_saves <= ZOMBIE_SAVES:
@@ -310,7 +356,7 @@ class Launcher(Process):
         if not all(r.is_alive for r in life.ranks) or waited_s > limit_s:
             self.replace()
         else:
-            self.world.kernel.after(self.world.kernel.random.uniform(1.0, 5.0), self._watch, life)
+            self.world.kernel.after(self.world.kernel.uniform(1.0, 5.0), self._watch, life)
 
     def replace(self, *, kill: bool = True) -> None:
         """Give the present life up, kill what of it can be killed, start another one."""
@@ -323,7 +369,7 @@ class Launcher(Process):
                 rank.is_alive = False
             elif not kill and rank.is_alive and rank.rank in life.arrived:
                 rank.later(1.0, rank.save)
-        self.world.kernel.after(self.world.kernel.random.uniform(0.5, 8.0), self.start)
+        self.world.kernel.after(self.world.kernel.uniform(0.5, 8.0), self.start)
 
     def ranks_on(self, host: Host) -> list[Rank]:
         """Every process on a host."""

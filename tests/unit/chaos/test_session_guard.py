@@ -81,3 +81,11 @@ def test_the_guard_ends_the_session_when_its_starter_is_gone(
     assert guard.wait(timeout=20) == 0
     assert not session_guard.is_running(ours)
     assert not folder.exists()
+
+
+def test_what_was_found_is_killed_even_when_looking_took_all_the_time(
+    started: list["subprocess.Popen[bytes]"], tmp_path: Path
+) -> None:
+    ours = start(started, SLEEP, folder=str(tmp_path))
+    assert session_guard.end_session(str(tmp_path), timeout_s=0.0) == []
+    assert not session_guard.is_running(ours)

@@ -3,12 +3,16 @@
 import pytest
 
 from replication.errors import (
+    AuthenticationError,
     ChunkCorruptError,
     DeadlineError,
     FencedError,
+    HolderTimeoutError,
     HolderUnavailableError,
     MemoryBudgetError,
     PlacementError,
+    ProtocolError,
+    ProtocolVersionError,
     ReplicationError,
     ShardNotHeldError,
     TieredError,
@@ -26,6 +30,13 @@ from replication.errors import (
         (PlacementError(2, 2), ["replicas=2", "at least 3 hosts", "has 2", "Memory(replicas=1)"]),
         (PlacementError(1, 0), ["Memory(replicas=0)"]),
         (HolderUnavailableError("0123456789", "it is gone"), ["host 01234567 ", "it is gone"]),
+        (HolderTimeoutError("0123456789", "it is silent"), ["host 01234567 ", "it is silent"]),
+        (ProtocolError("host a", "a bad frame"), ["host a ", "a bad frame"]),
+        (
+            ProtocolVersionError("host a", 1, 2),
+            ["host a ", "version 2", "version 1", "one release"],
+        ),
+        (AuthenticationError("host a"), ["host a ", "secret of this cluster"]),
         (ShardNotHeldError("0123456789", "[shard]"), ["host 01234567 ", "[shard]"]),
         (ChunkCorruptError("host a", "[shard]", 3), ["chunk 3", "[shard]", "host a", "xxh3-128"]),
         (DeadlineError("a wait", 0.25, "so far: x"), ["a wait", "0.25 s", ": so far: x"]),

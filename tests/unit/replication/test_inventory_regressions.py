@@ -2,22 +2,28 @@
 
 import pytest
 
-from replication.errors import FencedError
+from replication.errors import FencedError, MemoryBudgetError
 from replication.inventory import (
     BuddiesChanged,
     ChunkFetched,
     ChunkFoundCorrupt,
     ChunkHashed,
+    ChunkKnown,
     ChunkNotTaken,
+    ChunkRead,
     ChunkStaged,
     FenceRaised,
     Inventory,
     JobForgotten,
+    ReadChunk,
+    ReportCorrupt,
     ReportShard,
+    Reservation,
     Ticked,
     WatermarkRaised,
 )
 from replication.records import HolderId, ShardKey, ShardPlan, Version
+from replication.scrub import Scrub
 
 KEY = ShardKey("job", Version(1, 10), 0)
 PLAN = ShardPlan(1, (1, 1))
@@ -69,6 +75,78 @@ def test_a_corrupt_copy_is_replaced_by_a_verified_one() -> None:
     assert core.records() == []
     commands = core.handle(ChunkFetched(KEY, PLAN, 1, b"%016d" % 1), 0.0)
     assert commands == [ReportShard(core.record(KEY))]
+
+
+def test_what_an_ended_job_holds_counts_and_what_it_declared_does_not() -> None:
+    core = Inventory(HolderId("a", "1"), 100)
+    core.reserve("old", 0, Reservation(1, 80, "80"))
+    with pytest.raises(MemoryBudgetError, match="80 belong to other jobs"):
+        core.reserve("new", 0, Reservation(1, 40, "40"))
+    key = ShardKey("old", Version(1, 10), 0)
+    core.handle(ChunkStaged(key, ShardPlan(1, (30,)), 0), 0.0)
+    core.release("old", 0)
+    core.reserve("new", 0, Reservation(1, 40, "40"))
+    with pytest.raises(MemoryBudgetError, match="40 are declared by other ranks"):
+        core.reserve("new", 1, Reservation(1, 40, "40"))
+    core.handle(JobForgotten("old"), 0.0)
+    core.reserve("new", 1, Reservation(1, 40, "40"))
+
+
+def sealed(core: Inventory, now_s: float = 0.0) -> None:
+    for index in range(2):
+        core.handle(ChunkFetched(KEY, PLAN, index, b"%016d" % index), now_s)
+
+
+def test_a_corrupt_copy_is_told_of_and_told_of_again_until_it_is_replaced() -> None:
+    core = Inventory(HolderId("a", "1"), 100)
+    sealed(core)
+    core.handle(Ticked(), 0.0)
+    assert core.handle(ChunkFoundCorrupt(KEY), 1.0) == [ReportCorrupt(KEY)]
+    assert core.handle(Ticked(), 14.0) == []
+    assert core.handle(Ticked(), 15.0) == [ReportCorrupt(KEY)]  # an older report may be late
+    sealed(core, 16.0)
+    assert core.handle(Ticked(), 31.0) == []
+
+
+def test_a_chunk_that_is_offered_though_it_is_here_is_reported_again() -> None:
+    core = Inventory(HolderId("a", "1"), 100)
+    core.handle(ChunkFetched(KEY, PLAN, 0, b"%016d" % 0), 0.0)
+    assert core.handle(ChunkKnown(KEY), 0.0) == []  # not whole yet
+    core.handle(ChunkFetched(KEY, PLAN, 1, b"%016d" % 1), 0.0)
+    assert core.handle(ChunkKnown(KEY), 0.0) == [ReportShard(core.record(KEY))]
+
+
+def test_what_is_pinned_is_read_again_and_a_flipped_bit_found() -> None:
+    core = Inventory(HolderId("a", "1"), 100, Scrub(period_s=10.0))
+    sealed(core)
+    assert core.handle(Ticked(), 9.0) == []
+    assert core.handle(Ticked(), 10.0) == [ReadChunk(KEY, 0)]
+    assert core.handle(Ticked(), 11.0) == []  # one at a time
+    assert core.handle(ChunkRead(KEY, 0, b"%016d" % 0), 11.0) == [ReadChunk(KEY, 1)]
+    assert core.handle(ChunkRead(KEY, 1, b"%016d" % 9), 11.0) == [ReportCorrupt(KEY)]
+    assert not core.records()
+    assert core.handle(Ticked(), 12.0) == []  # nothing of it is read any more
+
+
+def test_what_is_dropped_while_it_is_read_is_not_found_corrupt() -> None:
+    core = Inventory(HolderId("a", "1"), 100, Scrub(period_s=10.0))
+    sealed(core)
+    core.handle(Ticked(), 10.0)
+    core.handle(WatermarkRaised("job", 1, Version(1, 11)), 10.0)
+    assert core.handle(ChunkRead(KEY, 0, b""), 11.0) == []
+
+
+def test_what_older_generations_have_beyond_the_branch_goes_whatever_the_watermark() -> None:
+    core = Inventory(HolderId("a", "1"), 100)
+    versions = [Version(1, 5), Version(1, 6), Version(2, 1), Version(3, 3), Version(3, 4)]
+    for version in versions:
+        core.handle(ChunkFetched(ShardKey("job", version, 0), PLAN, 0, b"%016d" % 0), 0.0)
+    branch = (Version(3, 3), Version(1, 5))  # of generation 4; 2 is on no branch
+    pinned = (Version(2, 1),)
+    core.handle(WatermarkRaised("job", 4, Version(1, 0), pinned, branch), 0.0)
+    assert [k.version for k in core.shards] == [Version(1, 5), Version(2, 1), Version(3, 3)]
+    core.handle(WatermarkRaised("job", 4, Version(1, 0), (), ()), 0.0)  # it began from nothing
+    assert not core.shards
 
 
 def test_a_checksum_that_comes_after_its_chunk_was_let_go_seals_nothing() -> None:

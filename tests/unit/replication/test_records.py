@@ -1,6 +1,7 @@
 """Records: identity, order, and bytes that are read back strictly."""
 
 import dataclasses
+import inspect
 import pickle
 from typing import Any
 
@@ -33,10 +34,10 @@ def test_versions_order_history_by_generation_then_step() -> None:
 
 def test_identity_is_all_of_it() -> None:
     others = [
-        dataclasses.replace(KEY, job="other"),
-        dataclasses.replace(KEY, rank=3),
-        dataclasses.replace(KEY, version=Version(4, 120)),
-        dataclasses.replace(KEY, version=Version(3, 121)),
+        KEY._replace(job="other"),
+        KEY._replace(rank=3),
+        KEY._replace(version=Version(4, 120)),
+        KEY._replace(version=Version(3, 121)),
     ]
     assert len({KEY, *others}) == 5
     assert ShardKey("job", Version(3, 120), 2) == KEY
@@ -75,8 +76,9 @@ def test_they_travel_and_cannot_be_changed(value: Any) -> None:
     back = pickle.loads(pickle.dumps(value))  # noqa: S301 - our own bytes
     assert back == value
     assert hash(back) == hash(value)
-    with pytest.raises((dataclasses.FrozenInstanceError, TypeError)):
-        setattr(value, dataclasses.fields(value)[0].name, None)
+    name = next(iter(inspect.signature(type(value)).parameters))
+    with pytest.raises((AttributeError, TypeError)):
+        setattr(value, name, None)
 
 
 @settings(max_examples=25, deadline=None)

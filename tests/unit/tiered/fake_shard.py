@@ -10,6 +10,7 @@ import torch
 from replication.checksum import digest
 from replication.errors import HolderUnavailableError
 from replication.records import Chunk, ShardKey, ShardPlan, ShardRecord, Version
+from replication.sink import Sink
 from tiered.fetch import ShardReader
 from tiered.history import ShardSources
 from tiered.image import chunk_sizes, data_chunk, front, lay_out
@@ -28,6 +29,7 @@ class MemoryTier:
         self.is_dead = False
         self.corrupt: set[int] = set()
         self.asked: list[int] = []
+        self.closed = 0
 
     def read(self, index: int) -> Chunk:
         self.asked.append(index)
@@ -37,6 +39,12 @@ class MemoryTier:
         if index in self.corrupt:
             chunk[-1][-1] ^= 1
         return chunk
+
+    def read_into(self, index: int, sink: Sink) -> None:
+        sink.fill(buffer.data for buffer in self.read(index))
+
+    def close(self) -> None:
+        self.closed += 1
 
 
 class Shard:

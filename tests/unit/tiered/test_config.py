@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tiered.config import S3, JobSettings, Memory, check_job_name, check_step, path_problem
+from tiered.config import MIB, S3, JobSettings, Memory, check_job_name, check_step, path_problem
 from tiered.errors import ConfigError, TieredError
 
 NO_WHOLE_NUMBERS = [0.5, 2.0, "2", True, False, float("nan"), [], object()]
@@ -26,9 +26,24 @@ def test_a_wrong_memory_setting_is_named_with_its_least_value(name: str, least: 
         assert f"whole number of at least {least}" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["every_steps", "keep", "max_attempts"])
+def test_a_wrong_transport_is_named_with_those_that_there_are() -> None:
+    assert [Memory(transport=way).transport for way in ("auto", "tcp", "ray")] == [
+        "auto", "tcp", "ray",
+    ]  # fmt: skip
+    bad: list[Any] = ["", "TCP", "udp", None, 1, b"tcp"]
+    for value in bad:
+        with pytest.raises(ConfigError) as caught:
+            Memory(transport=value)
+        assert f"Memory.transport={value!r}" in str(caught.value)
+        assert "'auto', 'tcp', 'ray'" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["every_steps", "keep", "max_attempts", "upload_concurrency"])
 @pytest.mark.parametrize("value", [0, -1, None, *NO_WHOLE_NUMBERS])
 def test_a_wrong_count_of_s3_is_named(name: str, value: Any) -> None:
+    if (name, value) == ("keep", None):
+        assert S3("s3://bucket", keep=None).keep is None
+        return
     with pytest.raises(ConfigError) as caught:
         S3("s3://bucket", **{name: value})
     assert f"S3({name}={value!r}): {name} must be an int of at least 1" in str(caught.value)
@@ -40,6 +55,44 @@ def test_a_wrong_deadline_of_s3_is_named(name: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         S3("s3://bucket", **{name: value})
     assert f"S3({name}={value!r}): {name} must be a finite number" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"part_bytes": 5 * MIB - 1}, "part_bytes must be an int between 5242880 (5 MiB)"),
+        ({"part_bytes": 5 * 1024 * MIB + 1}, "and 5368709120 (5 GiB)"),
+        ({"part_bytes": 8e6}, "part_bytes must be an int"),
+        ({"bandwidth_bytes_per_s": 0}, "must be at least 100000 bytes per second, or None"),
+        ({"bandwidth_bytes_per_s": float("inf")}, "bandwidth_bytes_per_s must be"),
+        ({"bandwidth_bytes_per_s": True}, "bandwidth_bytes_per_s must be"),
+        ({"encryption": "kms"}, "encryption must be AES256, aws:kms or aws:kms:dsse"),
+        ({"encryption": "aws:kms"}, "kms_key_id must be given with encryption='aws:kms'"),
+        ({"kms_key_id": "alias/key"}, "encryption must be aws:kms or aws:kms:dsse with a kms_key"),
+        ({"encryption": "AES256", "kms_key_id": "key"}, "encryption must be aws:kms or"),
+        ({"encryption": "aws:kms", "kms_key_id": "a key"}, "kms_key_id must be the id, ARN or"),
+        ({"checksum": "MD5"}, "checksum must be one of CRC32, CRC32C, CRC64NVME, SHA1, SHA256"),
+        ({"requester_pays": None}, "requester_pays must be True or False"),
+        ({"requester_pays": "requester"}, "requester_pays must be True or False"),
+        ({"endpoint_url": "http://key:secret@host"}, "endpoint_url must be http://host"),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_of_s3_says_what_it_may_be(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        S3("s3://bucket", **settings)
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("checksum", ["CRC32C", "CRC64NVME"])
+def test_a_checksum_that_needs_another_package_says_so(
+    monkeypatch: pytest.MonkeyPatch, checksum: str
+) -> None:
+    monkeypatch.setattr("tiered.config.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="without awscrt"):
+        S3("s3://bucket", checksum=checksum)
+    monkeypatch.setattr("tiered.config.find_spec", lambda name: object())
+    assert S3("s3://bucket", checksum=checksum).checksum == checksum
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ ERRORS = every_error()
 
 
 def arguments_of(kind: type[TieredError]) -> dict[str, Any]:
-    if "__init__" not in vars(kind):
+    ours = [base for base in kind.__mro__ if issubclass(base, TieredError)]
+    if not any("__init__" in vars(base) for base in ours):
         return {}
     parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
     return {parameter.name: SAMPLES[parameter.annotation] for parameter in parameters}

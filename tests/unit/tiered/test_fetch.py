@@ -6,13 +6,23 @@ from typing import Any
 import pytest
 import ray
 import torch
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError
 
-from replication.errors import HolderUnavailableError, ShardNotHeldError, TieredError
-from replication.records import Chunk, HolderId
+from replication.dataplane import Access
+from replication.errors import (
+    HolderTimeoutError,
+    HolderUnavailableError,
+    ProtocolError,
+    ShardNotHeldError,
+    TieredError,
+)
+from replication.records import ByteRange, Chunk, ChunkId, Endpoint, HolderId
+from replication.sink import Sink
+from replication.transport import Source
+from replication.wire import Secret
 from tests.contract.fake_store import FakeStore
 from tests.unit.tiered.fake_shard import MemoryTier, Shard
-from tiered import register
+from tiered import fetch, register
 from tiered.errors import DurableStoreError, StepNotFoundError
 from tiered.fetch import BUDDY, DURABLE, FORMER_HOST, OWN_HOST, DurableTier, HolderTier, tiers_of
 from tiered.history import ShardSources
@@ -71,6 +81,20 @@ def test_copies_damaged_in_different_chunks_make_a_whole_one(shard: Shard) -> No
     own, buddy, _ = three_tiers(shard)
     own.corrupt, buddy.corrupt = {0, 3}, {1, 4}
     assert image_of(shard.reader(own, buddy).chunks()) == shard.image
+
+
+def test_it_is_noted_that_s3_has_something_else_than_was_saved(shard: Shard) -> None:
+    own, _, s3 = three_tiers(shard)
+    s3.label = DURABLE
+    own.corrupt, s3.is_dead = {0}, True
+    reader = shard.reader(own, s3)
+    with pytest.raises(StepNotFoundError):
+        reader.chunk(0)
+    assert not reader.is_rotten  # it did not answer
+    s3.is_dead, s3.corrupt = False, {0}
+    with pytest.raises(StepNotFoundError):
+        reader.chunk(0)
+    assert reader.is_rotten
 
 
 def test_when_no_tier_has_it_each_is_named_with_its_reason(shard: Shard) -> None:
@@ -163,9 +187,12 @@ def test_the_durable_tier_reads_just_the_chunk(shard: Shard) -> None:
 
 
 class FakeTransport:
+    name, bytes_read = "fake", 0
+
     def __init__(self, outcome: Exception | Chunk) -> None:
         self.outcome = outcome
         self.calls: list[tuple[Any, ...]] = []
+        self.closed = 0
 
     def fetch(self, *args: Any) -> Chunk:
         self.calls.append(args)
@@ -173,14 +200,32 @@ class FakeTransport:
             raise self.outcome
         return self.outcome
 
+    def read(self, source: Source, chunk: ChunkId, sink: Sink, timeout_s: float) -> None:
+        sink.fill(buffer.data for buffer in self.fetch(source, chunk, timeout_s))
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class FakeHandle:
+    """Of an actor that tells how to read from it."""
+
+    def __init__(self, name: str, namespace: str) -> None:
+        self.name = f"{namespace}/{name}"
+        self.access = self
+
+    def remote(self) -> Access:
+        return Access(Endpoint("127.0.0.1", 1), Secret(b"s" * 32))
+
 
 def holder_tier(
     shard: Shard, monkeypatch: pytest.MonkeyPatch, outcome: Exception | Chunk
 ) -> tuple[HolderTier, FakeTransport]:
-    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: f"{namespace}/{name}")
-    tier = HolderTier(THERE, ShardSources(shard.record, (THERE,), is_durable=False), None)
     transport = FakeTransport(outcome)
-    monkeypatch.setattr(tier, "_transport", transport)
+    monkeypatch.setattr(ray, "get_actor", FakeHandle)
+    monkeypatch.setattr(ray, "get", lambda answer, timeout: answer)
+    monkeypatch.setattr(fetch, "open_transports", lambda secret, tls: {"auto": transport})
+    tier = HolderTier(THERE, ShardSources(shard.record, (THERE,), is_durable=False), None)
     return tier, transport
 
 
@@ -189,10 +234,61 @@ def test_a_holder_is_asked_for_a_chunk_with_a_deadline(
 ) -> None:
     tier, transport = holder_tier(shard, monkeypatch, shard.chunks[1])
     assert image_of([tier.read(1)]) == image_of([shard.chunks[1]])
-    ((handle, node_id, key, index, timeout_s),) = transport.calls
-    assert THERE.node_id in handle
-    assert (node_id, key, index) == (THERE.node_id, shard.record.key, 1)
+    ((source, chunk, timeout_s),) = transport.calls
+    assert THERE.node_id in source.actor.name
+    assert source.endpoint == Endpoint("127.0.0.1", 1)
+    assert source.node_id == THERE.node_id
+    size_bytes = shard.record.plan.chunk_sizes[1]
+    assert chunk == ChunkId(shard.record.key, 1, size_bytes)
     assert 15 <= timeout_s < 16
+
+
+def test_a_holder_is_asked_once_how_to_read_from_it(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, transport = holder_tier(shard, monkeypatch, shard.chunks[1])
+    calls = []
+    monkeypatch.setattr(ray, "get", lambda answer, timeout: calls.append(timeout) or answer)
+    memory = bytearray(shard.record.plan.chunk_sizes[1])
+    for _ in range(2):
+        sink = Sink([ByteRange(0, len(memory))], [memoryview(memory)])
+        tier.read_into(1, sink)
+    assert memory == image_of([shard.chunks[1]])
+    assert len(calls) == 1
+    tier.close()
+    assert transport.closed == 1
+    tier.read(1)
+    assert len(calls) == 2
+
+
+def test_a_holder_that_does_not_answer_is_waited_for_once(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, _ = holder_tier(shard, monkeypatch, [])
+    calls = []
+
+    def silent(answer: object, timeout: float) -> None:
+        calls.append(timeout)
+        raise GetTimeoutError
+
+    monkeypatch.setattr(ray, "get", silent)
+    for _ in range(3):
+        with pytest.raises(HolderTimeoutError, match="no answer within"):
+            tier.read(0)
+    assert len(calls) == 1
+
+
+def test_by_ray_no_holder_is_asked_for_its_secret(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder_tier(shard, monkeypatch, [])
+    fake = FakeTransport(shard.chunks[1])
+    monkeypatch.setattr(fetch, "RayTransport", lambda: fake)
+    monkeypatch.setattr(ray, "get", None)
+    sources = ShardSources(shard.record, (THERE,), is_durable=False)
+    (tier,) = tiers_of(sources, None, None, "ray")
+    assert image_of([tier.read(1)]) == image_of([shard.chunks[1]])
+    assert fake.calls[0][0].endpoint is None
 
 
 def test_a_holder_that_is_gone_is_unavailable(
@@ -212,9 +308,8 @@ def test_a_holder_that_is_gone_is_unavailable(
     [
         ShardNotHeldError("b", "shard"),
         HolderUnavailableError("b", "silent"),
-        RayActorError(),
-        ObjectLostError("00" * 28, "address", ""),
-        RayTaskError("read_chunk", "traceback", KeyError("bug")),
+        HolderTimeoutError("b", "hung"),
+        ProtocolError("b", "another size"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -228,6 +323,30 @@ def test_whatever_fails_at_a_holder_the_next_copy_is_read(
     reader = shard.reader(tier, buddy)  # type: ignore[arg-type]
     assert image_of(reader.chunks()) == shard.image
     assert len(transport.calls) == 2
+
+
+def test_a_chunk_fills_memory_from_the_first_tier_that_has_it_intact(shard: Shard) -> None:
+    own, buddy, _ = three_tiers(shard)
+    own.corrupt = {2}
+    reader = shard.reader(own, buddy)
+    sizes = shard.record.plan.chunk_sizes
+    memory = [bytearray(size) for size in sizes]
+    reader.fill(lambda index: [memoryview(memory[index])], range(len(sizes)))
+    assert b"".join(memory) == shard.image
+    assert sum(reader.bytes_by_label.values()) == shard.record.plan.size_bytes
+    assert reader.bytes_by_label["buddy"] >= sizes[2]
+    assert reader.seconds > 0
+    reader.close()
+    assert (own.closed, buddy.closed) == (1, 1)
+
+
+def test_what_no_tier_has_intact_ends_the_filling(shard: Shard) -> None:
+    tier = MemoryTier(shard.chunks)
+    tier.corrupt = {1}
+    reader = shard.reader(tier)
+    sizes = shard.record.plan.chunk_sizes
+    with pytest.raises(StepNotFoundError, match="chunk 1 of"):
+        reader.fill(lambda index: [memoryview(bytearray(sizes[index]))], range(len(sizes)))
 
 
 class FrozenTier(MemoryTier):

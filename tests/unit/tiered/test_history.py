@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replication.records import Version
-from tiered.history import Candidate, is_on_branch, latest_consistent_step
+from tiered.history import Candidate, branch_ends, is_on_branch, latest_consistent_step
 
 
 def whole(generation: int, step: int, **changes: Any) -> Candidate:
@@ -183,3 +183,11 @@ def test_it_is_the_greatest_whole_one_of_the_branch(
     assert len(choice.passed_over) == len(newer)
     for line, candidate in zip(choice.passed_over, reversed(newer), strict=True):
         assert line.startswith(f"{candidate.version}: ")
+
+
+def test_the_ends_of_the_branch_are_the_parents_from_the_newest_back() -> None:
+    parents = {1: None, 2: Version(1, 40), 3: Version(1, 20), 4: Version(3, 30)}
+    assert branch_ends(parents, Version(0, 0)) == (Version(3, 30), Version(1, 20))
+    assert branch_ends(parents, Version(2, 0)) == (Version(3, 30),)
+    assert branch_ends({1: None}, Version(0, 0)) == branch_ends({}, Version(0, 0)) == ()
+    assert branch_ends({5: Version(7, 1)}, Version(0, 0)) == ()  # foreign

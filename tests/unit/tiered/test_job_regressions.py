@@ -284,3 +284,138 @@ def test_an_upload_on_a_lost_holder_is_not_waited_for() -> None:
     first = queue.add(version, (0,), 0.0, lambda v, r: (A, B))
     then = queue.review(1.0, lambda v, r: (B,))
     assert [c.holder for c in of(m.UploadShard, (*first, *then))] == [A, B]
+
+
+def test_a_copy_that_its_holder_found_corrupt_is_made_again() -> None:
+    job = begun(holders=(A, B, C))
+    for holder in (A, B):
+        job.handle(m.ShardReported(holder, record(1, 10)), 0.0)
+    assert Version(1, 10) in job.commits
+    key = record(1, 10).key
+    commands = job.handle(m.CopyFoundCorrupt(B, key), 1.0)
+    assert list(job.intact(key.version, 0)) == [A]
+    assert [(c.source, c.key) for c in of(m.ReplicateShard, commands)] == [(A, key)]
+    assert job.handle(m.CopyFoundCorrupt(B, key), 1.0) == []  # told again
+
+
+def test_a_copy_found_corrupt_while_it_was_set_aside_is_not_put_back() -> None:
+    job = begun()
+    for holder in (A, B):
+        job.handle(m.ShardReported(holder, record(1, 10)), 0.0)
+    job.handle(asked("two"), 1.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 1.0)
+    job.handle(m.HoldersFenced(2), 1.0)
+    key = record(1, 10).key
+    job.handle(m.ShardsVerified(2, key.version, (), unread=((B, key),)), 2.0)
+    job.handle(m.CopyFoundCorrupt(B, key), 2.0)
+    job.handle(m.ParentRecorded(2, key.version), 2.0)
+    assert list(job.intact(key.version, 0)) == [A]
+
+
+def test_a_step_that_lost_a_copy_with_the_coordinator_is_made_whole_again() -> None:
+    # It was committed, but nobody remembers; newer saves may not come for long.
+    job = Job("job")
+    job.handle(m.Recalled((m.Claim(1, Life("one"), 1, SETTINGS),), {1: None}), 0.0)
+    job.handle(m.HolderUp(A, "", (record(1, 10), record(1, 20))), 0.0)
+    job.handle(m.HolderUp(B, "", (record(1, 10),)), 0.0)
+    commands = job.handle(m.Ticked(), 1.0)
+    assert [c.key for c in of(m.ReplicateShard, commands)] == [record(1, 20).key]
+
+
+def test_a_step_that_rots_on_s3_is_not_tried_by_life_after_life() -> None:
+    job = Job("job")
+    for holder in (A, B):
+        job.handle(m.HolderUp(holder, "", ()), 0.0)
+    listing = m.DurableListed((Version(1, 10), Version(1, 20)), {1: None}, 1)
+    choices = []
+    for generation, life in ((2, "two"), (3, "three")):
+        job.handle(asked(life, WITH_S3), 0.0)
+        job.handle(listing, 0.0)
+        job.handle(m.GenerationClaimed(generation, is_ours=True), 0.0)
+        (read,) = of(m.VerifyShards, job.handle(m.HoldersFenced(generation), 0.0))
+        manifest = (record(1, read.version.step),)
+        job.handle(m.ShardsVerified(generation, read.version, (), manifest), 0.0)
+        job.handle(m.ParentRecorded(generation, read.version), 0.0)
+        choices.append(read.version.step)
+        job.handle(m.DurableFoundCorrupt(read.version, 0), 1.0)
+    assert choices == [20, 10]
+
+
+def saved(job: Job, steps: Iterable[int], holders: tuple[HolderId, ...] = (A, B)) -> list:
+    """What is ordered while these steps of the present generation become whole on these holders."""
+    commands = []
+    for step in steps:
+        for holder in holders:
+            commands += job.handle(m.ShardReported(holder, record(job.generation, step)), 0.0)
+    return of(m.CollectBelow, commands)
+
+
+def begun_again(job: Job, life: str, before: int | None = None) -> m.CollectBelow:
+    """The next generation starts; returns what it has collected at once."""
+    generation = job.generation + 1
+    asks = m.BeginAsked(Life(life), 0, 1, SETTINGS, before=before)
+    commands = job.handle(asks, 0.0)
+    commands += job.handle(m.GenerationClaimed(generation, is_ours=True), 0.0)
+    commands += job.handle(m.HoldersFenced(generation), 0.0)
+    while read := of(m.VerifyShards, commands):
+        commands = job.handle(m.ShardsVerified(generation, read[0].version, ()), 0.0)
+    (record_parent,) = of(m.RecordParent, commands)
+    recorded = m.ParentRecorded(generation, record_parent.parent)
+    (order,) = of(m.CollectBelow, job.handle(recorded, 0.0))
+    return order
+
+
+def test_what_a_crash_left_half_saved_goes_as_soon_as_the_next_generation_starts() -> None:
+    # Two half steps a crash fill a budget of keep + 2 steps, and then nothing is ever saved again.
+    job = begun()
+    saved(job, (1, 2))
+    saved(job, (3, 4), holders=(C,))  # not even known of: C was never up
+    order = begun_again(job, "two")
+    assert job.parents[2] == Version(1, 2)
+    assert (order.generation, order.branch, order.pinned) == (2, (Version(1, 2),), ())
+
+
+def test_what_was_inherited_counts_among_what_is_kept() -> None:
+    # Or keep=2 steps of each of two generations would be held, and their saves in flight.
+    job = begun()
+    saved(job, (1, 2, 3))
+    assert job.watermark == Version(1, 2)
+    begun_again(job, "two")
+    assert [order.below for order in saved(job, (4, 5))] == [Version(1, 3), Version(2, 4)]
+
+
+def test_an_inherited_step_that_never_was_replicated_protects_nothing() -> None:
+    job = begun()
+    saved(job, (1, 2))
+    saved(job, (3,), holders=(A,))
+    begun_again(job, "two")
+    assert job.parents[2] == Version(1, 3)
+    assert saved(job, (4,))[-1].below == Version(1, 2)
+    job.handle(m.ShardReported(B, record(1, 3)), 0.0)  # its copy was made
+    assert job.watermark == Version(1, 3)
+
+
+def test_a_whole_step_that_was_left_on_purpose_stays_until_there_is_a_new_one() -> None:
+    job = begun()
+    saved(job, (1, 2))
+    order = begun_again(job, "two", before=2)
+    assert job.parents[2] == Version(1, 1)
+    assert (order.branch, order.pinned) == ((Version(1, 1),), (Version(1, 2),))
+    assert saved(job, (2,))[-1].pinned == ()
+
+
+def test_a_copy_that_goes_while_the_parent_is_recorded_may_be_on_s3_which_is_silent() -> None:
+    # The life was told the step, and not where to read it.
+    job = Job("job")
+    job.handle(m.Recalled((m.Claim(1, Life("one"), 1, WITH_S3),), {1: None}), 0.0)
+    job.handle(m.HolderUp(A, "", (record(1, 10),)), 0.0)
+    job.handle(m.Ticked(), 1.0)
+    job.handle(asked("two", WITH_S3), 1.0)
+    job.handle(m.DurableListed(problem="no answer"), 1.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 1.0)
+    job.handle(m.HoldersFenced(2), 1.0)
+    job.handle(m.ShardsVerified(2, Version(1, 10), ()), 1.0)
+    job.handle(m.CopyFoundCorrupt(A, record(1, 10).key), 2.0)
+    job.handle(m.ParentRecorded(2, Version(1, 10)), 3.0)
+    (answer,) = of(m.AnswerBegin, job.handle(m.ShardsVerified(2, Version(1, 10), ()), 3.0))
+    assert isinstance(answer.error, DurableStoreError)  # it asks again, and so is S3 asked again

@@ -20,6 +20,7 @@ from tiered.register import (
     decode_manifest,
     encode_claim,
     encode_manifest,
+    explain_missing,
     known_jobs,
     manifest_key,
     parent_key,
@@ -77,6 +78,7 @@ def test_parents_are_in_the_names() -> None:
     keys = [parent_key(generation, parent) for generation, parent in parents.items()]
     assert read_parents(keys) == parents
     assert read_listing(keys).parents == parents
+    assert read_listing(keys).newest_generation == 123456789
 
 
 @pytest.mark.parametrize(
@@ -148,6 +150,29 @@ def test_a_key_is_created_once(kv: dict[bytes, bytes]) -> None:
     assert list(kv) == [b"job/index/a"]
 
 
+def test_the_secret_of_the_cluster_is_made_once_and_is_no_job(
+    kv: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside: dict[tuple[str, str], bytes] = {}
+
+    def put(key: str, value: bytes, *, overwrite: bool, namespace: str) -> None:
+        assert not overwrite
+        beside.setdefault((namespace, key), value)
+
+    monkeypatch.setattr(register, "_internal_kv_put", put)
+    monkeypatch.setattr(
+        register, "_internal_kv_get", lambda key, *, namespace: beside[namespace, key]
+    )
+    first = register.cluster_secret()
+    assert register.cluster_secret() == first  # as after the coordinator's death
+    assert len(first.value) >= 32
+    assert list(beside.values()) == [first.value]
+    assert all(namespace != NAMESPACE for namespace, _ in beside)
+    assert known_jobs() == []
+    beside.clear()
+    assert register.cluster_secret() != first
+
+
 def test_jobs_do_not_see_each_other(kv: dict[bytes, bytes]) -> None:
     job, longer = GcsIndex("job"), GcsIndex("job-2")
     for key in ("index/b", "index/a", "other/c"):
@@ -165,6 +190,8 @@ S3_SETTINGS = S3(
     "s3://bucket/prefix", every_steps=7, keep=3, endpoint_url="http://host:9000",
     region="eu-west-1", profile="p", path_style=False, storage_class="STANDARD_IA",
     connect_timeout_s=1.5, expected_bucket_owner="123456789012", read_timeout_s=2, max_attempts=9,
+    encryption="aws:kms", kms_key_id="alias/key", requester_pays=True, checksum="SHA256",
+    part_bytes=1 << 23, upload_concurrency=3, bandwidth_bytes_per_s=1e9,
 )  # fmt: skip
 
 
@@ -178,6 +205,18 @@ def test_a_claim_round_trips(memory: Memory, s3: S3 | None) -> None:
 def claim_body() -> dict[str, Any]:
     claim = Claim(7, Life("abc"), 16, JobSettings(Memory(), S3("s3://bucket")))
     return dict(msgpack.unpackb(encode_claim(claim)))
+
+
+def test_a_claim_of_an_older_release_has_the_defaults_of_settings_that_came_later() -> None:
+    body = claim_body()
+    body["s3"] = {  # as release 0.1.0 wrote it
+        "uri": "s3://bucket/prefix", "every_steps": 7, "keep": 3, "endpoint_url": None,
+        "region": None, "profile": None, "path_style": None, "storage_class": None,
+        "expected_bucket_owner": None, "connect_timeout_s": 5.0, "read_timeout_s": 30.0,
+        "max_attempts": 5,
+    }  # fmt: skip
+    decoded = decode_claim(msgpack.packb(body)).settings.s3
+    assert decoded == S3("s3://bucket/prefix", every_steps=7, keep=3)
 
 
 @pytest.mark.parametrize("name", ["generation", "life", "world_size", "memory", "s3"])
@@ -289,3 +328,19 @@ def test_a_damaged_manifest_or_claim_is_itself_or_refused(data: st.DataObject) -
             read(bytes(damaged))
         except (ValueError, TypeError):
             continue
+
+
+# --- what is on S3 ------------------------------------------------------------------------------
+
+
+def test_what_is_missing_on_s3_is_named() -> None:
+    step = records(5)
+    sizes = {shard_key(VERSION, r.key.rank): r.plan.size_bytes for r in step}
+    assert explain_missing(step, sizes) == ""
+    assert explain_missing(step, {**sizes, "data/of/another": 5}) == ""
+    sizes[shard_key(VERSION, 1)] -= 1
+    del sizes[shard_key(VERSION, 3)]
+    assert explain_missing(step, sizes) == (
+        "rank 1's shard has 4106 bytes, not 4107, rank 3's shard is missing"
+    )
+    assert explain_missing(step, {}).endswith("rank 2's shard is missing, and 2 more")

@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import boto3
@@ -11,12 +12,10 @@ import pytest
 from botocore.config import Config
 from botocore.response import StreamingBody
 from botocore.stub import ANY, Stubber
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tiered.config import S3
-from tiered.errors import ConfigError, DurableStoreError
-from tiered.s3 import BufferFile, S3Store
+from tiered.errors import ConfigError, DurableStoreDownError, DurableStoreError
+from tiered.s3 import S3Store
 
 URI = "s3://bucket/ckpt"
 OWNER = "123456789012"
@@ -50,13 +49,14 @@ def stub(client: Any) -> Iterator[Stubber]:
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     pauses: list[float] = []
-    monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
+    monkeypatch.setattr("tiered.s3_link.sleep", pauses.append)
+    monkeypatch.setattr("tiered.s3_link._links", {})
     return pauses
 
 
 def store_over(client: Any, root: str = "job", **settings: Any) -> S3Store:
     store = S3Store(S3(URI, **settings), root)
-    store._client, store._client_pid = client, os.getpid()
+    store.link._client = client
     return store
 
 
@@ -127,7 +127,7 @@ def test_uri_that_is_none_is_refused(uri: Any) -> None:
     ("name", "value"),
     [
         *((name, value) for name in ("every_steps", "keep", "max_attempts") for value in (0, -1)),
-        *((name, value) for name in ("every_steps", "keep") for value in (None, True, 1.0, "5")),
+        *((name, value) for name in ("every_steps", "keep") for value in (True, 1.0, "5")),
         *(("connect_timeout_s", value) for value in (0, -1.0, True, None, float("inf"))),
         ("read_timeout_s", float("nan")),
         *(("endpoint_url", value) for value in ("", "127.0.0.1:9000", "ftp://host", b"http://h")),
@@ -167,66 +167,11 @@ def test_settings_are_immutable_values() -> None:
         S3(URI, 500)  # type: ignore[call-arg]
 
 
-# --- the file over buffers
-
-BUFFERS = st.lists(st.binary(max_size=20), max_size=6)
-STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("read"), st.integers(-1, 50)),
-        st.tuples(st.just("seek"), st.integers(0, 80)),
-        st.tuples(st.just("skip"), st.integers(0, 20)),
-        st.tuples(st.just("end"), st.integers(0, 5)),
-    ),
-    max_size=12,
-)
-
-
-def file_over(*buffers: bytes) -> BufferFile:
-    return BufferFile(np.frombuffer(data, np.uint8) for data in buffers)
-
-
-@given(BUFFERS, STEPS)
-def test_buffer_file_reads_like_one_run_of_bytes(
-    buffers: list[bytes], steps: list[tuple[str, int]]
-) -> None:
-    model, file = io.BytesIO(b"".join(buffers)), file_over(*buffers)
-    assert file.size_bytes == len(model.getvalue())
-    for step, value in steps:
-        match step:
-            case "read":
-                assert file.read(value) == model.read(value)
-            case "seek":
-                assert file.seek(value) == model.seek(value)
-            case "skip":
-                assert file.seek(value, io.SEEK_CUR) == model.seek(value, io.SEEK_CUR)
-            case _:
-                assert file.seek(value, io.SEEK_END) == model.seek(value, io.SEEK_END)
-        assert file.tell() == model.tell()
-
-
-def test_buffer_file_copies_nothing() -> None:
-    array = np.zeros(4, np.uint8)
-    file = BufferFile([array])
-    array[:] = 7
-    assert file.read() == b"\x07" * 4
-
-
-def test_buffer_file_is_read_only_and_has_a_start() -> None:
-    file = file_over(b"abc")
-    assert file.readable()
-    assert file.seekable()
-    assert not file.writable()
-    with pytest.raises(io.UnsupportedOperation):
-        file.truncate(0)
-    with pytest.raises(ValueError, match="before the start"):
-        file.seek(-4, io.SEEK_END)
-
-
 # --- the store
 
 
 def test_constructor_makes_no_client() -> None:
-    assert S3Store(S3(URI), "job")._client is None
+    assert S3Store(S3(URI), "job")._link is None
 
 
 @pytest.mark.parametrize("root", ["/job", "job/", "a//b", "..", "a/../b", "a\0b"])
@@ -244,58 +189,7 @@ def test_key_that_is_no_path_is_a_bug(key: str) -> None:
 def test_store_pickles_as_its_settings(client: Any) -> None:
     store = store_over(client, "a/b", keep=3)
     copy = pickle.loads(pickle.dumps(store))  # noqa: S301 - written in this line
-    assert (copy.settings, copy.root, copy._client) == (store.settings, "a/b", None)
-
-
-def test_client_is_made_anew_after_a_fork_and_after_close(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Closable:
-        closed = 0
-
-        def close(self) -> None:
-            self.closed += 1
-
-    monkeypatch.setattr("tiered.s3._new_client", lambda settings: Closable())
-    store = S3Store(S3(URI))
-    first = store._connect()
-    assert store._connect() is first
-    monkeypatch.setattr("tiered.s3.os.getpid", lambda: -1)
-    second = store._connect()
-    assert second is not first
-    store.close()
-    store.close()
-    assert second.closed == 1  # type: ignore[attr-defined]
-    assert store._connect() is not second
-
-
-@pytest.mark.parametrize(
-    ("settings", "variable", "style"),
-    [
-        ({}, None, None),
-        ({"path_style": False}, "AWS_ENDPOINT_URL", {"addressing_style": "virtual"}),
-        ({"path_style": True}, None, {"addressing_style": "path"}),
-        ({"endpoint_url": "http://127.0.0.1:9"}, None, {"addressing_style": "path"}),
-        ({}, "AWS_ENDPOINT_URL", {"addressing_style": "path"}),
-        ({}, "AWS_ENDPOINT_URL_S3", {"addressing_style": "path"}),
-    ],
-)
-def test_addressing_and_limits_reach_the_client(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], variable: str | None, style: Any
-) -> None:
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(boto3.Session, "client", lambda self, name, **given: seen.update(given))
-    monkeypatch.setattr(boto3.Session, "__init__", lambda self, **given: seen.update(given))
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
-        monkeypatch.delenv(name, raising=False)
-    if variable:
-        monkeypatch.setenv(variable, "http://127.0.0.1:9")
-    S3Store(S3(URI, region="eu-west-1", max_attempts=3, **settings))._connect()
-
-    config = seen["config"]
-    assert config.s3 == style
-    assert config.retries == {"mode": "adaptive", "total_max_attempts": 3}
-    assert (config.connect_timeout, config.read_timeout) == (5.0, 30.0)
-    assert seen["region_name"] == "eu-west-1"
-    assert seen["endpoint_url"] == settings.get("endpoint_url")
+    assert (copy.settings, copy.root, copy._link) == (store.settings, "a/b", None)
 
 
 def test_a_bad_endpoint_in_the_environment_is_a_store_error(
@@ -309,7 +203,7 @@ def test_a_bad_endpoint_in_the_environment_is_a_store_error(
 @pytest.mark.parametrize(
     ("code", "status", "expected"),
     [
-        ("AccessDenied", 403, r"s3:ListBucket .* below s3://bucket/ckpt; and .* 123456789012"),
+        ("AccessDenied", 403, r"s3:ListBucket .* below s3://bucket/ckpt.*; and .* 123456789012"),
         ("403", 403, "s3:GetObject"),
         ("InvalidAccessKeyId", 403, "credentials are not valid"),
         ("ExpiredToken", 400, "credentials are not valid"),
@@ -319,11 +213,18 @@ def test_a_bad_endpoint_in_the_environment_is_a_store_error(
     ],
 )
 def test_a_refusal_says_what_to_change(
-    client: Any, stub: Stubber, code: str, status: int, expected: str
+    client: Any,
+    stub: Stubber,
+    monkeypatch: pytest.MonkeyPatch,
+    code: str,
+    status: int,
+    expected: str,
 ) -> None:
-    stub.add_client_error("get_object", code, "told so", status)
+    monkeypatch.setattr("tiered.s3_link._new_client", lambda settings: client)  # the same again
+    for _ in range(2 if code in ("InvalidAccessKeyId", "ExpiredToken") else 1):
+        stub.add_client_error("get_object", code, "told so", status)
     with pytest.raises(DurableStoreError, match=expected) as caught:
-        store_over(client, expected_bucket_owner=OWNER).get("key")
+        store_over(client, expected_bucket_owner=OWNER, max_attempts=1).get("key")
     assert caught.value.store == "s3://bucket"
     assert caught.value.operation == "get of ckpt/job/key"
     assert isinstance(caught.value.__cause__, botocore.exceptions.ClientError)
@@ -371,17 +272,26 @@ def test_an_answer_that_stays_broken_is_an_error(
     with pytest.raises(DurableStoreError, match="IncompleteReadError"):
         store_over(client, max_attempts=3).get("key")
     assert len(no_pauses) == 2
-    assert all(0 <= pause_s <= 2 for pause_s in no_pauses)
+    assert all(0 <= pause_s <= 0.5 * 2**turn for turn, pause_s in enumerate(no_pauses))
 
 
 @pytest.mark.parametrize(
     ("data", "status"), [(b"abc", 206), (b"abcde", 206), (b"", 206), (b"abcd", 200)]
 )
-def test_read_of_other_bytes_than_asked_for_is_an_error(
-    client: Any, stub: Stubber, data: bytes, status: int
+def test_read_of_other_bytes_than_asked_for_is_tried_again_and_then_an_error(
+    client: Any, stub: Stubber, data: bytes, status: int, no_pauses: list[float]
 ) -> None:
     answer_range(stub, data, status)
-    with pytest.raises(DurableStoreError, match="not the 4 bytes from 2"):
+    answer_range(stub, data, status)
+    with pytest.raises(DurableStoreError, match="IncompleteReadError"):
+        store_over(client, max_attempts=2).read("key", 2, 4)
+    assert len(no_pauses) == 1
+
+
+def test_read_beyond_the_end_is_an_error_at_once(client: Any, stub: Stubber) -> None:
+    answer = {**body(b"ab"), "ContentRange": "bytes 2-3/4"}
+    stub.add_response("get_object", {**answer, "ResponseMetadata": {"HTTPStatusCode": 206}})
+    with pytest.raises(DurableStoreError, match="the object has 4 bytes, not the 4 from 2"):
         store_over(client).read("key", 2, 4)
 
 
@@ -423,11 +333,19 @@ def test_create_gives_a_conflict_up_after_max_attempts(client: Any, stub: Stubbe
         store_over(client, max_attempts=2).create("key", b"mine")
 
 
-def test_create_that_never_arrived_is_an_error(client: Any, stub: Stubber) -> None:
+def test_create_that_never_arrived_is_tried_again(client: Any, stub: Stubber) -> None:
     stub.add_client_error("put_object", "InternalError", "", 500)
     stub.add_client_error("get_object", "NoSuchKey", "", 404)
-    with pytest.raises(DurableStoreError, match="InternalError"):
-        store_over(client).create("key", b"mine")
+    stub.add_response("put_object", {})
+    assert store_over(client).create("key", b"mine")
+
+
+def test_create_that_never_arrives_is_an_error(client: Any, stub: Stubber) -> None:
+    for _ in range(2):
+        stub.add_client_error("put_object", "InternalError", "", 500)
+        stub.add_client_error("get_object", "NoSuchKey", "", 404)
+    with pytest.raises(DurableStoreDownError, match="InternalError"):
+        store_over(client, max_attempts=2).create("key", b"mine")
 
 
 @pytest.mark.parametrize(
@@ -474,7 +392,7 @@ def test_the_expected_owner_goes_with_every_call(client: Any, stub: Stubber) -> 
     key = {**at, "Key": "ckpt/job/key"}
     store = store_over(client, expected_bucket_owner=OWNER, storage_class="STANDARD_IA")
 
-    upload = {**key, "Body": ANY, "ChecksumAlgorithm": ANY, "StorageClass": "STANDARD_IA"}
+    upload = {**key, "Body": ANY, "StorageClass": "STANDARD_IA"}
     stub.add_response("put_object", {}, upload)
     stub.add_response("head_object", {"ContentLength": 0}, key)
     store.upload("key", [])
@@ -492,6 +410,7 @@ def test_the_expected_owner_goes_with_every_call(client: Any, stub: Stubber) -> 
 
 
 def test_keys_leave_out_folder_markers(client: Any, stub: Stubber) -> None:
-    contents = [{"Key": "ckpt/job/"}, {"Key": "ckpt/job/a/"}, {"Key": "ckpt/job/a/b"}]
+    names = ("ckpt/job/", "ckpt/job/a/", "ckpt/job/a/b")
+    contents = [{"Key": name, "Size": 0, "LastModified": datetime.now(UTC)} for name in names]
     stub.add_response("list_objects_v2", {"Contents": contents})
     assert store_over(client).keys("") == ["a/b"]

@@ -1,0 +1,223 @@
+"""What this machine can do at best: a memory copy, and bytes over TCP. Measured beside the rest.
+
+memcpy: every tensor of the state into another one that is warm, in as many processes at once as
+there are ranks: `torch._foreach_copy_`, with one thread each, as launchers set it. (Two threads
+that wait for each other after every tensor were 10 % faster on an idle machine and thirty times
+slower on a busy one.)
+TCP: the bytes of all ranks from warm memory of one process into warm memory of another over
+loopback, without looking at them, over 1, 2 and 4 connections; the fastest counts.
+"""
+
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from benchmarks.processes import Worker, Workers
+from benchmarks.state import StateSpec
+
+STREAMS = (1, 2, 4)
+BUFFER_BYTES = 1 << 30  # more than that goes round
+TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class LimitSample:
+    """One measurement of both limits.
+
+    Attributes:
+        memcpy_s: From the first rank's begin to the last one's end.
+        memcpy_cpu_s: Processor time of all ranks.
+        tcp_s: By the number of connections.
+        tcp_cpu_s: Processor time of both ends, with the fastest number of connections.
+    """
+
+    memcpy_s: float
+    memcpy_cpu_s: float
+    tcp_s: dict[str, float]
+    tcp_cpu_s: float
+
+    @property
+    def best_tcp_s(self) -> float:
+        """With the fastest number of connections."""
+        return min(self.tcp_s.values())
+
+
+class Limits:
+    """The processes that measure the limits; they stay, so that every measurement is warm."""
+
+    def __init__(self, spec: StateSpec, ranks: int, folder: Path) -> None:
+        """Start them.
+
+        Args:
+            spec: One rank's state.
+            ranks: Processes that copy at once.
+            folder: For their logs.
+        """
+        self.spec, self.ranks = spec, ranks
+        log = folder / "limits.log"
+        self._copiers = Workers([Worker("benchmarks.limits:Copier", log) for _ in range(ranks)])
+        self._ends = Workers([Worker("benchmarks.limits:TcpEnd", log) for _ in range(2)])
+        try:
+            each = [{"spec": spec.as_dict(), "rank": r} for r in range(ranks)]
+            self._copiers.call_each("prepare", each, TIMEOUT_S)
+            self._ends.call("prepare", size_bytes=self.size_bytes)
+        except BaseException:
+            self.close()
+            raise
+        self.measure()  # once for the warmth
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all ranks."""
+        return self.ranks * sum(part.size_bytes for part in self.spec.parts)
+
+    def measure(self) -> LimitSample:
+        """Measure both, now."""
+        spans = self._copiers.call("copy", TIMEOUT_S)
+        tcp = {streams: self._tcp(streams) for streams in STREAMS}
+        best = min(tcp.values())
+        return LimitSample(
+            memcpy_s=max(s["ended_s"] for s in spans) - min(s["began_s"] for s in spans),
+            memcpy_cpu_s=sum(s["cpu_s"] for s in spans),
+            tcp_s={str(streams): seconds for streams, (seconds, _) in tcp.items()},
+            tcp_cpu_s=best[1],
+        )
+
+    def _tcp(self, streams: int) -> tuple[float, float]:
+        source, sink = self._ends.workers
+        port = sink.call("listen", streams=streams)
+        deadline_s = time.monotonic() + TIMEOUT_S
+        sink.send("receive")
+        source.send("send", port=port, streams=streams)
+        sent, received = (end.receive(deadline_s, "tcp") for end in (source, sink))
+        cpu_s = sent["cpu_s"] + received["cpu_s"]
+        return received["ended_s"] - sent["began_s"], cpu_s
+
+    def close(self) -> None:
+        """End the processes."""
+        self._copiers.kill()
+        self._ends.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _timed(work: Callable[[], None]) -> dict[str, float]:
+    def cpu_s() -> float:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return usage.ru_utime + usage.ru_stime
+
+    before_s, began_s = cpu_s(), time.monotonic()
+    work()
+    ended_s = time.monotonic()
+    return {"began_s": began_s, "ended_s": ended_s, "cpu_s": cpu_s() - before_s}
+
+
+class Copier:
+    """In its own process: one rank's memory copy."""
+
+    def prepare(self, spec: dict[str, Any], rank: int) -> None:
+        """Make a state and a warm copy of it."""
+        import torch
+
+        from benchmarks import state
+
+        torch.set_num_threads(1)
+        what = StateSpec.from_dict(spec)
+        self._source = list(state.make(what, rank).values())
+        self._target = list(state.make_other(what).values())
+
+    def copy(self) -> dict[str, float]:
+        """Copy everything once."""
+        import torch
+
+        return _timed(lambda: torch._foreach_copy_(self._target, self._source))
+
+
+class TcpEnd:
+    """In its own process: one end of the TCP streams."""
+
+    def prepare(self, size_bytes: int) -> None:
+        """Have a warm buffer for `size_bytes` bytes."""
+        self._size_bytes = size_bytes
+        self._buffer = memoryview(np.ones(min(size_bytes, BUFFER_BYTES), dtype=np.uint8))
+        self._listener: socket.socket | None = None
+        self._streams = 0
+
+    def listen(self, streams: int) -> int:
+        """Be ready for so many connections; returns the port."""
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=streams)
+        self._listener.settimeout(TIMEOUT_S)
+        self._streams = streams
+        return int(self._listener.getsockname()[1])
+
+    def receive(self) -> dict[str, float]:
+        """Take what the other end sends."""
+        assert self._listener is not None
+        with self._listener as listener:
+            sockets = [listener.accept()[0] for _ in range(self._streams)]
+        return _timed(lambda: self._in_threads(sockets, _take))
+
+    def send(self, port: int, streams: int) -> dict[str, float]:
+        """Send everything."""
+        sockets = [socket.create_connection(("127.0.0.1", port), TIMEOUT_S) for _ in range(streams)]
+        return _timed(lambda: self._in_threads(sockets, _give))
+
+    def _in_threads(
+        self,
+        sockets: list[socket.socket],
+        work: Callable[[socket.socket, memoryview, int], None],
+    ) -> None:
+        count = len(sockets)
+        share, room = self._size_bytes // count, len(self._buffer) // count
+        failed: list[BaseException] = []
+
+        def run(index: int, connection: socket.socket) -> None:
+            try:
+                with connection:
+                    connection.settimeout(TIMEOUT_S)
+                    work(connection, self._buffer[index * room : (index + 1) * room], share)
+            except OSError as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=run, args=pair) for pair in enumerate(sockets)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failed:
+            raise failed[0]
+
+
+def _give(connection: socket.socket, buffer: memoryview, size_bytes: int) -> None:
+    left = size_bytes
+    while left:
+        part = buffer[: min(left, len(buffer))]
+        connection.sendall(part)
+        left -= len(part)
+
+
+def _take(connection: socket.socket, buffer: memoryview, size_bytes: int) -> None:
+    left, at = size_bytes, 0
+    while left:
+        got = connection.recv_into(buffer[at:], min(left, len(buffer) - at))
+        if not got:
+            raise ConnectionError(f"the stream ended {left} bytes early")
+        left -= got
+        at = (at + got) % len(buffer)

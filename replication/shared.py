@@ -1,0 +1,154 @@
+"""Reading from the holder of one's own host: straight from the object store's memory.
+
+Every process on a host that is connected to Ray maps the same file, the object store. The holder
+says where in that file its bytes lie, and the reader finds the same place in its own mapping: one
+copy to where the bytes are wanted, no message but the question. Ray's own way would put a copy of
+the holder's view into the store first, since the object's owner, a trainer, is dead.
+
+The holder may let go of the chunk while it is being read, and the memory be used for another. The
+reader would see by its checksum, as with any damage, and ask the next source.
+"""
+
+import ctypes
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from replication.errors import HolderTimeoutError, HolderUnavailableError, ReplicationError
+from replication.pinning import MAPS, pin
+from replication.records import Buffer, Chunk, ChunkId
+from replication.sink import Sink, gather
+from replication.transport import Source, check_size, read_whole
+
+SENTINEL_BYTES = 1 << 20  # of an object that is in the store for sure
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where bytes lie in the file that is the object store of a host.
+
+    Attributes:
+        file: Device and inode, as /proc/self/maps has them.
+        offset: In the file.
+        size_bytes: How many.
+    """
+
+    file: tuple[str, str]
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A part of a file in this process' memory."""
+
+    file: tuple[str, str]
+    offset: int
+    start: int
+    stop: int
+
+
+def mappings(lines: Iterable[str]) -> list[Mapping]:
+    """The shared mappings of files that /proc/self/maps tells of."""
+    found = []
+    for line in lines:
+        span, rights, offset, device, inode, *_ = line.split(maxsplit=5)
+        if rights.endswith("s") and rights.startswith("r"):
+            start, stop = (int(edge, 16) for edge in span.split("-"))
+            found.append(Mapping((device, inode), int(offset, 16), start, stop))
+    return found
+
+
+def places_of(chunk: Chunk, known: Iterable[Mapping]) -> list[Place] | None:
+    """Where a pinned chunk lies, for other processes; None if it is in no shared file."""
+    known, places = list(known), []
+    for buffer in chunk:
+        if not buffer.nbytes:
+            continue
+        start = buffer.ctypes.data
+        for one in known:
+            if one.start <= start and start + buffer.nbytes <= one.stop:
+                offset = one.offset + start - one.start
+                places.append(Place(one.file, offset, buffer.nbytes))
+                break
+        else:
+            return None
+    return places
+
+
+def view_of(place: Place, known: Iterable[Mapping]) -> Buffer | None:
+    """The bytes at a place, read-only, in this process' mapping of the file; None if it has none.
+
+    The memory is valid as long as something of this process keeps the mapping.
+    """
+    for one in known:
+        start = one.start + place.offset - one.offset
+        if one.file == place.file and one.start <= start and start + place.size_bytes <= one.stop:
+            memory: Any = (ctypes.c_uint8 * place.size_bytes).from_address(start)
+            view: Buffer = np.frombuffer(memory, dtype=np.uint8)
+            view.flags.writeable = False
+            return view
+    return None
+
+
+def own_mappings() -> list[Mapping]:
+    """The shared mappings of this process; none where the system does not say."""
+    try:
+        return mappings(MAPS.read_text().splitlines())
+    except OSError:
+        return []
+
+
+class SharedMemoryTransport:
+    """Reads from the holder of this host; see `replication.transport.Transport`."""
+
+    name = "shared memory"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sentinel: Chunk | None = None  # keeps the store mapped
+        self.bytes_read = 0
+
+    def read(self, source: Source, chunk: ChunkId, sink: Sink, timeout_s: float) -> None:
+        """See Transport."""
+        views = self._views(source, chunk, timeout_s)
+        check_size(chunk, sum(view.nbytes for view in views), source.node_id)
+        missing_bytes = sink.missing_bytes
+        sink.fill(gather(views, sink.missing()))
+        with self._lock:
+            self.bytes_read += missing_bytes
+
+    def fetch(self, source: Source, chunk: ChunkId, timeout_s: float) -> Chunk:
+        """See Transport."""
+        return read_whole(self, source, chunk, timeout_s)
+
+    def close(self) -> None:
+        """See Transport."""
+        with self._lock:
+            self._sentinel = None
+
+    def _views(self, source: Source, chunk: ChunkId, timeout_s: float) -> list[Buffer]:
+        reference = source.actor.places.remote(chunk.key, chunk.index)
+        try:
+            places: list[Place] | None = ray.get(reference, timeout=timeout_s)
+        except GetTimeoutError as error:
+            raise HolderTimeoutError(source.node_id, f"silent for {timeout_s:g} s") from error
+        except RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, ReplicationError):
+                raise cause from error
+            raise HolderUnavailableError(source.node_id, type(error).__name__) from error
+        with self._lock:
+            if self._sentinel is None:
+                self._sentinel = pin([np.zeros(SENTINEL_BYTES, dtype=np.uint8)])
+        known = own_mappings()
+        views = [view_of(place, known) for place in places or ()]
+        found = [view for view in views if view is not None]
+        if places is None or len(found) < len(places):
+            raise HolderUnavailableError(source.node_id, "its memory is not mapped here")
+        return found

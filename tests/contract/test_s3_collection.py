@@ -1,0 +1,163 @@
+"""Orphans and old steps on a real store: found, counted, and deleted in the right order."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chaos.s3_faults import Fault
+from chaos.s3_proxy import FaultProxy
+from replication.checksum import digest
+from replication.records import Life, ShardKey, ShardPlan, ShardRecord, Version
+from tests.contract.conftest import SHARED_BUCKET
+from tiered import register
+from tiered.collection import Survey, collect, look
+from tiered.config import S3, JobSettings, Memory
+from tiered.errors import DurableStoreError
+from tiered.garbage import GRACE_S, GarbagePlan, plan_garbage
+from tiered.messages import Claim
+from tiered.s3 import S3Store
+
+pytestmark = pytest.mark.usefixtures("pauses")
+
+SHARD = np.arange(1000, dtype=np.uint8)
+RANKS = 2
+
+
+@pytest.fixture
+def store(proxy: FaultProxy, root: str) -> Iterator[S3Store]:
+    store = S3Store(S3(f"s3://{SHARED_BUCKET}", max_attempts=1), root)
+    yield store
+    store.close()
+
+
+def begin(store: S3Store, generation: int, parent: Version | None) -> None:
+    claim = Claim(generation, Life("life"), RANKS, JobSettings(Memory(), store.settings))
+    store.create(register.claim_key(generation), register.encode_claim(claim))
+    store.create(register.parent_key(generation, parent), b"")
+
+
+def flush(store: S3Store, version: Version, *, ranks: int = RANKS, manifest: bool = True) -> None:
+    records = []
+    for rank in range(RANKS):
+        plan = ShardPlan(RANKS, (len(SHARD),))
+        records.append(ShardRecord(ShardKey(store.root, version, rank), plan, (digest([SHARD]),)))
+        if rank < ranks:
+            store.upload(register.shard_key(version, rank), [[SHARD]])
+    if manifest:
+        data = register.encode_manifest(store.root, version, records)
+        store.create(register.manifest_key(version), data)
+
+
+def begin_upload(store: S3Store, version: Version, size_bytes: int) -> None:
+    key = f"{store.root}/{register.shard_key(version, 0)}"
+    client, at = store.link.client(), {"Bucket": SHARED_BUCKET, "Key": key}
+    upload_id = client.create_multipart_upload(**at)["UploadId"]
+    if size_bytes:
+        body = bytes(size_bytes)
+        client.upload_part(**at, UploadId=upload_id, PartNumber=1, Body=body)
+
+
+def plan(survey: Survey, later_s: float = 2 * GRACE_S, **more: Any) -> GarbagePlan:
+    given = {"known_generation": survey.newest_generation, "keep": 2, **more}
+    now = survey.now + timedelta(seconds=later_s)
+    return plan_garbage(survey.steps, survey.parents, now=now, **given)
+
+
+def test_old_steps_orphans_and_unfinished_uploads_go_and_the_newest_stay(
+    store: S3Store, proxy: FaultProxy
+) -> None:
+    begin(store, 1, None)
+    for number in (10, 20, 30, 40):
+        flush(store, Version(1, number))
+    flush(store, Version(1, 50), manifest=False)
+    begin_upload(store, Version(1, 60), 777)
+    begin_upload(store, Version(1, 70), 0)
+    store.create("data/notes.txt", b"somebody's")
+    survey = look(store, store.root, keep=2)
+    assert survey.newest_generation == 1
+    assert survey.foreign == ("data/notes.txt",)
+    assert [s.problem for s in survey.steps] == [None, None, "", "", None, None, None]
+
+    assert {d.version.step for d in plan(survey, 0).deletions} == {10, 20}, "the grace period"
+    garbage = plan(survey)
+    assert {d.version.step for d in garbage.deletions} == {10, 20, 50, 60, 70}
+    manifests = sum(d.size_bytes for d in garbage.deletions if d.kind == "manifest")
+    assert garbage.size_bytes == 3 * RANKS * len(SHARD) + 777 + manifests
+    proxy.forget_requests()
+    collect(store, garbage)
+    deletes = [r.request_bytes for r in proxy.requests if r.operation == "DeleteObjects"]
+    assert len(deletes) == 2, "manifests, then shards, in batches"
+
+    left = look(store, store.root, keep=2)
+    assert [s.version.step for s in left.steps] == [30, 40]
+    assert store.uploads("") == []
+    assert store.get("data/notes.txt") == b"somebody's"
+    assert plan(left).deletions == ()
+    collect(store, garbage)
+
+
+def test_a_step_that_is_half_there_does_not_count_as_one(store: S3Store) -> None:
+    begin(store, 1, None)
+    flush(store, Version(1, 10))
+    flush(store, Version(1, 20))
+    flush(store, Version(1, 30), ranks=1)
+    store.upload(register.shard_key(Version(1, 20), 1), [[SHARD[:-1]]])
+    store.create(register.manifest_key(Version(1, 40)), b"no manifest of ours")
+    survey = look(store, store.root, keep=1)
+    problems = {s.version.step: s.problem for s in survey.steps}
+    assert problems[10] == ""
+    assert problems[20] == "rank 1's shard has 999 bytes, not 1000"
+    assert problems[30] == "rank 1's shard is missing"
+    assert "cannot be used" in (problems[40] or "")
+    garbage = plan(survey, keep=1)
+    assert garbage.deletions == ()
+    assert len(garbage.spared) == 3
+
+
+def test_when_a_manifest_cannot_be_deleted_no_shard_is(store: S3Store, proxy: FaultProxy) -> None:
+    begin(store, 1, None)
+    for number in (10, 20, 30):
+        flush(store, Version(1, number))
+    garbage = plan(look(store, store.root, keep=1), keep=1)
+    denied = Fault("status", "^DeleteObjects ", status=403, code="AccessDenied")
+    with proxy.faulted(denied), pytest.raises(DurableStoreError, match="AccessDenied"):
+        collect(store, garbage)
+    assert len(store.keys("data/")) == 3 * RANKS
+    with proxy.faulted(replace(denied, after=1)), pytest.raises(DurableStoreError):
+        collect(store, garbage)
+    survey = look(store, store.root, keep=1)
+    assert [s.manifest is None for s in survey.steps] == [True, True, False]
+    collect(store, plan(survey, keep=1))
+    assert [s.version.step for s in look(store, store.root).steps] == [30]
+
+
+def test_a_step_that_is_published_after_the_plan_is_left_alone(store: S3Store) -> None:
+    begin(store, 1, None)
+    flush(store, Version(1, 10))
+    flush(store, Version(1, 20), manifest=False)
+    garbage = plan(look(store, store.root))
+    assert {d.version.step for d in garbage.deletions} == {20}
+    flush(store, Version(1, 20))
+    collect(store, garbage)
+    assert [s.version.step for s in look(store, store.root).steps] == [10, 20]
+    assert len(store.keys("data/")) == 2 * RANKS
+
+
+def test_the_clock_is_the_stores(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(store, 1, None)
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    survey = look(store, store.root)
+    assert survey.now > datetime(2020, 1, 1, tzinfo=survey.now.tzinfo)
+
+
+def test_a_store_that_does_not_tell_the_time_deletes_nothing(store: S3Store) -> None:
+    def forget(parsed: dict[str, Any], **_: Any) -> None:
+        parsed["ResponseMetadata"]["HTTPHeaders"].pop("date")
+
+    store.link.client().meta.events.register("after-call.s3.ListObjectsV2", forget)
+    with pytest.raises(DurableStoreError, match="Date header"):
+        look(store, store.root)

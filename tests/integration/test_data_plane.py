@@ -1,0 +1,140 @@
+"""The data plane between real holders: it is used, it can fail, and its secret stays one."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+import tiered
+from chaos.local_cluster import LocalCluster
+from replication.holder import NAMESPACE, Traffic, holder_name
+from tests.integration.trainers import MIB, is_same, make_state, start_trainers
+from tiered.coordinator import COORDINATOR_NAME
+
+pytestmark = pytest.mark.cluster
+
+EVERY = tiered.Memory(every_steps=1, replicas=1, chunk_bytes=MIB)
+STATE_BYTES = 6 * MIB
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(hosts=2, object_store_bytes=200 << 20) as running:
+        yield running
+
+
+def ask(host: str, method: str) -> Any:
+    holder = ray.get_actor(holder_name(host), NAMESPACE)
+    return ray.get(getattr(holder, method).remote(), timeout=30)
+
+
+def traffic(hosts: list[str]) -> list[Traffic]:
+    return [ask(host, "traffic") for host in hosts]
+
+
+def begin(actors: list[Any], job: str, memory: tiered.Memory = EVERY) -> list[Any]:
+    settings = {"memory": memory, "state_bytes": STATE_BYTES}
+    calls = [a.start.remote(job, dict(settings), 1000 + r) for r, a in enumerate(actors)]
+    return ray.get(calls, timeout=120)
+
+
+def save(actors: list[Any], step: int) -> None:
+    ray.get([a.save.remote(step, 10 * step + r) for r, a in enumerate(actors)], timeout=120)
+
+
+def end(cluster: LocalCluster, actors: list[Any]) -> None:
+    for pid in ray.get([a.pid.remote() for a in actors], timeout=30):
+        cluster.kill_process(pid)
+
+
+def stop_serving(host: str) -> None:
+    """Close a holder's port behind its back."""
+    holder = ray.get_actor(holder_name(host), NAMESPACE)
+    ray.get(holder.__ray_call__.remote(lambda self: self._server.close()), timeout=30)
+
+
+def test_copies_come_by_tcp_and_without_it_by_ray(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    hosts = cluster.hosts
+    actors = start_trainers(hosts, port)
+    begin(actors, job)
+    before = traffic(hosts)
+    save(actors, 1)
+    save(actors, 2)
+    after = traffic(hosts)
+    for one, other in zip(before, after, strict=True):
+        assert other.received["tcp"] - one.received["tcp"] >= 2 * STATE_BYTES * 0.7
+        assert other.received["ray"] == one.received["ray"] == 0
+        assert other.sent > one.sent
+
+    for host in hosts:
+        stop_serving(host)
+    save(actors, 3)
+    save(actors, 4)
+    for one, other in zip(after, traffic(hosts), strict=True):
+        assert other.received["tcp"] == one.received["tcp"]
+        assert other.received["ray"] >= 2 * STATE_BYTES * 0.7
+
+    # The trainers of the next life find the ports closed too.
+    end(cluster, actors)
+    again = start_trainers(hosts, port + 1)
+    for start, restored in begin(again, job):
+        assert (start, restored.step, restored.source) == (5, 4, "own host's RAM")
+        assert restored.passed_over == ()
+    seen = [a.has.remote(40 + rank) for rank, a in enumerate(again)]
+    assert ray.get(seen, timeout=60) == [True, True]
+    end(cluster, again)
+    for rank in range(2):
+        assert is_same(tiered.recover(job).state(rank), make_state(40 + rank, STATE_BYTES))
+
+
+def test_every_process_of_one_cluster_believes_every_other(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    """A coordinator that was restarted starts holders that the old ones trade with."""
+    (old, *_) = cluster.hosts
+    secret = ask(old, "access").secret
+    coordinator = ray.get_actor(COORDINATOR_NAME, namespace=NAMESPACE)
+    victim = ray.get(coordinator.__ray_call__.remote(lambda _: os.getpid()), timeout=30)
+    os.kill(victim, signal.SIGKILL)
+    hosts = [cluster.add_host(), cluster.add_host()]  # whose ports are open, unlike the old ones'
+    actors = start_trainers(hosts, port)
+    begin(actors, job, tiered.Memory(every_steps=1, replicas=2, chunk_bytes=MIB))
+    save(actors, 1)
+    access = [ask(host, "access") for host in hosts]
+    assert all(a.secret == secret and a.endpoint is not None for a in access)
+    assert len({a.endpoint for a in access}) == 2
+    total = [sum(t.received["tcp"] for t in traffic(hosts)), sum(t.sent for t in traffic(hosts))]
+    assert min(total) >= STATE_BYTES * 0.7
+
+    # And a restore by TCP, too: what the holders sent, and nobody received as a copy.
+    sent = sum(t.sent for t in traffic(hosts))
+    end(cluster, actors)
+    again = start_trainers(hosts, port + 1)
+    assert [start for start, _ in begin(again, job)] == [2, 2]
+    assert sum(t.sent for t in traffic(hosts)) - sent >= 2 * STATE_BYTES * 0.7
+    end(cluster, again)
+
+    written = [path for path in Path(cluster._folder).rglob("*") if path.is_file()]
+    assert written
+    for path in written:
+        data = path.read_bytes()
+        assert secret.value not in data, path
+        assert secret.value.hex().encode() not in data, path
+
+
+def test_a_job_may_choose_rays_transport(cluster: LocalCluster, job: str, port: int) -> None:
+    hosts = cluster.hosts[-2:]
+    actors = start_trainers(hosts, port)
+    by_ray = tiered.Memory(every_steps=1, replicas=1, chunk_bytes=MIB, transport="ray")
+    begin(actors, job, by_ray)
+    before = traffic(cluster.hosts)
+    save(actors, 1)
+    for one, other in zip(before, traffic(cluster.hosts), strict=True):
+        assert (other.received["tcp"], other.sent) == (one.received["tcp"], one.sent)
+    end(cluster, actors)

@@ -1,0 +1,86 @@
+"""Many seeds on every core: a pool of processes, each of which runs chunks of seeds."""
+
+import gc
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from tests.sim.mutants import violations_of
+from tests.sim.world import World, draw_setup
+
+A_CHUNK = 50
+W, T = TypeVar("W"), TypeVar("T")
+
+Findings = list[tuple[int, list[str]]]  # seeds that broke a promise, and what each broke
+
+
+def run_seeds(
+    seeds: range,
+    hosts: int | None = None,
+    hours: float | None = None,
+    *,
+    jobs: int | None = None,
+) -> tuple[Findings, Counter[str]]:
+    """Run seeds; return those that broke a promise, and what happened in all of them."""
+    findings: Findings = []
+    totals: Counter[str] = Counter()
+    a_chunk = A_CHUNK if hosts is None and hours is None else 1
+    work = [(chunk, hosts, hours) for chunk in _chunks(seeds, a_chunk)]
+    for found, counts in _map(_run_chunk, work, jobs):
+        findings += found
+        totals.update(counts)
+    return findings, totals
+
+
+def run_mutants(
+    names: list[str], seeds: range, *, jobs: int | None = None
+) -> dict[str, list[tuple[int, str]]]:
+    """Run small seeds of broken cores; return for each the seeds that noticed, and what."""
+    work = [(name, chunk) for name in names for chunk in _chunks(seeds)]
+    caught: dict[str, list[tuple[int, str]]] = {name: [] for name in names}
+    for (name, _), found in zip(work, _map(_run_mutant_chunk, work, jobs), strict=True):
+        caught[name] += found
+    return caught
+
+
+def _chunks(seeds: range, size: int = A_CHUNK) -> list[range]:
+    return [seeds[i : i + size] for i in range(0, len(seeds), size)]
+
+
+def _map(call: Callable[[W], T], work: Sequence[W], jobs: int | None) -> Iterator[T]:
+    """Results in the order of the work. Spawned, not forked: threads may run here."""
+    jobs = min(jobs or os.cpu_count() or 1, len(work))
+    if jobs <= 1:
+        yield from (call(item) for item in work)
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs, gc.disable) as pool:
+        yield from pool.imap(call, work)
+
+
+def _run_chunk(
+    work: tuple[range, int | None, float | None],
+) -> tuple[Findings, Counter[str]]:
+    seeds, hosts, hours = work
+    findings: Findings = []
+    totals: Counter[str] = Counter()
+    for seed in seeds:
+        world = World(seed, draw_setup(seed, hosts, hours))
+        try:
+            violations = world.run()
+        except Exception as error:  # noqa: BLE001 - a crash of a core, of which seed it must say
+            violations = [f"crash: {error!r}"]
+        if violations:
+            findings.append((seed, violations))
+        totals.update(world.oracle.counts)
+        totals["events"] += world.kernel.events
+    gc.collect()
+    return findings, totals
+
+
+def _run_mutant_chunk(work: tuple[str, range]) -> list[tuple[int, str]]:
+    name, seeds = work
+    found = [(seed, broken[0]) for seed in seeds if (broken := violations_of(name, seed))]
+    gc.collect()
+    return found

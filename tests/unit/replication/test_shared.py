@@ -1,0 +1,162 @@
+"""Reading through a file that two mappings share, as two processes do with the object store."""
+
+import mmap
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from replication import shared
+from replication.errors import HolderTimeoutError, HolderUnavailableError, ProtocolError
+from replication.records import ByteRange, Chunk, ChunkId, ShardKey, Version
+from replication.shared import (
+    Mapping,
+    Place,
+    SharedMemoryTransport,
+    mappings,
+    own_mappings,
+    places_of,
+    view_of,
+)
+from replication.sink import BLOCK_BYTES, Sink
+from replication.transport import Source
+
+MAPS = """\
+7f0000000000-7f0000100000 rw-s 00002000 00:1a 77     /dev/shm/plasma (deleted)
+7f0000200000-7f0000300000 r--s 00000000 00:1a 78     /dev/shm/other
+7f0000400000-7f0000500000 rw-p 00000000 00:00 0
+7f0000600000-7f0000700000 ---s 00000000 00:1a 79     /dev/shm/none
+"""
+KEY = ShardKey("job", Version(1, 10), 0)
+SIZE = 3 * BLOCK_BYTES + 17
+
+
+@pytest.fixture
+def store() -> Iterator[np.ndarray[Any, Any]]:
+    """A holder's view of a file; the reader's mapping of it is another one."""
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        file.truncate(8 << 20)
+        holders, readers = mmap.mmap(file.fileno(), 0), mmap.mmap(file.fileno(), 0)
+        memory = np.frombuffer(holders, dtype=np.uint8)
+        memory[:] = np.random.default_rng(0).integers(0, 256, memory.nbytes, dtype=np.uint8)
+        yield memory
+        del memory
+        readers.close()
+
+
+def test_only_shared_readable_mappings_count() -> None:
+    assert mappings(MAPS.splitlines()) == [
+        Mapping(("00:1a", "77"), 0x2000, 0x7F0000000000, 0x7F0000100000),
+        Mapping(("00:1a", "78"), 0, 0x7F0000200000, 0x7F0000300000),
+    ]
+
+
+def test_a_place_is_the_same_bytes_in_every_mapping(store: np.ndarray[Any, Any]) -> None:
+    chunk: Chunk = [store[4096:5000], store[:0], store[70_000:90_001]]
+    places = places_of(chunk, own_mappings())
+    assert places is not None
+    assert [p.size_bytes for p in places] == [904, 20_001]
+    for place, buffer in zip(places, (chunk[0], chunk[2]), strict=True):
+        mine = [one for one in own_mappings() if one.file == place.file]
+        assert len(mine) == 2
+        for one in mine:
+            view = view_of(place, [one])
+            assert view is not None
+            assert not view.flags.writeable
+            assert np.array_equal(view, buffer)
+
+
+def test_private_memory_has_no_place() -> None:
+    assert places_of([np.zeros(100_000, dtype=np.uint8)], own_mappings()) is None
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        Place(("00:1a", "78"), 0x100000 - 1, 2),
+        Place(("00:1a", "77"), 0x1FFF, 2),
+        Place(("00:1b", "77"), 0x3000, 2),
+    ],
+)
+def test_a_place_outside_of_what_is_mapped_has_no_view(place: Place) -> None:
+    assert view_of(place, mappings(MAPS.splitlines())) is None
+
+
+class FakeHolder:
+    """An actor whose `places` answers at once."""
+
+    def __init__(self, answer: Any) -> None:
+        self.places = self
+        self._answer = answer
+
+    def remote(self, key: ShardKey, index: int) -> Any:
+        return self._answer
+
+
+@pytest.fixture
+def transport(monkeypatch: pytest.MonkeyPatch) -> SharedMemoryTransport:
+    def get(reference: Any, timeout: float) -> Any:
+        if isinstance(reference, Exception):
+            raise reference
+        return reference
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(shared, "pin", lambda chunk: chunk)
+    return SharedMemoryTransport()
+
+
+def read(transport: SharedMemoryTransport, answer: Any, size: int = SIZE) -> bytes:
+    memory = bytearray(size)
+    seen = bytearray()
+    sink = Sink([ByteRange(0, size)], [memoryview(memory)], seen.extend)
+    transport.read(Source("node", FakeHolder(answer)), ChunkId(KEY, 0, size), sink, 1.0)
+    assert bytes(seen) == bytes(memory)
+    return bytes(memory)
+
+
+def test_a_chunk_is_read_with_its_checksum_on_the_way(
+    store: np.ndarray[Any, Any], transport: SharedMemoryTransport
+) -> None:
+    places = places_of([store[:SIZE]], own_mappings())
+    assert read(transport, places) == store[:SIZE].tobytes()
+    assert transport.bytes_read == SIZE
+
+
+def test_a_read_goes_on_where_another_one_stopped(
+    store: np.ndarray[Any, Any], transport: SharedMemoryTransport
+) -> None:
+    places = places_of([store[:SIZE]], own_mappings())
+    memory = bytearray(SIZE)
+    sink = Sink([ByteRange(0, SIZE)], [memoryview(memory)])
+    sink.fill([store[:1000].data])
+    transport.read(Source("node", FakeHolder(places)), ChunkId(KEY, 0, SIZE), sink, 1.0)
+    assert bytes(memory) == store[:SIZE].tobytes()
+    assert transport.bytes_read == SIZE - 1000
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (None, HolderUnavailableError),
+        ([Place(("ff:ff", "1"), 0, SIZE)], HolderUnavailableError),
+        (GetTimeoutError(), HolderTimeoutError),
+        (RayActorError(), HolderUnavailableError),
+    ],
+)
+def test_what_cannot_be_read_so_is_said(
+    transport: SharedMemoryTransport, answer: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        read(transport, answer)
+
+
+def test_a_copy_of_another_size_is_refused(
+    store: np.ndarray[Any, Any], transport: SharedMemoryTransport
+) -> None:
+    places = places_of([store[: SIZE - 1]], own_mappings())
+    with pytest.raises(ProtocolError):
+        read(transport, places)

@@ -1,0 +1,74 @@
+from tiered.admission import STUCK_S, Admissions
+
+
+def ask(
+    admissions: Admissions,
+    step: int,
+    policy: str = "skip",
+    *,
+    committed: tuple[int, ...] = (),
+    begun: tuple[int, ...] = (),
+    now_s: float = 0.0,
+):
+    return admissions.ask(step, policy, 2, committed, begun, now_s)  # type: ignore[arg-type]
+
+
+def test_saves_are_admitted_while_there_is_room_and_then_skipped() -> None:
+    admissions = Admissions()
+    assert ask(admissions, 10).is_admitted
+    assert ask(admissions, 20).is_admitted
+    refused = ask(admissions, 30)
+    assert not refused.is_admitted
+    assert "steps 10, 20 are still being replicated" in refused.reason
+    assert ask(admissions, 40, committed=(10,)).is_admitted
+
+
+def test_every_rank_gets_the_first_rank_s_answer() -> None:
+    admissions = Admissions()
+    for step in (10, 20):
+        ask(admissions, step)
+    assert not ask(admissions, 30).is_admitted
+    assert not ask(admissions, 30, committed=(10, 20)).is_admitted
+    assert ask(admissions, 20, committed=(10,)).is_admitted
+
+
+def test_a_step_that_a_newer_one_overtook_takes_no_room() -> None:
+    admissions = Admissions()
+    for step in (10, 20):
+        ask(admissions, step)
+    assert admissions.on_their_way((20,), 1.0) == []
+    assert ask(admissions, 30, committed=(20,)).is_admitted
+
+
+def test_steps_that_never_commit_stop_nobody_for_ever() -> None:
+    admissions = Admissions()
+    for step in (10, 20):
+        ask(admissions, step)
+    assert not ask(admissions, 30, now_s=STUCK_S - 1).is_admitted
+    assert ask(admissions, 40, now_s=STUCK_S).is_admitted
+
+
+def test_waiting_is_no_answer_until_there_is_room() -> None:
+    admissions = Admissions()
+    for step in (10, 20):
+        ask(admissions, step)
+    assert ask(admissions, 30, "wait") is None
+    assert ask(admissions, 30, "wait", committed=(10,)).is_admitted
+
+
+def test_replacing_takes_the_newest_of_which_no_replica_has_come() -> None:
+    admissions = Admissions()
+    for step in (10, 20):
+        ask(admissions, step)
+    answer = ask(admissions, 30, "replace", begun=(10,))
+    assert (answer.is_admitted, answer.instead_of) == (True, (20,))
+    assert admissions.replaced == {20: 30}
+    assert admissions.on_their_way((), 0.0) == [10, 30]
+    assert not ask(admissions, 40, "replace", begun=(10, 30)).is_admitted
+
+
+def test_a_refusal_is_remembered_too() -> None:
+    admissions = Admissions()
+    assert not admissions.refuse(10, "too few hosts", 0.0).is_admitted
+    assert not ask(admissions, 10).is_admitted
+    assert admissions.admit(20, 0.0).is_admitted

@@ -1,0 +1,49 @@
+"""Defects of the coordinator's shell, each without Ray."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from replication.records import HolderId, Life, ShardKey, ShardPlan, ShardRecord, Version
+from tiered import messages as m
+from tiered.config import JobSettings, Memory
+from tiered.coordinator import Coordinator
+from tiered.job import Job
+
+LIFE = Life("one")
+SETTINGS = JobSettings(Memory(every_steps=1, replicas=0))
+HOLDER = HolderId("a", "1")
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> Job:
+    job = Job("job")
+
+    async def ready(*_: Any) -> None:
+        return None
+
+    async def opened(*_: Any) -> Job:
+        return job
+
+    monkeypatch.setattr(Coordinator, "hello", ready)
+    monkeypatch.setattr(Coordinator, "_ready", ready)
+    monkeypatch.setattr(Coordinator, "_job", opened)
+    return job
+
+
+def test_a_life_with_two_claims_is_answered_with_the_newer(job: Job) -> None:
+    # The first was overtaken: S3 was silent when it was made, and then knew of newer ones.
+    claims = tuple(m.Claim(generation, LIFE, 1, SETTINGS) for generation in (1, 3))
+    job.handle(m.Recalled(claims, {3: None}), 0.0)
+    answer = asyncio.run(Coordinator().begin("job", LIFE, 0, 1, SETTINGS))
+    assert answer.generation == 3
+
+
+def test_a_copy_that_its_holder_reports_as_corrupt_counts_no_more(job: Job) -> None:
+    key = ShardKey("job", Version(1, 10), 0)
+    record = ShardRecord(key, ShardPlan(1, (1,)), (b"d" * 16,))
+    job.handle(m.HolderUp(HOLDER, "", (record,)), 0.0)
+    assert job.intact(key.version, 0)
+    asyncio.run(Coordinator().report_corrupt(HOLDER, [key]))
+    assert not job.intact(key.version, 0)

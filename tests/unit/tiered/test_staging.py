@@ -1,0 +1,75 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from replication.pinning import _OutOfBand
+from tiered.image import chunk_sizes, data_chunk, lay_out
+from tiered.staging import Slot, _slot, copy_all, writable
+from tiered.state import capture
+
+STATE = {
+    "double": torch.arange(5, dtype=torch.float64),
+    "matrix": torch.arange(40.0).reshape(5, 8),
+    "transposed": torch.arange(12.0).reshape(3, 4).t(),
+    "half": torch.arange(9).to(torch.bfloat16),
+    "eighth": torch.arange(6).to(torch.float8_e4m3fn),
+    "flags": torch.tensor([True, False, True]),
+    "complex": torch.tensor([1 + 2j, 3 - 4j]),
+    "conjugate": torch.tensor([1 + 2j, 3 - 4j]).conj(),
+    "scalar": torch.tensor(7),
+    "nothing": torch.empty(0, 3),
+    "learned": torch.nn.Parameter(torch.ones(3)),
+}
+
+
+def slots_of(chunk_bytes: int) -> tuple[list[Slot], list[bytes]]:
+    """Memory as `Stager` makes it, and what must be in it."""
+    captured = capture(STATE)
+    layout = lay_out(captured)
+    sizes = chunk_sizes(layout, 0, chunk_bytes)[1:]
+    slots, expected, start = [], [], 0
+    for size in sizes:
+        view = np.full(size, 255, dtype=np.uint8)
+        slots.append(_slot(layout, None, view, start, start + size))
+        chunk = data_chunk(layout, captured.tensors, start, start + size)
+        expected.append(b"".join(buffer.tobytes() for buffer in chunk))
+        start += size
+    return slots, expected
+
+
+@pytest.mark.parametrize("chunk_bytes", [7, 16, 50, 64, 4096])
+def test_prepared_memory_is_filled_with_the_same_bytes(chunk_bytes: int) -> None:
+    slots, expected = slots_of(chunk_bytes)
+    tensors = capture(STATE).tensors
+    for slot in slots:
+        slot.fill(tensors)
+    assert [slot.view.tobytes() for slot in slots] == expected
+
+
+def test_tensors_that_fit_are_copied_with_one_call() -> None:
+    (slot,), _ = slots_of(4096)
+    assert set(slot.names) == STATE.keys() - {"nothing"}
+    assert slot.parts == ()
+
+
+def test_copying_works_without_the_fast_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch, "_foreach_copy_")
+    target, source = torch.zeros(3), torch.arange(3.0)
+    copy_all([target], [source])
+    assert torch.equal(target, source)
+
+
+def test_memory_that_is_not_shared_and_writable_is_not_written_to() -> None:
+    assert writable(np.zeros(8192, dtype=np.uint8)) is None
+
+
+def test_a_chunk_is_handed_over_without_being_copied_into_a_pickle() -> None:
+    chunk = [np.arange(10, dtype=np.uint8), np.arange(3, dtype=np.uint8)]
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(_OutOfBand(chunk), protocol=5, buffer_callback=buffers.append)
+    assert len(buffers) == 2
+    assert len(data) < 200
+    again = pickle.loads(data, buffers=buffers)  # noqa: S301 - made three lines above
+    assert [a.tolist() for a in again] == [c.tolist() for c in chunk]

@@ -26,6 +26,7 @@ class Holder:
         self.core = cluster.cores.inventory(identity, cluster.setup.capacity)
         self.chunks: dict[ShardKey, dict[int, int]] = {}
         self.unreported: dict[ShardKey, ShardRecord] = {}
+        self.corrupt: set[ShardKey] = set()  # and not yet reported
         self.fence_seen = 0
         self.is_alive = True
 
@@ -47,6 +48,7 @@ class Holder:
         self.check_alive()
         self.core.check_copy(offer.key, offer.plan)
         if self.core.has_chunk(offer.key, offer.index):
+            self.feed(inventory.ChunkKnown(offer.key))
             return
         source.check_alive()
         content = source.chunks.get(offer.key, {}).get(offer.index)
@@ -75,7 +77,6 @@ class Holder:
             chunks = self.chunks.get(key, {})
             if any(digest(chunks[index]) != want for index, want in enumerate(digests)):
                 self.feed(inventory.ChunkFoundCorrupt(key))
-                self.unreported.pop(key, None)
                 bad.append(key)
         return bad
 
@@ -89,13 +90,21 @@ class Holder:
                     self._later("hash", lambda k=key, i=index: self._hash(k, i))
                 case inventory.OfferChunk():
                     self._offer(command)
+                case inventory.ReadChunk(key, index):
+                    self._later("read", lambda k=key, i=index: self._read(k, i))
                 case inventory.ReportShard(record):
                     self.cluster.model.sealed(self, record)
+                    self.corrupt.discard(record.key)
                     self.unreported[record.key] = record
                     self.report(record)
+                case inventory.ReportCorrupt(key):
+                    self.unreported.pop(key, None)  # or it would count again
+                    self.corrupt.add(key)
+                    self.report_corrupt(key)
                 case inventory.DropShard(key):
                     self.chunks.pop(key, None)
                     self.unreported.pop(key, None)
+                    self.corrupt.discard(key)
                 case _:
                     assert_never(command)
 
@@ -103,6 +112,8 @@ class Holder:
         self.feed(inventory.Ticked())
         for record in list(self.unreported.values()):
             self.report(record)
+        for key in sorted(self.corrupt):
+            self.report_corrupt(key)
 
     def _later(self, name: str, run) -> None:  # type: ignore[no-untyped-def]
         self.cluster.network.send(Message(f"{self.id} {name}", self.host, self.host, run))
@@ -111,6 +122,12 @@ class Holder:
         content = self.chunks.get(key, {}).get(index)
         if self.is_alive and content is not None:
             self.feed(inventory.ChunkHashed(key, index, digest(content)))
+
+    def _read(self, key: ShardKey, index: int) -> None:
+        if self.is_alive:
+            content = self.chunks.get(key, {}).get(index)
+            value = b"" if content is None else digest(content)
+            self.feed(inventory.ChunkRead(key, index, value))
 
     def _offer(self, offer: inventory.OfferChunk) -> None:
         peer = self.cluster.holders.get(offer.to.node_id)
@@ -143,4 +160,15 @@ class Holder:
                 del self.unreported[record.key]
 
         name = f"{self.id} reports {record.key}"
+        self.cluster.network.send(Message(name, self.host, HEAD, run, done))
+
+    def report_corrupt(self, key: ShardKey) -> None:
+        def run() -> None:
+            if self.is_alive and key in self.corrupt:
+                self.cluster.coordinator.report_corrupt(self.id, key)
+
+        def done() -> None:
+            self.corrupt.discard(key)
+
+        name = f"{self.id} reports that its {key} is corrupt"
         self.cluster.network.send(Message(name, self.host, HEAD, run, done))

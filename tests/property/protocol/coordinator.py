@@ -81,6 +81,10 @@ class Coordinator:
         self.cluster.model.told(holder, record.key)
         self.feed(m.ShardReported(holder, record))
 
+    def report_corrupt(self, holder: HolderId, key: ShardKey) -> None:
+        self.check_open()
+        self.feed(m.CopyFoundCorrupt(holder, key))
+
     # -- membership -----------------------------------------------------------------------------
 
     def look_around(self) -> None:
@@ -161,9 +165,11 @@ class Coordinator:
             case m.ReplicateShard(source, key, to):
                 wanted = inventory.ReplicationRequested(key, to)
                 self._tell(f"copy {key} to {to}", source, lambda h: h.feed(wanted))
-            case m.CollectBelow(generation, below, holders, pinned):
+            case m.CollectBelow(generation, below, holders, pinned, branch):
                 if cluster.register.newest == generation:
-                    order = inventory.WatermarkRaised(cluster.name, generation, below, pinned)
+                    order = inventory.WatermarkRaised(
+                        cluster.name, generation, below, pinned, branch
+                    )
                     for holder in holders:
                         self._tell(f"collect {below}", holder, lambda h: h.feed(order))
             case m.DropStep(version, holders):

@@ -26,6 +26,7 @@ class Holder:
         self.core = cluster.cores.inventory(identity, cluster.setup.capacity)
         self.chunks: dict[ShardKey, dict[int, int]] = {}
         self.unreported: dict[ShardKey, ShardRecord] = {}
+        self.corrupt: set[ShardKey] = set()  # of which the coordinator was not told yet
         self.fence_seen = 0
         self.is_alive = True
 
@@ -47,6 +48,7 @@ class Holder:
         self.check_alive()
         self.core.check_copy(offer.key, offer.plan)
         if self.core.has_chunk(offer.key, offer.index):
+            self.feed(inventory.ChunkKnown(offer.key))
             return
         source.check_alive()
         content = source.chunks.get(offer.key, {}).get(offer.index)
@@ -91,11 +93,19 @@ class Holder:
                     self._offer(command)
                 case inventory.ReportShard(record):
                     self.cluster.model.sealed(self, record)
+                    self.corrupt.discard(record.key)
                     self.unreported[record.key] = record
                     self.report(record)
+                case inventory.ReportCorrupt(key):
+                    self.unreported.pop(key, None)
+                    self.corrupt.add(key)
+                    self.report_corrupt(key)
+                case inventory.ReadChunk(key, index):
+                    self._later("read", lambda k=key, i=index: self._read(k, i))
                 case inventory.DropShard(key):
                     self.chunks.pop(key, None)
                     self.unreported.pop(key, None)
+                    self.corrupt.discard(key)
                 case _:
                     assert_never(command)
 
@@ -103,6 +113,8 @@ class Holder:
         self.feed(inventory.Ticked())
         for record in list(self.unreported.values()):
             self.report(record)
+        for key in sorted(self.corrupt):
+            self.report_corrupt(key)
 
     def _later(self, name: str, run) -> None:  # type: ignore[no-untyped-def]
         self.cluster.network.send(Message(f"{self.id} {name}", self.host, self.host, run))
@@ -111,6 +123,12 @@ class Holder:
         content = self.chunks.get(key, {}).get(index)
         if self.is_alive and content is not None:
             self.feed(inventory.ChunkHashed(key, index, digest(content)))
+
+    def _read(self, key: ShardKey, index: int) -> None:
+        content = self.chunks.get(key, {}).get(index)
+        if self.is_alive:
+            value = b"" if content is None else digest(content)
+            self.feed(inventory.ChunkRead(key, index, value))
 
     def _offer(self, offer: inventory.OfferChunk) -> None:
         peer = self.cluster.holders.get(offer.to.node_id)
@@ -143,4 +161,13 @@ class Holder:
                 del self.unreported[record.key]
 
         name = f"{self.id} reports {record.key}"
+        self.cluster.network.send(Message(name, self.host, HEAD, run, done))
+
+    def report_corrupt(self, key: ShardKey) -> None:
+        def run() -> None:
+            if self.is_alive and key in self.corrupt:
+                self.cluster.coordinator.report_corrupt(self.id, key)
+
+        name = f"{self.id} reports {key} corrupt"
+        done = lambda: self.corrupt.discard(key)  # noqa: E731
         self.cluster.network.send(Message(name, self.host, HEAD, run, done))

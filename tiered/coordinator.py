@@ -162,7 +162,7 @@ class Coordinator:
             DeadlineError: It took too long.
         """
         await self.hello()
-        job = await self._job(job_name)
+        job = await self._known_job(job_name)
         answer = self._answers.setdefault(
             (job_name, life), asyncio.get_running_loop().create_future()
         )
@@ -189,7 +189,7 @@ class Coordinator:
             DurableStoreError: S3 has it, and does not answer.
         """
         await self.hello()
-        job = await self._job(job_name)
+        job = await self._known_job(job_name)
         if job.settings is not None and job.settings.s3 is not None and not job.durable:
             self._feed(job, await self._list_durable(job, job.settings))
         unreadable: list[str] = []
@@ -402,6 +402,16 @@ class Coordinator:
                     self._spawn(self._holder_up(job, holder, domain))
             for holder in set(job.holders) - set(self._fleet.members.up):  # and who went
                 self._feed(job, m.HolderDown(holder))
+        return job
+
+    async def _known_job(self, name: str) -> Job:
+        """A job with the inventory of every live holder, or of those that answer in time.
+
+        A step is chosen from what is known: what a holder has, and has not told yet, would count
+        as lost.
+        """
+        job, members = await self._job(name), self._fleet.members
+        await self._until(lambda: members.up.keys() <= job.holders.keys(), SETTLE_TIMEOUT_S)
         return job
 
     def _feed(self, job: Job, event: m.Event) -> None:

@@ -1,0 +1,67 @@
+"""The coordinator's shell without Ray: what it waits for before it asks its core."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from replication import membership
+from replication.membership import Node
+from replication.records import HolderId, Life
+from tiered import messages as m
+from tiered.config import JobSettings, Memory
+from tiered.coordinator import Coordinator
+from tiered.history import Choice
+from tiered.job import Job
+
+A, B = HolderId("a", "1"), HolderId("b", "1")
+SETTINGS = JobSettings(Memory(replicas=1))
+
+
+async def nothing() -> None:
+    """Background work that is done."""
+
+
+async def others_run() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def coordinator_of(job: Job) -> Coordinator:
+    """One that knows of two live holders, and runs no commands."""
+    coordinator = Coordinator()
+    coordinator._started = asyncio.get_running_loop().create_task(nothing())
+    coordinator._jobs[job.name] = job
+    members = coordinator._fleet.members
+    members.handle(membership.NodesSeen((Node("a", "", 0), Node("b", "", 0))))
+    for holder in (A, B):
+        members.handle(membership.Answered(holder))
+    return coordinator
+
+
+@pytest.mark.parametrize("asks", ["begin", "resolve"])
+def test_no_step_is_chosen_while_a_live_holder_has_not_told_what_it_has(
+    asks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    async def scenario() -> None:
+        job = Job("job")
+        monkeypatch.setattr(job, "resolve", lambda *args: asked.append(args) or Choice(None))
+        coordinator = coordinator_of(job)
+        monkeypatch.setattr(coordinator, "_run", lambda job, command: asked.append(command))
+        job.handle(m.HolderUp(A, "", ()), 0.0)
+        calls = {
+            "begin": lambda: coordinator.begin("job", Life("one"), 0, 1, SETTINGS),
+            "resolve": lambda: coordinator.resolve("job"),
+        }
+        task: Any = asyncio.get_running_loop().create_task(calls[asks]())
+        await others_run()
+        assert asked == []
+        coordinator._feed(job, m.HolderUp(B, "", ()))
+        await others_run()
+        assert len(asked) > 0
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(scenario())

@@ -294,12 +294,18 @@ class Coordinator:
         """
         await self.hello()
         job = await self._job(job_name)
-        calls = [self._fleet.call(h, "forget", CALL_TIMEOUT_S, job_name) for h in job.holders]
-        for holder, outcome in zip(
-            job.holders, await asyncio.gather(*calls, return_exceptions=True), strict=True
-        ):
-            if isinstance(outcome, BaseException):
-                raise HolderUnavailableError(holder.node_id, _first_line(outcome))
+        left = set(job.holders)
+        deadline = time.monotonic() + CALL_TIMEOUT_S
+        while left:
+            calls = {h: self._fleet.call(h, "forget", HEARTBEAT_TIMEOUT_S, job_name) for h in left}
+            outcomes = await asyncio.gather(*calls.values(), return_exceptions=True)
+            failed = {h: o for h, o in zip(calls, outcomes, strict=True) if o is not None}
+            left = failed.keys() & job.holders.keys()  # what is lost has nothing any more
+            if left and time.monotonic() > deadline:
+                holder = min(left)
+                raise HolderUnavailableError(holder.node_id, _first_line(failed[holder]))
+            if left:
+                await asyncio.sleep(HEARTBEAT_S)
         if job.begin is None:  # what is known of it is read anew, when somebody asks
             del self._jobs[job_name]
 

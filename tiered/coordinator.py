@@ -109,6 +109,7 @@ class Coordinator:
         self._ledgers: dict[str, Ledger] = {}
         self._jobs: dict[str, Job] = {}
         self._leaving: set[str] = set()
+        self._forgotten: dict[str, int] = {}  # job -> its newest generation then
         self._opening = asyncio.Lock()
         self._started: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -294,6 +295,7 @@ class Coordinator:
         """
         await self.hello()
         job = await self._job(job_name)
+        self._forgotten[job_name] = job.generation  # holders that are away are told when they join
         left = set(job.holders)
         deadline = time.monotonic() + CALL_TIMEOUT_S
         while left:
@@ -363,6 +365,8 @@ class Coordinator:
         self._wake()
 
     async def _joined(self, holder: HolderId, domain: str) -> None:
+        for name in self._forgotten.keys() - self._jobs.keys():
+            self._tell(holder, "forget", name)
         for job in list(self._jobs.values()):
             await self._holder_up(job, holder, domain)
 
@@ -377,6 +381,8 @@ class Coordinator:
     async def _holder_up(self, job: Job, holder: HolderId, domain: str) -> None:
         """Tell a job's core of a holder and what it has; again later if it does not answer."""
         try:
+            if self._forgotten.get(job.name) == job.generation:
+                await self._fleet.call(holder, "forget", CALL_TIMEOUT_S, job.name)
             records = await self._fleet.call(holder, "list_shards", CALL_TIMEOUT_S)
         except Exception as error:  # noqa: BLE001 - heartbeats will say if it is lost
             logger.warning("no inventory from holder %s yet: %s", holder, _first_line(error))

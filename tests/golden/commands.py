@@ -31,9 +31,12 @@ def of_job(job: Job, command: m.Command) -> Iterator[str]:
             yield from _answer(job, command)
         case m.SetBuddies(holder, buddies):
             yield f"buddies of {write_holder(holder)}: {write_holders(buddies)}"
-        case m.CollectBelow(_, below, holders, pinned):
+        case m.CollectBelow(generation, below, holders, pinned, branch):
+            beyond = f" and beyond {write_versions(branch)}" if branch else ""
+            if branch == () and generation > 1:
+                beyond = " and of older generations"
             but = f", but not {write_versions(pinned)}" if pinned else ""
-            yield f"collect below {v(below)} on {write_holders(holders)}{but}"
+            yield f"collect below {v(below)}{beyond} on {write_holders(holders)}{but}"
         case m.ReplicateShard(source, key, to):
             yield f"copy {write_shard(key)} from {write_holder(source)} to {write_holder(to)}"
         case m.StepCommitted(version, _, copies, is_degraded):
@@ -91,6 +94,10 @@ def of_holder(command: inventory.Command) -> Iterator[str]:
         case inventory.ReportShard(record):
             replica = ", a replica" if record.is_replica else ""
             yield f"report {write_shard(record.key)}{replica}"
+        case inventory.ReportCorrupt(key):
+            yield f"report that {write_shard(key)} is corrupt"
+        case inventory.ReadChunk(key, index):
+            yield f"read {write_shard(key)}#{index} again"
         case inventory.DropShard(key):
             yield f"drop {write_shard(key)}"
         case _:

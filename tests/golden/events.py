@@ -154,6 +154,11 @@ def _uploaded(w: Words) -> m.ShardUploaded:
     return m.ShardUploaded(record.key.version, record.key.rank, record)
 
 
+def _version_and_rank(w: Words) -> tuple[Version, int]:
+    key = read_shard(w.names[0])
+    return key.version, key.rank
+
+
 def _upload_failed(w: Words) -> m.UploadFailed:
     key = read_shard(w.names[0])
     return m.UploadFailed(key.version, key.rank, read_holder(w.one("on")), w.one("why"))
@@ -172,6 +177,8 @@ OF_JOB: dict[str, Callable[[Words], m.Event]] = {
     "recorded": lambda w: m.ParentRecorded(_generation(w.names[0]), _parent(w.one("parent"))),
     "asks": lambda w: m.SaveAsked(read_version(w.names[0]), w.has("force")),
     "report": _report,
+    "corrupt": lambda w: m.CopyFoundCorrupt(read_holder(w.names[0]), read_shard(w.names[1])),
+    "rotten": lambda w: m.DurableFoundCorrupt(*_version_and_rank(w)),
     "uploaded": _uploaded,
     "upload-failed": _upload_failed,
     "published": _manifest,
@@ -196,9 +203,14 @@ OF_HOLDER: dict[str, Callable[[Words], inventory.Event]] = {
     "collect": lambda w: inventory.WatermarkRaised(
         JOB, _generation(w.one("by")), read_version(w.names[0]),
         tuple(map(read_version, w.many("not"))),
+        tuple(map(read_version, w.many("beyond"))) if "beyond" in w.options else None,
     ),
     "drop": lambda w: inventory.StepDropped(JOB, read_version(w.names[0])),
     "corrupt": lambda w: inventory.ChunkFoundCorrupt(read_shard(w.names[0])),
+    "known": lambda w: inventory.ChunkKnown(read_shard(w.names[0])),
+    "read": lambda w: inventory.ChunkRead(
+        *read_chunk(w.names[0]), b"" if w.has("bad") else _digested(w)[2]
+    ),
     "forget": lambda w: inventory.JobForgotten(JOB),
     "tick": lambda w: inventory.Ticked(),
 }  # fmt: skip

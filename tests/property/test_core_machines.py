@@ -1,4 +1,4 @@
-"""Each core alone, under any order of its events, against a model of a few lines."""
+"""Smaller cores alone, under any order of their events, each against a model of a few lines."""
 
 import math
 from collections import Counter
@@ -14,9 +14,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from replication import inventory, membership
-from replication.errors import FencedError, MemoryBudgetError
-from replication.inventory import Inventory
+from replication import membership
 from replication.membership import HOPELESS_MISSES, MISSES, Membership, Node
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
 from tiered import messages as m
@@ -25,203 +23,12 @@ from tiered.flush import FlushQueue
 from tiered.retention import KeepBest, KeepEvery, KeepInterval, Policy, SavedStep, kept_by
 
 JOB = "job"
-CHUNKS = 2
-PLAN = ShardPlan(2, (1,) * CHUNKS)
 PEERS = tuple(HolderId(name, "1") for name in "bcd")
-VERSIONS = st.builds(Version, st.integers(1, 3), st.integers(0, 4))
-KEYS = st.builds(ShardKey, st.just(JOB), VERSIONS, st.integers(0, 1))
-INDEX = st.integers(0, CHUNKS - 1)
-PROFILE = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+PROFILE = settings(max_examples=100, stateful_step_count=40, deadline=None, derandomize=True)
 
 
-def digest(key: ShardKey, index: int) -> bytes:
-    return f"{key.version.generation}.{key.version.step}.{key.rank}#{index}".encode().rjust(16)
-
-
-class InventoryLife(RuleBasedStateMachine):
-    """One holder's core. The model: per shard, which chunks were pinned and which were verified."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.core = Inventory(HolderId("a", "1"), capacity_bytes=CHUNKS * 6)
-        self.now_s = 0.0
-        self.pinned: dict[ShardKey, set[int]] = {}
-        self.verified: dict[ShardKey, set[int]] = {}
-        self.corrupt: set[ShardKey] = set()
-        self.fence = 0
-        self.mark = Version(0, 0)
-        self.dropped: set[Version] = set()
-        self.ordered: set[tuple[HolderId, ShardKey]] = set()
-
-    def feed(self, event: inventory.Event) -> list[inventory.Command]:
-        """Handle an event; and again, which must change and ask for nothing more."""
-        commands = self.core.handle(event, self.now_s)
-        for command in commands:
-            if isinstance(command, inventory.DropShard):
-                self.pinned.pop(command.key, None)
-                self.verified.pop(command.key, None)
-                self.corrupt.discard(command.key)
-        before = self.seen()
-        again = self.core.handle(event, self.now_s)
-        assert self.seen() == before
-        assert [command for command in again if not _is_said_again(event, command)] == []
-        return commands
-
-    def seen(self) -> Any:
-        shards = {
-            key: (frozenset(s.present), tuple(sorted(s.digests.items())), s.quarantined)
-            for key, s in self.core.shards.items()
-        }
-        return shards, dict(self.core.watermarks), dict(self.core.fences)
-
-    def is_gone(self, key: ShardKey) -> bool:
-        is_late = key.version < self.mark or key.version in self.dropped
-        return is_late and key not in self.pinned
-
-    @rule(key=KEYS, index=INDEX)
-    def stage(self, key: ShardKey, index: int) -> None:
-        try:
-            self.core.check_write(key, PLAN)
-        except FencedError:
-            assert key.version.generation < self.fence
-            return
-        except MemoryBudgetError:
-            assert key not in self.pinned
-            return
-        assert key.version.generation >= self.fence
-        is_new = not self.core.has_chunk(key, index) and key not in self.corrupt
-        commands = self.feed(inventory.ChunkStaged(key, PLAN, index))
-        if self.is_gone(key):
-            assert commands == [inventory.DropShard(key)]
-            return
-        self.fence = max(self.fence, key.version.generation)
-        if key not in self.corrupt:
-            self.pinned.setdefault(key, set()).add(index)
-            assert commands == ([inventory.HashChunk(key, index)] if is_new else [])
-
-    @precondition(lambda self: self.pinned)
-    @rule(data=st.data())
-    def hash(self, data: st.DataObject) -> None:
-        key = data.draw(st.sampled_from(sorted(self.pinned)))
-        index = data.draw(st.sampled_from(sorted(self.pinned[key])))
-        self.feed(inventory.ChunkHashed(key, index, digest(key, index)))
-        if key not in self.corrupt:
-            self.verified.setdefault(key, set()).add(index)
-
-    @rule(key=KEYS, index=INDEX)
-    def hash_late(self, key: ShardKey, index: int) -> None:
-        """A checksum whose chunk is gone, or was never here, makes nothing count."""
-        if index not in self.pinned.get(key, ()):
-            self.feed(inventory.ChunkHashed(key, index, digest(key, index)))
-
-    @rule(key=KEYS, index=INDEX)
-    def fetch(self, key: ShardKey, index: int) -> None:
-        try:
-            self.core.check_copy(key, PLAN)
-        except MemoryBudgetError:
-            assert key not in self.pinned
-            return
-        commands = self.feed(inventory.ChunkFetched(key, PLAN, index, digest(key, index)))
-        if self.is_gone(key):
-            assert commands == [inventory.DropShard(key)]
-            return
-        self.fence = max(self.fence, key.version.generation)
-        if key in self.corrupt:  # a good copy takes its place, chunk by chunk
-            self.corrupt.discard(key)
-            self.pinned[key], self.verified[key] = set(), set()
-        self.pinned.setdefault(key, set()).add(index)
-        self.verified.setdefault(key, set()).add(index)
-
-    @precondition(lambda self: any(len(v) == CHUNKS for v in self.verified.values()))
-    @rule(data=st.data())
-    def find_corrupt(self, data: st.DataObject) -> None:
-        sealed = sorted(k for k, v in self.verified.items() if len(v) == CHUNKS)
-        key = data.draw(st.sampled_from(sealed))
-        self.feed(inventory.ChunkFoundCorrupt(key))
-        self.corrupt.add(key)
-
-    @rule(generation=st.integers(1, 3))
-    def raise_fence(self, generation: int) -> None:
-        self.feed(inventory.FenceRaised(JOB, generation))
-        self.fence = max(self.fence, generation)
-
-    @rule(generation=st.integers(1, 3), below=VERSIONS, pinned=st.sets(VERSIONS, max_size=2))
-    def collect(self, generation: int, below: Version, pinned: set[Version]) -> None:
-        event = inventory.WatermarkRaised(JOB, generation, below, tuple(sorted(pinned)))
-        held = set(self.pinned)
-        try:
-            commands = self.feed(event)
-        except FencedError:
-            assert generation < self.fence
-            return
-        assert generation >= self.fence
-        gone = {k for k in held if k.version < below and k.version not in pinned}
-        assert {c.key for c in commands if isinstance(c, inventory.DropShard)} == gone
-        self.mark = max(self.mark, below)
-
-    @rule(version=VERSIONS)
-    def drop_step(self, version: Version) -> None:
-        self.feed(inventory.StepDropped(JOB, version))
-        self.dropped.add(version)
-
-    @rule(buddies=st.lists(st.sampled_from(PEERS), unique=True, max_size=2))
-    def set_buddies(self, buddies: list[HolderId]) -> None:
-        self.check_offers(self.feed(inventory.BuddiesChanged(JOB, tuple(buddies))))
-
-    @rule(key=KEYS, to=st.sampled_from(PEERS))
-    def ask_for_a_copy(self, key: ShardKey, to: HolderId) -> None:
-        commands = self.feed(inventory.ReplicationRequested(key, to))
-        is_sealed = key not in self.corrupt and len(self.verified.get(key, ())) == CHUNKS
-        offers = [c for c in commands if isinstance(c, inventory.OfferChunk) and c.to == to]
-        assert len(offers) == (CHUNKS if is_sealed else 0)
-        self.check_offers(commands)
-
-    @rule(key=KEYS, index=INDEX, to=st.sampled_from(PEERS), is_taken=st.booleans())
-    def answer(self, key: ShardKey, index: int, to: HolderId, is_taken: bool) -> None:
-        kind = inventory.ChunkTaken if is_taken else inventory.ChunkNotTaken
-        assert self.core.handle(kind(to, key, index), self.now_s) == []
-
-    @rule(seconds=st.sampled_from([0.1, 1.0, 10.0]))
-    def tick(self, seconds: float) -> None:
-        self.now_s += seconds
-        self.check_offers(self.core.handle(inventory.Ticked(), self.now_s))
-        assert self.core.handle(inventory.Ticked(), self.now_s) == []
-
-    def check_offers(self, commands: list[inventory.Command]) -> None:
-        """Only what was verified is offered."""
-        for offer in commands:
-            assert isinstance(offer, inventory.OfferChunk)
-            assert offer.index in self.verified[offer.key]
-            assert offer.digest == digest(offer.key, offer.index)
-
-    @invariant()
-    def budget_is_kept(self) -> None:
-        assert self.core.used_bytes <= self.core.capacity_bytes
-        assert set(self.core.shards) == set(self.pinned)
-
-    @invariant()
-    def sealed_means_every_chunk_verified(self) -> None:
-        whole = {k for k, v in self.verified.items() if len(v) == CHUNKS} - self.corrupt
-        assert {record.key for record in self.core.records()} == whole
-
-    @invariant()
-    def marks_and_fences_never_go_back(self) -> None:
-        assert self.core.watermarks.get(JOB, Version(0, 0)) == self.mark
-        assert self.core.fences.get(JOB, 0) == self.fence
-
-
-def _is_said_again(event: inventory.Event, command: inventory.Command) -> bool:
-    """What came too late is let go each time; a peer may have lost what it once took."""
-    match event, command:
-        case inventory.ChunkStaged() | inventory.ChunkFetched(), inventory.DropShard():
-            return True
-        case inventory.ReplicationRequested(), inventory.OfferChunk():
-            return True
-    return False
-
-
-TestInventory = InventoryLife.TestCase
-TestInventory.settings = PROFILE
+def record(version: Version, rank: int) -> ShardRecord:
+    return ShardRecord(ShardKey(JOB, version, rank), ShardPlan(2, (1,)), (b"d" * 16,))
 
 
 class MembershipLife(RuleBasedStateMachine):
@@ -360,10 +167,8 @@ class FlushLife(RuleBasedStateMachine):
         version, rank, holder = one = data.draw(st.sampled_from(sorted(self.uploads)))
         self.uploads.discard(one)
         if is_well:
-            key = ShardKey(JOB, version, rank)
-            record = ShardRecord(key, ShardPlan(2, (1,)), (digest(key, 0),))
             self.uploaded.add((version, rank))
-            self.feed(m.ShardUploaded(version, rank, record))
+            self.feed(m.ShardUploaded(version, rank, record(version, rank)))
         else:
             self.feed(m.UploadFailed(version, rank, holder, "S3 is away"))
 
@@ -408,11 +213,9 @@ class FlushLife(RuleBasedStateMachine):
             self.now_s += 60.0
             self.feed(m.Ticked())
             for version, rank, _ in sorted(self.uploads):
-                key = ShardKey(JOB, version, rank)
-                record = ShardRecord(key, ShardPlan(2, (1,)), (digest(key, 0),))
                 self.uploads = {u for u in self.uploads if u[:2] != (version, rank)}
                 self.uploaded.add((version, rank))
-                self.feed(m.ShardUploaded(version, rank, record))
+                self.feed(m.ShardUploaded(version, rank, record(version, rank)))
             for version in sorted(self.publishing):
                 self.publishing.discard(version)
                 self.published.add(version)

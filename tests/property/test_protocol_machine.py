@@ -195,7 +195,7 @@ COMMON: dict[str, Any] = {
 }
 
 TestProtocol = Protocol.TestCase
-TestProtocol.settings = settings(**COMMON, max_examples=250)
+TestProtocol.settings = settings(**COMMON, max_examples=400)
 
 
 # --- broken cores: the proof that the machine would notice ----------------------------------------
@@ -249,6 +249,6 @@ BROKEN = {
 def test_a_broken_core_is_found(name: str) -> None:
     cores, promises = BROKEN[name]
     machine = type(name, (Protocol,), {"cores": cores})
-    found = settings(**{**COMMON, "phases": [Phase.generate]}, max_examples=250)
+    found = settings(**{**COMMON, "phases": [Phase.generate]}, max_examples=1000)
     with pytest.raises((Broken, KeyError), match=promises):
         run_state_machine_as_test(machine, settings=found)

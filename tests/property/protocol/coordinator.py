@@ -83,6 +83,8 @@ class Coordinator:
 
     def report_corrupt(self, holder: HolderId, key: ShardKey) -> None:
         self.check_open()
+        if holder not in self.job.holders:
+            raise HolderUnavailableError(holder.node_id, "not known to be up yet")
         self.feed(m.CopyFoundCorrupt(holder, key))
 
     # -- membership -----------------------------------------------------------------------------

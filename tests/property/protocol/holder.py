@@ -26,7 +26,7 @@ class Holder:
         self.core = cluster.cores.inventory(identity, cluster.setup.capacity)
         self.chunks: dict[ShardKey, dict[int, int]] = {}
         self.unreported: dict[ShardKey, ShardRecord] = {}
-        self.corrupt: set[ShardKey] = set()  # of which the coordinator was not told yet
+        self.corrupt: set[ShardKey] = set()  # and not yet reported
         self.fence_seen = 0
         self.is_alive = True
 
@@ -77,7 +77,6 @@ class Holder:
             chunks = self.chunks.get(key, {})
             if any(digest(chunks[index]) != want for index, want in enumerate(digests)):
                 self.feed(inventory.ChunkFoundCorrupt(key))
-                self.unreported.pop(key, None)
                 bad.append(key)
         return bad
 
@@ -91,17 +90,17 @@ class Holder:
                     self._later("hash", lambda k=key, i=index: self._hash(k, i))
                 case inventory.OfferChunk():
                     self._offer(command)
+                case inventory.ReadChunk(key, index):
+                    self._later("read", lambda k=key, i=index: self._read(k, i))
                 case inventory.ReportShard(record):
                     self.cluster.model.sealed(self, record)
                     self.corrupt.discard(record.key)
                     self.unreported[record.key] = record
                     self.report(record)
                 case inventory.ReportCorrupt(key):
-                    self.unreported.pop(key, None)
+                    self.unreported.pop(key, None)  # or it would count again
                     self.corrupt.add(key)
                     self.report_corrupt(key)
-                case inventory.ReadChunk(key, index):
-                    self._later("read", lambda k=key, i=index: self._read(k, i))
                 case inventory.DropShard(key):
                     self.chunks.pop(key, None)
                     self.unreported.pop(key, None)
@@ -125,8 +124,8 @@ class Holder:
             self.feed(inventory.ChunkHashed(key, index, digest(content)))
 
     def _read(self, key: ShardKey, index: int) -> None:
-        content = self.chunks.get(key, {}).get(index)
         if self.is_alive:
+            content = self.chunks.get(key, {}).get(index)
             value = b"" if content is None else digest(content)
             self.feed(inventory.ChunkRead(key, index, value))
 
@@ -168,6 +167,8 @@ class Holder:
             if self.is_alive and key in self.corrupt:
                 self.cluster.coordinator.report_corrupt(self.id, key)
 
-        name = f"{self.id} reports {key} corrupt"
-        done = lambda: self.corrupt.discard(key)  # noqa: E731
+        def done() -> None:
+            self.corrupt.discard(key)
+
+        name = f"{self.id} reports that its {key} is corrupt"
         self.cluster.network.send(Message(name, self.host, HEAD, run, done))

@@ -12,7 +12,7 @@
     same         all ranks of a life get one answer
 
 A copy is lost when its holder dies or a bit of it flips; what the cores drop is not lost, but still
-owed, unless `keep` newer steps were committed in one generation.
+owed, unless `keep` newer steps of the branch were committed, or have all their copies.
 """
 
 from collections import defaultdict
@@ -47,7 +47,7 @@ class Model:
         self.died: dict[HolderId, int] = {}
         self.known: dict[Copy, int] = {}  # since when the present coordinator knows of it
         self.troubled: dict[str, int] = {}  # host -> when last it could not be reached
-        self.commits: dict[int, set[Version]] = defaultdict(set)
+        self.commits: set[Version] = set()
         self.mark = Version(0, 0)
         self.asked_at: dict[int, int] = {}
         self.recorded: dict[int, Version | None] = {}  # in the register
@@ -136,8 +136,8 @@ class Model:
 
     def newest_owed(self, since: int, before: int | None = None) -> Version | None:
         """The newest acknowledged version that a new life must not be sent back behind."""
-        owed = {v for versions in self.commits.values() for v in versions if v >= self.mark}
-        for version in sorted(filter(self.is_on_branch, owed), reverse=True):
+        owed = {v for v in self.commits if v >= self.mark and self.is_on_branch(v)}
+        for version in sorted(owed, reverse=True):
             if before is not None and version.step >= before:
                 continue
             if all(self.within_reach(key, since) for key in self.keys(version)):
@@ -160,10 +160,8 @@ class Model:
         for key in self.keys(version):
             if len({h.node_id for h in self.copies[key]}) < event.copies:
                 raise Broken(f"I6: {version} is committed, rank {key.rank} never had such copies")
-        mine = self.commits[version.generation]
-        mine.add(version)
-        if len(mine) >= settings.keep:
-            self.mark = max(self.mark, sorted(mine)[-settings.keep])
+        self.commits.add(version)
+        self._raise_mark()
 
     def started(
         self, generation: int, parent: Version | None, wanted: tuple[int | None, int | None]
@@ -185,6 +183,17 @@ class Model:
     def begun(self, generation: int) -> None:
         """A coordinator knows, and will tell, that a generation has started."""
         self.parents[generation] = self.recorded[generation]
+        self._raise_mark()
+
+    def _raise_mark(self) -> None:
+        """The `keep`-th newest step of the branch that was committed, or has all its copies."""
+        settings, hosts = self.cluster.setup.settings.memory, len(self.cluster.coordinator.up)
+        need = min(1 + (settings.replicas or 0), hosts)
+        versions = {key.version for key in self.copies}
+        whole = {v for v in versions if all(len(self.intact(k)) >= need for k in self.keys(v))}
+        counted = sorted(filter(self.is_on_branch, self.commits | whole))
+        if len(counted) >= settings.keep:
+            self.mark = max(self.mark, counted[-settings.keep])
 
     def answered(self, life: Life, resolution: Resolution) -> None:
         """A life has its answer."""

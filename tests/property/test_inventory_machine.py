@@ -1,0 +1,256 @@
+"""A holder's core alone, under any order of its events, against a model of a few lines."""
+
+import math
+from typing import Any
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from replication import inventory
+from replication.errors import FencedError, MemoryBudgetError
+from replication.inventory import Inventory
+from replication.records import HolderId, ShardKey, ShardPlan, Version
+from replication.scrub import SCRUB_PERIOD_S
+
+JOB = "job"
+CHUNKS = 2
+PLAN = ShardPlan(2, (1,) * CHUNKS)
+PEERS = tuple(HolderId(name, "1") for name in "bcd")
+VERSIONS = st.builds(Version, st.integers(1, 2), st.integers(0, 2))
+KEYS = st.builds(ShardKey, st.just(JOB), VERSIONS, st.just(0))
+INDEX = st.integers(0, CHUNKS - 1)
+PROFILE = settings(max_examples=100, stateful_step_count=40, deadline=None, derandomize=True)
+
+
+def digest(key: ShardKey, index: int) -> bytes:
+    return f"{key.version.generation}.{key.version.step}.{key.rank}#{index}".encode().rjust(16)
+
+
+class InventoryLife(RuleBasedStateMachine):
+    """One holder's core. The model: per shard, which chunks were pinned and which were verified."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = Inventory(HolderId("a", "1"), capacity_bytes=CHUNKS * 4)
+        self.now_s = 0.0
+        self.pinned: dict[ShardKey, set[int]] = {}
+        self.verified: dict[ShardKey, set[int]] = {}
+        self.corrupt: set[ShardKey] = set()
+        self.fence = 0
+        self.mark = Version(0, 0)
+        self.dropped: set[Version] = set()
+        self.ordered: set[tuple[HolderId, ShardKey]] = set()
+
+    def feed(self, event: inventory.Event) -> list[inventory.Command]:
+        """Handle an event; and again, which must change and ask for nothing more."""
+        commands = self.core.handle(event, self.now_s)
+        for command in commands:
+            if isinstance(command, inventory.DropShard):
+                self.pinned.pop(command.key, None)
+                self.verified.pop(command.key, None)
+                self.corrupt.discard(command.key)
+        before = self.seen()
+        again = self.core.handle(event, self.now_s)
+        assert self.seen() == before
+        assert [command for command in again if not _is_said_again(event, command)] == []
+        return commands
+
+    def seen(self) -> Any:
+        shards = {
+            key: (frozenset(s.present), tuple(sorted(s.digests.items())), s.quarantined)
+            for key, s in self.core.shards.items()
+        }
+        return shards, dict(self.core.watermarks), dict(self.core.fences)
+
+    def is_gone(self, key: ShardKey) -> bool:
+        is_late = key.version < self.mark or key.version in self.dropped
+        return is_late and key not in self.pinned
+
+    @rule(key=KEYS, index=INDEX)
+    def stage(self, key: ShardKey, index: int) -> None:
+        try:
+            self.core.check_write(key, PLAN)
+        except FencedError:
+            assert key.version.generation < self.fence
+            return
+        except MemoryBudgetError:
+            assert key not in self.pinned
+            return
+        assert key.version.generation >= self.fence
+        is_new = not self.core.has_chunk(key, index) and key not in self.corrupt
+        commands = self.feed(inventory.ChunkStaged(key, PLAN, index))
+        if self.is_gone(key):
+            assert commands == [inventory.DropShard(key)]
+            return
+        self.fence = max(self.fence, key.version.generation)
+        if key not in self.corrupt:
+            self.pinned.setdefault(key, set()).add(index)
+            assert commands == ([inventory.HashChunk(key, index)] if is_new else [])
+
+    @precondition(lambda self: self.pinned)
+    @rule(data=st.data())
+    def hash(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.pinned)))
+        index = data.draw(st.sampled_from(sorted(self.pinned[key])))
+        self.feed(inventory.ChunkHashed(key, index, digest(key, index)))
+        if key not in self.corrupt:
+            self.verified.setdefault(key, set()).add(index)
+
+    @rule(key=KEYS, index=INDEX)
+    def hash_late(self, key: ShardKey, index: int) -> None:
+        """A checksum whose chunk is gone, or was never here, makes nothing count."""
+        if index not in self.pinned.get(key, ()):
+            self.feed(inventory.ChunkHashed(key, index, digest(key, index)))
+
+    @rule(key=KEYS, index=INDEX)
+    def fetch(self, key: ShardKey, index: int) -> None:
+        try:
+            self.core.check_copy(key, PLAN)
+        except MemoryBudgetError:
+            assert key not in self.pinned
+            return
+        commands = self.feed(inventory.ChunkFetched(key, PLAN, index, digest(key, index)))
+        if self.is_gone(key):
+            assert commands == [inventory.DropShard(key)]
+            return
+        self.fence = max(self.fence, key.version.generation)
+        if key in self.corrupt:  # a good copy takes its place, chunk by chunk
+            self.corrupt.discard(key)
+            self.pinned[key], self.verified[key] = set(), set()
+        self.pinned.setdefault(key, set()).add(index)
+        self.verified.setdefault(key, set()).add(index)
+
+    @precondition(lambda self: any(len(v) == CHUNKS for v in self.verified.values()))
+    @rule(data=st.data())
+    def find_corrupt(self, data: st.DataObject) -> None:
+        sealed = sorted(k for k, v in self.verified.items() if len(v) == CHUNKS)
+        key = data.draw(st.sampled_from(sealed))
+        assert self.feed(inventory.ChunkFoundCorrupt(key)) == [inventory.ReportCorrupt(key)]
+        self.corrupt.add(key)
+
+    @rule(is_well=st.booleans())
+    def read_again(self, is_well: bool) -> None:
+        """The scrub: one chunk, that was verified, and is found as it was or not."""
+        self.now_s += SCRUB_PERIOD_S
+        commands = self.core.handle(inventory.Ticked(), self.now_s)
+        reads = [c for c in commands if isinstance(c, inventory.ReadChunk)]
+        assert len(reads) <= 1
+        for key, index in ((c.key, c.index) for c in reads):
+            assert index in self.verified[key]
+            value = digest(key, index) if is_well else b"?" * 16
+            answers = self.core.handle(inventory.ChunkRead(key, index, value), self.now_s)
+            told = [c for c in answers if isinstance(c, inventory.ReportCorrupt)]
+            assert told == ([] if is_well else [inventory.ReportCorrupt(key)])
+            if not is_well:
+                self.corrupt.add(key)
+
+    @rule(key=KEYS)
+    def be_offered_what_is_here(self, key: ShardKey) -> None:
+        """Whoever offers does not know of this copy: it is reported, if it counts."""
+        commands = self.core.handle(inventory.ChunkKnown(key), self.now_s)
+        is_sealed = key not in self.corrupt and len(self.verified.get(key, ())) == CHUNKS
+        assert [type(c) for c in commands] == [inventory.ReportShard] * is_sealed
+
+    @rule(generation=st.integers(1, 2))
+    def raise_fence(self, generation: int) -> None:
+        self.feed(inventory.FenceRaised(JOB, generation))
+        self.fence = max(self.fence, generation)
+
+    @rule(
+        generation=st.integers(1, 2),
+        below=VERSIONS,
+        pinned=st.sets(VERSIONS, max_size=2),
+        last=st.sampled_from([None, None, -1, 0, 1]),
+    )
+    def collect(
+        self, generation: int, below: Version, pinned: set[Version], last: int | None
+    ) -> None:
+        """`last` is the step of generation 1 from which generation 2 continued, -1 if none."""
+        branch = None if last is None else (Version(1, last),) if last >= 0 else ()
+        event = inventory.WatermarkRaised(JOB, generation, below, tuple(sorted(pinned)), branch)
+        held = set(self.pinned)
+        try:
+            commands = self.feed(event)
+        except FencedError:
+            assert generation < self.fence
+            return
+        assert generation >= self.fence
+        beyond = math.inf if last is None or generation == 1 else last
+        gone = {
+            k
+            for k in held
+            if k.version not in pinned
+            and (k.version < below or (k.version.generation == 1 and k.version.step > beyond))
+        }
+        assert {c.key for c in commands if isinstance(c, inventory.DropShard)} == gone
+        self.mark = max(self.mark, below)
+
+    @rule(version=VERSIONS)
+    def drop_step(self, version: Version) -> None:
+        self.feed(inventory.StepDropped(JOB, version))
+        self.dropped.add(version)
+
+    @rule(buddies=st.lists(st.sampled_from(PEERS), unique=True, max_size=2))
+    def set_buddies(self, buddies: list[HolderId]) -> None:
+        self.check_offers(self.feed(inventory.BuddiesChanged(JOB, tuple(buddies))))
+
+    @rule(key=KEYS, to=st.sampled_from(PEERS))
+    def ask_for_a_copy(self, key: ShardKey, to: HolderId) -> None:
+        commands = self.feed(inventory.ReplicationRequested(key, to))
+        is_sealed = key not in self.corrupt and len(self.verified.get(key, ())) == CHUNKS
+        offers = [c for c in commands if isinstance(c, inventory.OfferChunk) and c.to == to]
+        assert len(offers) == (CHUNKS if is_sealed else 0)
+        self.check_offers(commands)
+
+    @rule(key=KEYS, index=INDEX, to=st.sampled_from(PEERS), is_taken=st.booleans())
+    def answer(self, key: ShardKey, index: int, to: HolderId, is_taken: bool) -> None:
+        kind = inventory.ChunkTaken if is_taken else inventory.ChunkNotTaken
+        assert self.core.handle(kind(to, key, index), self.now_s) == []
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 10.0]))
+    def tick(self, seconds: float) -> None:
+        self.now_s += seconds
+        commands = self.core.handle(inventory.Ticked(), self.now_s)
+        reminders = {c.key for c in commands if isinstance(c, inventory.ReportCorrupt)}
+        assert reminders in (set(), self.corrupt)
+        self.check_offers([c for c in commands if isinstance(c, inventory.OfferChunk)])
+        assert self.core.handle(inventory.Ticked(), self.now_s) == []
+
+    def check_offers(self, commands: list[inventory.Command]) -> None:
+        """Only what was verified is offered."""
+        for offer in commands:
+            assert isinstance(offer, inventory.OfferChunk)
+            assert offer.index in self.verified[offer.key]
+            assert offer.digest == digest(offer.key, offer.index)
+
+    @invariant()
+    def budget_is_kept(self) -> None:
+        assert self.core.used_bytes <= self.core.capacity_bytes
+        assert set(self.core.shards) == set(self.pinned)
+
+    @invariant()
+    def sealed_means_every_chunk_verified(self) -> None:
+        whole = {k for k, v in self.verified.items() if len(v) == CHUNKS} - self.corrupt
+        assert {record.key for record in self.core.records()} == whole
+
+    @invariant()
+    def marks_and_fences_never_go_back(self) -> None:
+        assert self.core.watermarks.get(JOB, Version(0, 0)) == self.mark
+        assert self.core.fences.get(JOB, 0) == self.fence
+
+
+def _is_said_again(event: inventory.Event, command: inventory.Command) -> bool:
+    """What came too late is let go each time; a peer may have lost what it once took."""
+    match event, command:
+        case inventory.ChunkFoundCorrupt(), inventory.ReportCorrupt():
+            return True
+        case inventory.ChunkStaged() | inventory.ChunkFetched(), inventory.DropShard():
+            return True
+        case inventory.ReplicationRequested(), inventory.OfferChunk():
+            return True
+    return False
+
+
+TestInventory = InventoryLife.TestCase
+TestInventory.settings = PROFILE

@@ -524,6 +524,8 @@ class Inventory:
     def _forget(self, job: str) -> list[Command]:
         self.reservations = {k: r for k, r in self.reservations.items() if k[0] != job}
         self.buddies.pop(job, None)
+        self.watermarks.pop(job, None)
+        self.dropped.pop(job, None)
         return [self._drop(key) for key in [k for k in self.shards if k.job == job]]
 
     def _drop(self, key: ShardKey) -> Command:

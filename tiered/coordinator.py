@@ -109,6 +109,7 @@ class Coordinator:
         self._ledgers: dict[str, Ledger] = {}
         self._jobs: dict[str, Job] = {}
         self._leaving: set[str] = set()
+        self._forgotten: dict[str, int] = {}  # job -> its newest generation then
         self._opening = asyncio.Lock()
         self._started: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -294,12 +295,19 @@ class Coordinator:
         """
         await self.hello()
         job = await self._job(job_name)
-        calls = [self._fleet.call(h, "forget", CALL_TIMEOUT_S, job_name) for h in job.holders]
-        for holder, outcome in zip(
-            job.holders, await asyncio.gather(*calls, return_exceptions=True), strict=True
-        ):
-            if isinstance(outcome, BaseException):
-                raise HolderUnavailableError(holder.node_id, _first_line(outcome))
+        self._forgotten[job_name] = job.generation  # holders that are away are told when they join
+        left = set(job.holders)
+        deadline = time.monotonic() + CALL_TIMEOUT_S
+        while left:
+            calls = {h: self._fleet.call(h, "forget", HEARTBEAT_TIMEOUT_S, job_name) for h in left}
+            outcomes = await asyncio.gather(*calls.values(), return_exceptions=True)
+            failed = {h: o for h, o in zip(calls, outcomes, strict=True) if o is not None}
+            left = failed.keys() & job.holders.keys()  # what is lost has nothing any more
+            if left and time.monotonic() > deadline:
+                holder = min(left)
+                raise HolderUnavailableError(holder.node_id, _first_line(failed[holder]))
+            if left:
+                await asyncio.sleep(HEARTBEAT_S)
         if job.begin is None:  # what is known of it is read anew, when somebody asks
             del self._jobs[job_name]
 
@@ -357,6 +365,8 @@ class Coordinator:
         self._wake()
 
     async def _joined(self, holder: HolderId, domain: str) -> None:
+        for name in self._forgotten.keys() - self._jobs.keys():
+            self._tell(holder, "forget", name)
         for job in list(self._jobs.values()):
             await self._holder_up(job, holder, domain)
 
@@ -371,6 +381,8 @@ class Coordinator:
     async def _holder_up(self, job: Job, holder: HolderId, domain: str) -> None:
         """Tell a job's core of a holder and what it has; again later if it does not answer."""
         try:
+            if self._forgotten.get(job.name) == job.generation:
+                await self._fleet.call(holder, "forget", CALL_TIMEOUT_S, job.name)
             records = await self._fleet.call(holder, "list_shards", CALL_TIMEOUT_S)
         except Exception as error:  # noqa: BLE001 - heartbeats will say if it is lost
             logger.warning("no inventory from holder %s yet: %s", holder, _first_line(error))

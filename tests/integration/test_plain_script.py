@@ -99,7 +99,8 @@ def test_two_ranks_under_torchrun_start_one_local_ray_and_resume_together(
             torch.distributed.init_process_group("gloo")
             rank = torch.distributed.get_rank()
             state = {"x": torch.zeros(1000), "rank": -1}
-            ckpt = tiered.Checkpointer("torchrun", tiered.Memory(every_steps=1, replicas=0))
+            memory = tiered.Memory(every_steps=1, replicas=0, backpressure="wait")
+            ckpt = tiered.Checkpointer("torchrun", memory)
             start = ckpt.restore(state)
             print(f"rank {rank} starts at {start} with {state['x'][0]} {state['rank']}")
             for step in range(start, start + 3):

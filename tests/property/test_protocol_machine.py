@@ -236,7 +236,6 @@ class NeverRepairs(Job):
 BROKEN = {
     "max_of_latest": (Cores(job=mutants.MaxOfLatest), "never end|I1|I3|L1"),
     "key_by_step": (Cores(job=mutants.KeyByStep), "I1"),
-    "gc_before_commit": (Cores(job=mutants.GcBeforeCommit), "I3"),
     "commits_while_rebuilding": (Cores(job=mutants.CommitsWhileRebuilding), "I6"),
     "refuses_old_copies": (Cores(inventory=mutants.RefusesOldCopies), "L3"),
     "no_budget": (Cores(inventory=NoBudget), "I7"),

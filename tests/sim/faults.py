@@ -16,7 +16,16 @@ SITES = (
     "replicate", "collect", "verify", "upload", "fetch", "register",
 )  # fmt: skip
 ORDERS = frozenset({"collect", "fence", "register", "replicate", "report", "set_buddies"})
-ZOMBIES = 0.12  # of all seeds: who was replaced goes on, and its orders are late
+# Faults that together show what a mix of all would show once in many thousand seeds:
+PROFILES = {
+    "any": (),
+    # Who was replaced goes on, and its orders are late.
+    "zombies": ("ask", "twin", "coordinator", "rank", "swizzle", "hang"),
+    # Again and again S3 is all that is left, and it is slow, silent or damaged.
+    "clusters": ("cluster", "s3", "s3", "coordinator", "rank", "holder", "twin", "rot"),
+    # A job that crashes again and again, on hosts with not a byte to spare.
+    "crashes": ("rank",),
+}
 FLIP = 1 << 40  # added to a chunk's content; never back to what it was
 
 
@@ -57,8 +66,11 @@ class Faults:
                 fire=random.choice((0.05, 0.25)),
                 sites=frozenset(site for site in SITES if random.random() < 0.25),
             )
-        if random.random() < ZOMBIES:
-            self._enabled = ["ask", "twin", "coordinator", "rank", "swizzle", "hang"]
+        self._weights = [self._kinds[kind][0] for kind in self._enabled]
+        if kinds := PROFILES[world.setup.profile]:
+            self._enabled, self._weights = list(kinds), [1.0] * len(kinds)
+            self._weather = CALM
+        if world.setup.profile == "zombies":
             self._weather = Weather(repeat=0.2, fire=0.5, sites=ORDERS)
 
     def start(self) -> None:
@@ -91,6 +103,8 @@ class Faults:
             world.is_paused = True
             if world.kernel.random.random() < 0.7:
                 world.launcher.replace()
+            elif world.kernel.random.random() < 0.5:
+                self._flip(newest=True)  # nobody will read it for long
 
     def _wait(self) -> None:
         delay_s = self.world.kernel.random.expovariate(1 / self._gap_s)
@@ -99,8 +113,7 @@ class Faults:
     def _strike(self) -> None:
         if self.is_over:
             return
-        weights = [self._kinds[kind][0] for kind in self._enabled]
-        kind = self.world.kernel.random.choices(self._enabled, weights)[0]
+        kind = self.world.kernel.random.choices(self._enabled, self._weights)[0]
         self._kinds[kind][1]()
         self.world.oracle.counts[f"fault {kind}"] += 1
         self._wait()
@@ -220,11 +233,13 @@ class Faults:
         for turn, place in enumerate(random.sample(hosts, len(hosts)), start=len(hosts)):
             kernel.after(turn * gap_s, change, network.blocked.difference_update, place)
 
-    def _flip(self) -> None:
+    def _flip(self, *, newest: bool = False) -> None:
         holder, random = self._a_holder(), self.world.kernel.random
         if holder is None:
             return
         keys = [k for k, shard in sorted(holder.core.shards.items()) if shard.is_sealed]
+        if newest:
+            keys = [k for k in keys if k.version == keys[-1].version]
         key = random.choice(keys) if keys else None
         if key is not None and holder.chunks.get(key):
             index = random.choice(sorted(holder.chunks[key]))

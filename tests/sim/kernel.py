@@ -33,6 +33,11 @@ class Kernel:
         self.events += events
         self.now_s = until_s
 
+    def stop(self) -> None:
+        """Nothing happens any more."""
+        self._queue.clear()
+        self.after = lambda delay_s, call, *args: None  # type: ignore[method-assign]
+
     def uniform(self, low: float, high: float) -> float:
         """A random number between two."""
         return low + (high - low) * self.roll()

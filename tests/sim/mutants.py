@@ -83,7 +83,10 @@ class GcUnfenced(Inventory):
     """Collection is not fenced."""
 
     def _collect(self, event: inventory.WatermarkRaised) -> list[inventory.Command]:
-        return super()._collect(replace(event, generation=1 << 60))
+        fences, self.fences = self.fences, {}
+        commands = super()._collect(event)
+        self.fences = fences
+        return commands
 
 
 class StepOnlyKey(Holder):
@@ -134,7 +137,7 @@ class KeepList(Holder):
         keep: tuple[Version, ...],
         branch: tuple[Version, ...] | None,
     ) -> None:
-        self.core.check_generation(self.world.job_name, generation)
+        super().collect(generation, below, keep, branch)
         shards = self.core.shards
         for key in [k for k in shards if shards[k].is_sealed and k.version not in keep]:
             self.core._drop(key)
@@ -147,7 +150,7 @@ class SendsKeepList(Coordinator):
 
     def _tell(self, method: str, holder: HolderId, *args: Any) -> None:
         if method == "collect":
-            args = (*args[:2], (*(v for v in self.job.copies if v >= args[1]), args[1]), None)
+            args = (*args[:2], (*(v for v in self.job.copies if v >= args[1]), *args[2]), args[3])
         super()._tell(method, holder, *args)
 
 
@@ -355,8 +358,9 @@ class CollectsUnconfirmed(Coordinator):
     """A coordinator that was replaced goes on collecting."""
 
     def collect(self, command: m.CollectBelow) -> None:
+        order = (command.generation, command.below, command.pinned, command.branch)
         for holder in command.holders:
-            self._tell("collect", holder, command.generation, command.below, command.pinned)
+            self._tell("collect", holder, *order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,6 +430,6 @@ def violations_of(name: str, seed: int) -> list[str]:
     mutant = MUTANTS[name]
     with mutant.patch():
         try:
-            return World(seed, draw_setup(seed), mutant.cores).run()
+            return World(seed, draw_setup(seed), mutant.cores, is_brief=True).run()
         except (AssertionError, KeyError, ValueError, RuntimeError) as error:
             return [f"crash: {error!r}"]

@@ -70,6 +70,8 @@ class Oracle:
         """Note a broken promise."""
         self.violations.append(f"{name} at {self.world.kernel.now_s:.1f} s: {text}")
         self.world.kernel.log("VIOLATION %s: %s", name, text)
+        if self.world.is_brief:
+            self.world.kernel.stop()
 
     # -- what happened ------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import gc
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from tests.sim.mutants import violations_of
@@ -35,14 +35,14 @@ def run_seeds(
 
 
 def run_mutants(
-    names: list[str], seeds: range, *, jobs: int | None = None
-) -> dict[str, list[tuple[int, str]]]:
-    """Run small seeds of broken cores; return for each the seeds that noticed, and what."""
-    work = [(name, chunk) for name in names for chunk in _chunks(seeds)]
-    caught: dict[str, list[tuple[int, str]]] = {name: [] for name in names}
-    for (name, _), found in zip(work, _map(_run_mutant_chunk, work, jobs), strict=True):
-        caught[name] += found
-    return caught
+    seeds: Mapping[str, range], *, jobs: int | None = None
+) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+    """Run small seeds of broken cores; yield for each the seeds that noticed, and what."""
+    chunks = {name: _chunks(of_it) for name, of_it in seeds.items()}
+    work = [(name, chunk) for name, of_it in chunks.items() for chunk in of_it]
+    results = _map(_run_mutant_chunk, work, jobs)
+    for name, of_it in chunks.items():
+        yield name, [caught for _ in of_it for caught in next(results)]
 
 
 def _chunks(seeds: range, size: int = A_CHUNK) -> list[range]:

@@ -58,6 +58,7 @@ class Setup:
         fault_s: Length of the first phase.
         idle_s: Then, with everything healed, training pauses for so long.
         calm_s: Then it goes on for so long.
+        profile: Which faults there are: one of `faults.PROFILES`.
         is_patient: Both end when their time is over, not when all is well.
     """
 
@@ -72,6 +73,7 @@ class Setup:
     fault_s: float = 100.0
     idle_s: float = 60.0
     calm_s: float = 80.0
+    profile: str = "any"
     is_patient: bool = False
 
 
@@ -95,15 +97,19 @@ def draw_setup(seed: int, hosts: int | None = None, hours: float | None = None) 
     steps = memory.steps_held + (2 if settings.s3 is not None else 0)  # as Checkpointer declares
     copies = 2 if replicas is None else 1 + replicas
     need = steps * copies * chunks
-    handover = memory.keep * copies * chunks
+    profile = rng.choices(("any", "zombies", "clusters", "crashes"), (78, 8, 8, 6))[0]
+    if hours is not None or (profile == "clusters" and settings.s3 is None):
+        profile = "any"
+    spare = 0 if profile == "crashes" else 2 * memory.keep * copies * chunks  # for a hand-over
     a_host = -(-ranks // count)  # ranks, when every host is well
     setup = Setup(
         count,
         ranks,
         chunks,
         settings,
-        capacity=(need + 2 * handover) * a_host * rng.choice((1, 1, 3)),
+        capacity=(need + spare) * a_host * (rng.choice((1, 1, 3)) if spare else 1),
         need=need,
+        profile=profile,
         is_patient=rng.random() < 0.1,
     )
     if hours is None:
@@ -118,7 +124,13 @@ class World:
     job_name = "job"
 
     def __init__(
-        self, seed: int, setup: Setup, cores: Cores | None = None, *, is_traced: bool = False
+        self,
+        seed: int,
+        setup: Setup,
+        cores: Cores | None = None,
+        *,
+        is_traced: bool = False,
+        is_brief: bool = False,
     ) -> None:
         self.setup = setup
         self.cores = cores or Cores()
@@ -131,6 +143,7 @@ class World:
         self.hosts: dict[str, Host] = {}
         self.holders: dict[str, Holder] = {}
         self.is_paused = False
+        self.is_brief = is_brief  # it ends with the first broken promise
         self.clusters = 1  # so many there have been
         self.coordinator: Coordinator
         self._names = 0

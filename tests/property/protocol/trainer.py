@@ -19,10 +19,11 @@ class Rank:
     """One process.
 
     Attributes:
-        host: Where it runs.
-        incarnation: Of its host: it dies with it.
+        number: Its rank.
+        host: Where it runs; it dies with it.
         is_ready: It knows its generation, and has restored.
         is_over: It was told to stop, or died.
+        error: What it was told last.
     """
 
     number: int

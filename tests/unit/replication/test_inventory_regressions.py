@@ -12,6 +12,7 @@ from replication.inventory import (
     ChunkNotTaken,
     ChunkRead,
     ChunkStaged,
+    DropShard,
     FenceRaised,
     Inventory,
     JobForgotten,
@@ -19,6 +20,7 @@ from replication.inventory import (
     ReportCorrupt,
     ReportShard,
     Reservation,
+    StepDropped,
     Ticked,
     WatermarkRaised,
 )
@@ -156,3 +158,14 @@ def test_a_checksum_that_comes_after_its_chunk_was_let_go_seals_nothing() -> Non
     core.handle(ChunkFetched(KEY, PLAN, 0, b"%016d" % 0), 0.0)
     assert core.handle(ChunkHashed(KEY, 1, b"%016d" % 1), 0.0) == []
     assert core.records() == []
+
+
+def test_a_dropped_step_that_the_next_generation_resumes_from_is_taken_back() -> None:
+    core = Inventory(HolderId("a", "1"), 100)
+    core.handle(StepDropped("job", KEY.version), 0.0)
+    late = [core.handle(ChunkFetched(KEY, PLAN, index, b"%016d" % index), 0.0) for index in (0, 1)]
+    assert late == [[DropShard(KEY)], [DropShard(KEY)]]
+    core.handle(FenceRaised("job", KEY.version.generation + 1), 0.0)
+    for index in (0, 1):
+        core.handle(ChunkFetched(KEY, PLAN, index, b"%016d" % index), 0.0)
+    assert [record.key for record in core.records()] == [KEY]

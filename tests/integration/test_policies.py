@@ -146,7 +146,7 @@ def test_a_drained_host_may_go_and_nothing_is_lost(
     cluster.kill_host(buddy)
     cluster.kill_process(ray.get(trainer.pid.remote()))
     status = tiered.status(job)
-    assert len(status.hosts_with_copies - {buddy}) == 2
+    assert len(status.hosts_with_copies - {buddy}) >= 2
     assert is_same(tiered.recover(job).state(), make_state(2))
     with pytest.raises(tiered.ConfigError, match="no host of this cluster"):
         tiered.drain("nobody")

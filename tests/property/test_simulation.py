@@ -21,7 +21,7 @@ def test_no_seed_breaks_a_promise() -> None:
 
 
 def test_a_larger_cluster_keeps_its_promises_for_an_hour() -> None:
-    assert not World(5, draw_setup(5, hosts=16, hours=1.0)).run()
+    assert not World(6, draw_setup(6, hosts=16, hours=1.0)).run()
 
 
 def test_the_same_seed_gives_the_same_trace() -> None:

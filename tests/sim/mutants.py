@@ -161,7 +161,7 @@ class ParentNotDurable(Coordinator):
         begin = self.job.begin
         asked = None if begin is None else (begin.step, begin.before)
         self.world.oracle.started(command.generation, command.parent, asked)
-        self.feed(m.ParentRecorded(command.generation))
+        self.feed(m.ParentRecorded(command.generation, command.parent))
 
 
 class DeleteOnFailedVerify(Coordinator):

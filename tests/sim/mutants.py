@@ -389,7 +389,7 @@ def _no_branch() -> AbstractContextManager[Any]:
 
 MUTANTS: dict[str, Mutant] = {
     "max_of_latest": Mutant(Cores(job=MaxOfLatest), 20),
-    "step_only_key": Mutant(Cores(holder=StepOnlyKey), 20),
+    "step_only_key": Mutant(Cores(holder=StepOnlyKey), None),
     "ack_before_store": Mutant(Cores(holder=AckBeforeStore), 20),
     "parent_not_durable": Mutant(Cores(coordinator=ParentNotDurable), 20),
     "evictable_copies": Mutant(Cores(holder=Evictable), 100),
@@ -399,7 +399,7 @@ MUTANTS: dict[str, Mutant] = {
     "gc_before_commit": Mutant(Cores(job=GcBeforeCommit), 100),
     "delete_on_failed_verify": Mutant(Cores(coordinator=DeleteOnFailedVerify), 100),
     "gc_keep_list": Mutant(Cores(holder=KeepList, coordinator=SendsKeepList), 100),
-    "parent_counts": Mutant(Cores(job=ParentCounts), 100),
+    "parent_counts": Mutant(Cores(job=ParentCounts), 200),
     "gc_unfenced": Mutant(Cores(inventory=GcUnfenced), None),
     "commits_while_rebuilding": Mutant(Cores(job=CommitsWhileRebuilding), 50),
     "waits_for_lost_uploads": Mutant(Cores(job=WithOldFlushes), None),

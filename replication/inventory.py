@@ -136,7 +136,10 @@ class WatermarkRaised:
 
 @dataclass(frozen=True, slots=True)
 class StepDropped:
-    """A step that was never committed is not wanted any more; late chunks of it neither."""
+    """A step that was never committed is not wanted any more; late chunks of it neither.
+
+    Only while its generation is the newest: a later one may have resumed from this very step.
+    """
 
     job: str
     version: Version
@@ -450,6 +453,8 @@ class Inventory:
             case WatermarkRaised():
                 return self._collect(event)
             case StepDropped():
+                if event.version.generation < self.fences.get(event.job, 0):
+                    return []
                 self.dropped.setdefault(event.job, set()).add(event.version)
                 keys = [k for k in self.shards if (k.job, k.version) == (event.job, event.version)]
                 return [self._drop(key) for key in keys]

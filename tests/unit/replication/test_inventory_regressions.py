@@ -169,3 +169,12 @@ def test_a_dropped_step_that_the_next_generation_resumes_from_is_taken_back() ->
     for index in (0, 1):
         core.handle(ChunkFetched(KEY, PLAN, index, b"%016d" % index), 0.0)
     assert [record.key for record in core.records()] == [KEY]
+
+
+def test_a_late_order_to_drop_a_step_leaves_what_a_newer_generation_resumed_from() -> None:
+    core = Inventory(HolderId("a", "1"), 100)
+    for index in (0, 1):
+        core.handle(ChunkFetched(KEY, PLAN, index, b"%016d" % index), 0.0)
+    core.handle(FenceRaised("job", KEY.version.generation + 1), 0.0)
+    assert core.handle(StepDropped("job", KEY.version), 0.0) == []
+    assert [record.key for record in core.records()] == [KEY]

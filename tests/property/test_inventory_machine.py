@@ -64,8 +64,8 @@ class InventoryLife(RuleBasedStateMachine):
         return shards, dict(self.core.watermarks), dict(self.core.fences)
 
     def is_gone(self, key: ShardKey) -> bool:
-        is_late = key.version < self.mark or key.version in self.dropped
-        return is_late and key not in self.pinned
+        is_dropped = key.version in self.dropped and key.version.generation >= self.fence
+        return (key.version < self.mark or is_dropped) and key not in self.pinned
 
     @rule(key=KEYS, index=INDEX)
     def stage(self, key: ShardKey, index: int) -> None:
@@ -188,8 +188,11 @@ class InventoryLife(RuleBasedStateMachine):
 
     @rule(version=VERSIONS)
     def drop_step(self, version: Version) -> None:
-        self.feed(inventory.StepDropped(JOB, version))
-        self.dropped.add(version)
+        commands = self.feed(inventory.StepDropped(JOB, version))
+        if version.generation < self.fence:  # a newer generation may have resumed from it
+            assert commands == []
+        else:
+            self.dropped.add(version)
 
     @rule(buddies=st.lists(st.sampled_from(PEERS), unique=True, max_size=2))
     def set_buddies(self, buddies: list[HolderId]) -> None:

@@ -6,16 +6,19 @@ remembered.
 
 A step is on its way from its admission until it is committed, until a newer one is (then nobody
 waits for it any more), or until `STUCK_S` have passed: one that some rank failed to stage never
-commits, and must not stop the others for ever.
+commits, and must not stop the others for ever. Nor must it fill the memory: what is no longer on
+its way, and was not committed, is let go of when the next step is admitted. Otherwise half steps
+pile up until nothing fits, and without a commit nothing is ever collected.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Backpressure = Literal["skip", "wait", "replace"]
 
 STUCK_S = 120.0
+OVERTAKEN_S = 15.0  # a newer step was committed: this one may still be a moment away from it
 REMEMBERED = 256
 
 
@@ -42,6 +45,10 @@ class Admissions:
         self._answers: dict[int, Admission] = {}
         self._since_s: dict[int, float] = {}
 
+    def is_answered(self, step: int) -> bool:
+        """Whether some rank was told whether this step is saved."""
+        return step in self._answers
+
     def on_their_way(self, committed: Collection[int], now_s: float) -> list[int]:
         """Steps that were admitted and are still waited for, oldest first."""
         newest = max(committed, default=-1)
@@ -58,6 +65,7 @@ class Admissions:
         in_flight: int,
         committed: Collection[int],
         begun: Collection[int],
+        whole: Collection[int],
         now_s: float,
     ) -> Admission | None:
         """Answer a rank that is about to save `step`; None: ask again when something changed.
@@ -68,26 +76,28 @@ class Admissions:
             in_flight: Saves that may be on their way at a time, this one included.
             committed: Steps of this generation that are committed.
             begun: Steps of which a replica has arrived anywhere.
+            whole: Steps of which every shard is somewhere, on however few hosts.
             now_s: The time.
         """
         if (known := self._answers.get(step)) is not None:
             return known
         waiting = self.on_their_way(committed, now_s)
+        stale = self._stale(committed, whole, now_s)
         if len(waiting) < in_flight:
-            return self._remember(step, Admission(is_admitted=True), now_s)
+            return self._admit_instead(step, stale, now_s)
         if policy == "wait":
             return None
         if policy == "replace" and (idle := [s for s in waiting if s not in begun]):
-            replaced = idle[-1]
-            self.replaced[replaced] = step
-            self._since_s.pop(replaced)
-            answer = Admission(is_admitted=True, instead_of=(replaced,))
-            return self._remember(step, answer, now_s)
+            return self._admit_instead(step, [*stale, idle[-1]], now_s)
         reason = (
             f"skipped: {_steps(waiting)} still being replicated (in_flight={in_flight}); save less "
             "often (Memory.every_steps), or make room with Memory(in_flight=...)"
         )
         return self._remember(step, Admission(is_admitted=False, reason=reason), now_s)
+
+    def settle(self, step: int) -> None:
+        """A step was committed: it is on its way no more, and nobody drops it."""
+        self._since_s.pop(step, None)
 
     def admit(self, step: int, now_s: float) -> Admission:
         """Admit a step that was saved already (an answer lost with a coordinator)."""
@@ -99,6 +109,24 @@ class Admissions:
         known = self._answers.get(step)
         answer = Admission(is_admitted=False, reason=reason)
         return known or self._remember(step, answer, now_s)
+
+    def _stale(self, committed: Collection[int], whole: Collection[int], now_s: float) -> list[int]:
+        """Steps that will not be committed any more, but for the newest that could be restored."""
+        newest = max(committed, default=-1)
+        stale = []
+        for step, since_s in self._since_s.items():
+            limit_s = STUCK_S if step > newest else OVERTAKEN_S
+            if now_s - since_s >= limit_s:
+                stale.append(step)
+        spared = max((s for s in stale if s > newest and s in whole), default=None)
+        return [step for step in stale if step != spared]
+
+    def _admit_instead(self, step: int, gone: Sequence[int], now_s: float) -> Admission:
+        for other in gone:
+            self.replaced[other] = step
+            self._since_s.pop(other)
+        answer = Admission(is_admitted=True, instead_of=tuple(gone))
+        return self._remember(step, answer, now_s)
 
     def _remember(self, step: int, answer: Admission, now_s: float) -> Admission:
         self._answers[step] = answer

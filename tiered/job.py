@@ -480,6 +480,7 @@ class Job(Catalogue):
             return []
         memory, current, step = settings.memory, self.generation, version.step
         mine = [v for v in self.copies if v.generation == current]
+        is_news = not self.admissions.is_answered(step)
         answer: Admission | None
         if version in mine:  # some rank was admitted, by a coordinator that has died since
             answer = self.admissions.admit(step, now_s)
@@ -492,17 +493,16 @@ class Job(Catalogue):
                 memory.in_flight,
                 {v.step for v in self.commits if v.generation == current},
                 {v.step for v in mine if self._has_replica(v)},
+                {v.step for v in mine if self._is_whole(v)},
                 now_s,
             )
         if answer is None:
             return []
+        gone = [Version(current, s) for s in answer.instead_of] if is_news else []
+        for dropped in gone:
+            self.copies.pop(dropped, None)
         holders = tuple(sorted(self.holders))
-        dropped = [
-            m.DropStep(Version(current, s), holders)
-            for s in answer.instead_of
-            if self.copies.pop(Version(current, s), None) is not None
-        ]
-        return [*dropped, m.AnswerSave(version, answer)]
+        return [*(m.DropStep(v, holders) for v in gone), m.AnswerSave(version, answer)]
 
     def _has_replica(self, version: Version) -> bool:
         ranks = self.copies[version].values()
@@ -588,6 +588,7 @@ class Job(Catalogue):
     def _commit(self, version: Version, now_s: float) -> list[m.Command]:
         is_degraded = self.copies_needed < 1 + self.replicas
         self.commits[version] = is_degraded
+        self.admissions.settle(version.step)
         size = sum(s.record.plan.size_bytes for s in self.sources(version))
         commands: list[m.Command] = [
             m.StepCommitted(version, size, self.copies_needed, is_degraded)

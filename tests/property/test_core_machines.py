@@ -18,7 +18,7 @@ from replication import membership
 from replication.membership import HOPELESS_MISSES, MISSES, Membership, Node
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
 from tiered import messages as m
-from tiered.admission import STUCK_S, Admission, Admissions
+from tiered.admission import OVERTAKEN_S, STUCK_S, Admission, Admissions
 from tiered.flush import FlushQueue
 from tiered.retention import KeepBest, KeepEvery, KeepInterval, Policy, SavedStep, kept_by
 
@@ -239,17 +239,28 @@ class AdmissionLife(RuleBasedStateMachine):
         self.admitted_s: dict[int, float] = {}
         self.committed: set[int] = set()
         self.begun: set[int] = set()
+        self.whole: set[int] = set()
 
     def on_their_way(self) -> set[int]:
         newest = max(self.committed, default=-1)
         waiting = {s for s, since_s in self.admitted_s.items() if self.now_s - since_s < STUCK_S}
         return {s for s in waiting if s > newest}
 
+    def given_up(self) -> set[int]:
+        """What will not be committed any more, but for the newest that could be restored."""
+        newest = max(self.committed, default=-1)
+        old = {s: self.now_s - since_s for s, since_s in self.admitted_s.items()}
+        stuck = {s for s, age_s in old.items() if s > newest and age_s >= STUCK_S}
+        overtaken = {s for s, age_s in old.items() if s < newest and age_s >= OVERTAKEN_S}
+        restorable = sorted(stuck & self.whole)[-1:]
+        return (stuck | overtaken) - set(restorable)
+
     @rule(step=st.integers(0, 12))
     def ask(self, step: int) -> None:
         before = self.on_their_way()
+        given_up = self.given_up()
         answer = self.core.ask(
-            step, self.policy, self.in_flight, self.committed, self.begun, self.now_s
+            step, self.policy, self.in_flight, self.committed, self.begun, self.whole, self.now_s
         )
         if step in self.told:
             assert answer == self.told[step], "one answer for all ranks"
@@ -263,20 +274,29 @@ class AdmissionLife(RuleBasedStateMachine):
             assert len(before) >= self.in_flight
             assert answer.reason
             return
+        assert given_up <= set(answer.instead_of), "half steps pile up"
         for replaced in answer.instead_of:
-            assert self.policy == "replace"
-            assert replaced in before - self.begun, "a step that has a replica is not given up"
+            if replaced not in given_up:
+                assert self.policy == "replace"
+                assert replaced in before - self.begun, "a step that has a replica is not given up"
+            assert replaced not in self.committed
             del self.admitted_s[replaced]
+        uncommitted = {s for s in self.admitted_s if self.now_s - self.admitted_s[s] >= STUCK_S}
+        assert len(uncommitted) <= 1, "of stuck steps one may stay, that could be restored"
         self.admitted_s[step] = self.now_s
         assert len(self.on_their_way()) <= self.in_flight or step <= max(self.committed, default=-1)
 
     @precondition(lambda self: self.admitted_s)
-    @rule(data=st.data(), is_whole=st.booleans())
-    def replicate(self, data: st.DataObject, is_whole: bool) -> None:
+    @rule(data=st.data(), far=st.sampled_from(["begun", "whole", "committed"]))
+    def replicate(self, data: st.DataObject, far: str) -> None:
         step = data.draw(st.sampled_from(sorted(self.admitted_s)))
         self.begun.add(step)
-        if is_whole:
+        if far != "begun":
+            self.whole.add(step)
+        if far == "committed":
             self.committed.add(step)
+            del self.admitted_s[step]
+            self.core.settle(step)
 
     @rule(seconds=st.sampled_from([1.0, 50.0, STUCK_S]))
     def wait(self, seconds: float) -> None:

@@ -20,8 +20,9 @@ def test_no_seed_breaks_a_promise() -> None:
     assert not broken, f"{len(broken)} of {SEEDS} seeds:\n" + "\n".join(broken[:20])
 
 
-def test_a_larger_cluster_keeps_its_promises_for_an_hour() -> None:
-    assert not World(6, draw_setup(6, hosts=16, hours=1.0)).run()
+@pytest.mark.parametrize("seed", range(8))  # 5 once filled its memory with half steps, for good
+def test_a_larger_cluster_keeps_its_promises_for_an_hour(seed: int) -> None:
+    assert not World(seed, draw_setup(seed, hosts=16, hours=1.0)).run()
 
 
 def test_the_same_seed_gives_the_same_trace() -> None:

@@ -389,7 +389,7 @@ def _no_branch() -> AbstractContextManager[Any]:
 
 MUTANTS: dict[str, Mutant] = {
     "max_of_latest": Mutant(Cores(job=MaxOfLatest), 20),
-    "step_only_key": Mutant(Cores(holder=StepOnlyKey), None),
+    "step_only_key": Mutant(Cores(holder=StepOnlyKey), 250),
     "ack_before_store": Mutant(Cores(holder=AckBeforeStore), 20),
     "parent_not_durable": Mutant(Cores(coordinator=ParentNotDurable), 20),
     "evictable_copies": Mutant(Cores(holder=Evictable), 100),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 ZOMBIE_SAVES = 6
+STOPPED_SHARE = 0.03  # of saves: the trainer is stopped in the middle of one
 
 
 class Rank(Process):
@@ -171,7 +172,10 @@ class Rank(Process):
             elif isinstance(outcome, Admission):
                 for step in outcome.instead_of:
                     self._drop(Version(self.generation, step))
-                self.later(0.0, self._stage if outcome.is_admitted else self._skip)
+                if outcome.is_admitted:
+                    self.later(self._stopped_s(), self._stage)
+                else:
+                    self.later(0.0, self._skip)
             elif outcome is None and world.kernel.now_s < deadline_s:
                 self.later(1.0, lambda: self._ask_to_save(deadline_s))
             elif len(self.pending) < memory.in_flight:
@@ -183,6 +187,17 @@ class Rank(Process):
             "admit", self, coordinator, ADMIT_TIMEOUT_S,
             lambda reply: coordinator.admit(version, reply), heard,
         )  # fmt: skip
+
+    def _stopped_s(self) -> float:
+        """Now and then a trainer is stopped when it has been told to save; it wakes up and does.
+
+        By then it may be a zombie, and nobody is asked again: the holder has to refuse it.
+        """
+        random = self.world.kernel.random
+        if self.world.faults.is_over or random.random() >= STOPPED_SHARE:
+            return 0.0
+        self.world.oracle.counts["fault stopped"] += 1
+        return random.uniform(5.0, 2 * STALL_S)
 
     def _drop(self, version: Version) -> None:
         holder = self.world.holder_on(self.host.place)

@@ -1,4 +1,4 @@
-from tiered.admission import STUCK_S, Admissions
+from tiered.admission import OVERTAKEN_S, STUCK_S, Admissions
 
 
 def ask(
@@ -8,9 +8,12 @@ def ask(
     *,
     committed: tuple[int, ...] = (),
     begun: tuple[int, ...] = (),
+    whole: tuple[int, ...] = (),
     now_s: float = 0.0,
 ):
-    return admissions.ask(step, policy, 2, committed, begun, now_s)  # type: ignore[arg-type]
+    for done in committed:
+        admissions.settle(done)
+    return admissions.ask(step, policy, 2, committed, begun, whole, now_s)  # type: ignore[arg-type]
 
 
 def test_saves_are_admitted_while_there_is_room_and_then_skipped() -> None:
@@ -45,7 +48,8 @@ def test_steps_that_never_commit_stop_nobody_for_ever() -> None:
     for step in (10, 20):
         ask(admissions, step)
     assert not ask(admissions, 30, now_s=STUCK_S - 1).is_admitted
-    assert ask(admissions, 40, now_s=STUCK_S).is_admitted
+    answer = ask(admissions, 40, now_s=STUCK_S)
+    assert (answer.is_admitted, answer.instead_of) == (True, (10, 20))
 
 
 def test_waiting_is_no_answer_until_there_is_room() -> None:
@@ -72,3 +76,20 @@ def test_a_refusal_is_remembered_too() -> None:
     assert not admissions.refuse(10, "too few hosts", 0.0).is_admitted
     assert not ask(admissions, 10).is_admitted
     assert admissions.admit(20, 0.0).is_admitted
+
+
+def test_of_stuck_steps_the_newest_that_could_be_restored_stays() -> None:
+    admissions = Admissions()
+    for step in (10, 20):
+        ask(admissions, step)
+    answer = ask(admissions, 30, whole=(10, 20), now_s=STUCK_S)
+    assert answer.instead_of == (10,)
+
+
+def test_a_step_that_was_overtaken_is_let_go_of_and_a_committed_one_is_not() -> None:
+    admissions = Admissions()
+    for step in (10, 20):
+        ask(admissions, step)
+    assert ask(admissions, 30, committed=(20,), now_s=OVERTAKEN_S - 1).instead_of == ()
+    assert ask(admissions, 40, committed=(30,), now_s=OVERTAKEN_S).instead_of == (10,)
+    assert ask(admissions, 50, committed=(40,), now_s=9 * STUCK_S).instead_of == ()

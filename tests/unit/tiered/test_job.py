@@ -239,3 +239,19 @@ def test_the_only_copy_of_a_shard_has_a_keeper(holder: HolderId) -> None:
     job.handle(m.ShardReported(A, record(10)), 0.0)
     job.handle(m.HolderDown(holder), 1.0)
     assert job.is_last_keeper(holder.node_id) is (holder == A)
+
+
+def test_half_steps_do_not_pile_up_in_a_generation_that_commits_nothing() -> None:
+    """A rank whose host has no room left fails every save; the others' shards filled theirs too."""
+    job = begun(holders=(A, B), ranks=2)
+    dropped: list[int] = []
+    for number in range(8):
+        version, now_s = Version(1, number), number * 130.0
+        commands = job.handle(m.SaveAsked(version), now_s)
+        assert of(m.AnswerSave, commands)[0].admission.is_admitted
+        dropped += [c.version.step for c in of(m.DropStep, commands)]
+        for holder in (A, B):
+            job.handle(m.ShardReported(holder, record(number, ranks=2)), now_s)
+        assert not of(m.DropStep, job.handle(m.SaveAsked(version), now_s))
+    assert dropped == list(range(7))
+    assert [v.step for v in job.copies] == [7]

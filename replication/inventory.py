@@ -582,9 +582,16 @@ class Inventory:
         return [peer for peer in dict.fromkeys(peers) if peer != self.holder]
 
     def _offers(self, job: str, only: ShardKey | None = None) -> list[Command]:
-        """Offer each hashed chunk to each peer that was not offered it yet."""
+        """Offer each hashed chunk to each peer that was not offered it yet.
+
+        When buddies change, only shards of the present generation go to the new ones: of older
+        ones the coordinator asks for the copies that are missing. Else each life of a job that
+        fails again and again would add a copy of what all of them resume from.
+        """
         commands: list[Command] = []
-        keys = [only] if only is not None else sorted(k for k in self.shards if k.job == job)
+        fence = self.fences.get(job, 0)
+        mine = (k for k in self.shards if k.job == job and k.version.generation >= fence)
+        keys = [only] if only is not None else sorted(mine)
         for key in keys:
             shard = self.shards[key]
             if shard.quarantined:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from replication.records import HolderId, Life, ShardKey, Version
 from tests.sim.limits import HOLDER_TICK_S, SCRUB_PERIOD_S
 from tiered import messages as m
+from tiered import register
 from tiered.history import Resolution
 
 if TYPE_CHECKING:
@@ -157,6 +158,20 @@ class Oracle:
             return False
         last = self._bounds[version.generation]
         return last is None or version.step <= last
+
+    def _is_abandoned(self, version: Version, generation: int) -> bool:
+        """Whether the newest older generation with a parent on record went back before it.
+
+        Also one that nobody has begun: its coordinator died, and its cluster, but S3 remembers.
+        """
+        known = {**register.read_parents(self.world.store.index.entries), **self.recorded}
+        at, last = max((g for g in known if g < generation), default=0), None
+        while at:
+            if version.generation == at:
+                return last is not None and version.step > last
+            parent = known.get(at)
+            at, last = (0, None) if parent is None else parent
+        return True
 
     def newest_acked(self) -> list[Version]:
         """The `keep` newest acknowledged versions of the branch, newest first."""
@@ -312,7 +327,13 @@ class Oracle:
         good = self.durable.keys() - self.rotten
         allowed = [v for v in good if before is None or v.step < before]
         told_s = since_s - GRACE_S  # a listing may have been served before a manifest came
-        on_s3 = [v for v in allowed if self.is_on_branch(v) and self.durable[v] < told_s]
+        on_s3 = [
+            v
+            for v in allowed
+            if self.is_on_branch(v)
+            and self.durable[v] < told_s
+            and not self._is_abandoned(v, generation)
+        ]
         if not on_s3 or (parent is not None and parent >= max(on_s3)):
             return
         is_in_memory = parent is not None and all(

@@ -178,3 +178,15 @@ def test_a_late_order_to_drop_a_step_leaves_what_a_newer_generation_resumed_from
     core.handle(FenceRaised("job", KEY.version.generation + 1), 0.0)
     assert core.handle(StepDropped("job", KEY.version), 0.0) == []
     assert [record.key for record in core.records()] == [KEY]
+
+
+def test_new_buddies_get_no_copies_of_what_older_generations_saved() -> None:
+    buddies = [HolderId(name, "1") for name in "bc"]
+    core = Inventory(HolderId("a", "1"), 100)
+    now = ShardKey("job", Version(2, 20), 0)
+    for key in (KEY, now):
+        for index in (0, 1):
+            core.handle(ChunkStaged(key, PLAN, index), 0.0)
+            core.handle(ChunkHashed(key, index, b"%016d" % index), 0.0)
+    offers = core.handle(BuddiesChanged("job", tuple(buddies)), 0.0)
+    assert {offer.key for offer in offers} == {now}  # the coordinator asks for the others' copies

@@ -271,6 +271,7 @@ def test_a_durable_step_is_found_whatever_was_lost_unless_s3_was_disturbed() -> 
         if not is_s3_well:
             forger.fault("s3-errors", is_s3=True)
         forger.fault("hosts-kill", lost=["host-a", "host-b"])
+        forger.wait(1.0)
         forger.begin(2, (1, 1))
         forger.save(2, 2)
         return names(forger.finish(2, 3))

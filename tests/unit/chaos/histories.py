@@ -35,7 +35,7 @@ class Forger:
 
     def begin(self, life: int, source: tuple[int, int] | None, ranks: int = RANKS) -> None:
         """Life `life` begins from (life, step), or afresh."""
-        self.add("life", "invoke", f"life-{life}", life=life, hosts=HOSTS[:RANKS])
+        self.add("life", "invoke", f"life-{life}", life=life, hosts=list(HOSTS[:RANKS]))
         names = [self.add("restore", "invoke", life=life, rank=rank) for rank in range(ranks)]
         for rank, name in enumerate(names):
             told: dict[str, Any] = {"step": None}
@@ -50,7 +50,7 @@ class Forger:
 
     def ask(self, life: int) -> None:
         """Life `life` asks, and is never heard of again."""
-        self.add("life", "invoke", f"life-{life}", life=life, hosts=HOSTS[:RANKS])
+        self.add("life", "invoke", f"life-{life}", life=life, hosts=list(HOSTS[:RANKS]))
         for rank in range(RANKS):
             self.add("restore", "invoke", life=life, rank=rank)
         self.end(life)

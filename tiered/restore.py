@@ -14,16 +14,8 @@ from replication.records import Buffer
 from tiered.errors import StateError
 from tiered.fetch import ShardReader
 from tiered.image import Front, Span, bytes_of, overlapping, read_front
-from tiered.state import (
-    Array,
-    TensorRef,
-    capture,
-    dotted,
-    is_stateful,
-    materialise,
-    read_tree,
-    tensor_refs,
-)
+from tiered.state import capture, is_stateful
+from tiered.tree import Array, TensorRef, dotted, materialise, read_tree, tensor_refs
 
 
 def restore_into(

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     )
     from tiered.checkpointer import Checkpointer, Restored
     from tiered.config import S3, Memory
-    from tiered.coordinator import DegradedStep, JobStatus
     from tiered.errors import (
         CheckpointError,
         ConfigError,
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
         recover,
         status,
     )
+    from tiered.replies import DegradedStep, JobStatus
     from tiered.retention import KeepBest, KeepEvery, KeepInterval
     from tiered.rng import RngState
 
@@ -121,8 +121,8 @@ _HOME = {
     "Restored": "tiered.checkpointer",
     "Memory": "tiered.config",
     "S3": "tiered.config",
-    "DegradedStep": "tiered.coordinator",
-    "JobStatus": "tiered.coordinator",
+    "DegradedStep": "tiered.replies",
+    "JobStatus": "tiered.replies",
     "KeepBest": "tiered.retention",
     "KeepEvery": "tiered.retention",
     "KeepInterval": "tiered.retention",

@@ -211,6 +211,7 @@ class Checkpointer:
         resolution = self._begin(step, before)
         if resolution.version is None:
             self.restored = None
+            self._log_passed_over(resolution.passed_over)
             logger.info("%s fresh start", self._tag())
             self._make_ready(state)
             return 0
@@ -488,9 +489,12 @@ class Checkpointer:
     def _tag(self, step: int | None = None) -> str:
         return log_tag(self.job, self._generation, self._worker.rank, step)
 
-    def _log_restored(self, restored: Restored) -> None:
-        for line in restored.passed_over:
+    def _log_passed_over(self, lines: tuple[str, ...]) -> None:
+        for line in lines:
             logger.warning("%s passed over: %s", self._tag(), line)
+
+    def _log_restored(self, restored: Restored) -> None:
+        self._log_passed_over(restored.passed_over)
         logger.info(
             "%s restored step %d from %s: %.1f MB in %.3f s",
             self._tag(), restored.step, restored.source, restored.size_bytes / 1e6,

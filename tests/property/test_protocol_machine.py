@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from replication import inventory
+from replication import messages
 from replication.inventory import HeldShard, Inventory
 from replication.records import ShardKey, ShardPlan, ShardRecord, Version
 from tests.property.protocol.cluster import Cluster, Cores, Setup
@@ -212,10 +212,10 @@ class NoBudget(Inventory):
 class SealsEarly(Inventory):
     """A shard counts when its first chunk is verified."""
 
-    def _seal(self, key: ShardKey, shard: HeldShard) -> list[inventory.Command]:
+    def _seal(self, key: ShardKey, shard: HeldShard) -> list[messages.Command]:
         first = next(iter(shard.digests.values()))
         digests = tuple(shard.digests.get(i, first) for i in range(len(shard.plan.chunk_sizes)))
-        return [inventory.ReportShard(ShardRecord(key, shard.plan, digests))]
+        return [messages.ReportShard(ShardRecord(key, shard.plan, digests))]
 
 
 class CommitsAtOneCopy(Job):

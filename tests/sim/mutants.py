@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
-from replication import inventory
+from replication import messages
 from replication.inventory import Inventory
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
 from tests.sim.coordinator import Coordinator, Copies
@@ -85,7 +85,7 @@ class ParentCounts(Eviction):
 class GcUnfenced(Inventory):
     """Collection is not fenced."""
 
-    def _collect(self, event: inventory.WatermarkRaised) -> list[inventory.Command]:
+    def _collect(self, event: messages.WatermarkRaised) -> list[messages.Command]:
         fences, self.fences = self.fences, {}
         commands = super()._collect(event)
         self.fences = fences
@@ -104,19 +104,19 @@ class StepOnlyKey(Holder):
 class AckBeforeStore(Holder):
     """A buddy says that it has a chunk before it has it."""
 
-    def take_chunk(self, offer: inventory.OfferChunk, source: HolderId, reply: Reply) -> None:
+    def take_chunk(self, offer: messages.OfferChunk, source: HolderId, reply: Reply) -> None:
         if self.core.has_chunk(offer.key, offer.index):
             reply(None)
             return
         super().take_chunk(offer, source, lambda _: None)
-        self.feed(inventory.ChunkFetched(offer.key, offer.plan, offer.index, offer.digest))
+        self.feed(messages.ChunkFetched(offer.key, offer.plan, offer.index, offer.digest))
         reply(None)
 
 
 class Evictable(Holder):
     """A buddy's copy is merely pulled: it goes when the host that it came from goes."""
 
-    def _keep(self, offer: inventory.OfferChunk, source: HolderId, outcome: Outcome) -> None:
+    def _keep(self, offer: messages.OfferChunk, source: HolderId, outcome: Outcome) -> None:
         super()._keep(offer, source, outcome)
         self._pulled = getattr(self, "_pulled", {}) | {offer.key: source}
 
@@ -289,24 +289,24 @@ class KeepsAbandoned(Eviction):
 class NeverScrubs(Inventory):
     """What nobody reads is never read."""
 
-    def _scrub(self, now_s: float) -> list[inventory.Command]:
+    def _scrub(self, now_s: float) -> list[messages.Command]:
         return []
 
 
 class CorruptUntold(Inventory):
     """A corrupt copy is told of to whoever asked to have it read, if to anybody."""
 
-    def _quarantine(self, key: ShardKey) -> list[inventory.Command]:
+    def _quarantine(self, key: ShardKey) -> list[messages.Command]:
         return super()._quarantine(key) and []
 
-    def _remind(self, now_s: float) -> list[inventory.Command]:
+    def _remind(self, now_s: float) -> list[messages.Command]:
         return []
 
 
 class CorruptToldOnce(Inventory):
     """A corrupt copy is told of once, and a report of it as whole may come later."""
 
-    def _remind(self, now_s: float) -> list[inventory.Command]:
+    def _remind(self, now_s: float) -> list[messages.Command]:
         return []
 
 

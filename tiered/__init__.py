@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     )
     from tiered.checkpointer import Checkpointer, Restored
     from tiered.config import S3, Memory
-    from tiered.coordinator import DegradedStep, JobStatus
     from tiered.errors import (
         CheckpointError,
         ConfigError,
@@ -45,8 +44,18 @@ if TYPE_CHECKING:
         StepNotFoundError,
         WorldSizeError,
     )
+    from tiered.garbage import Deletion, GarbagePlan
     from tiered.handle import SaveHandle
-    from tiered.recovery import Recovered, drain, explain_placement, forget, recover, status
+    from tiered.recovery import (
+        Recovered,
+        collect_garbage,
+        drain,
+        explain_placement,
+        forget,
+        recover,
+        status,
+    )
+    from tiered.replies import DegradedStep, JobStatus
     from tiered.retention import KeepBest, KeepEvery, KeepInterval
     from tiered.rng import RngState
 
@@ -59,9 +68,11 @@ __all__ = [
     "ConfigError",
     "DeadlineError",
     "DegradedStep",
+    "Deletion",
     "DurableStoreDownError",
     "DurableStoreError",
     "FencedError",
+    "GarbagePlan",
     "HolderTimeoutError",
     "HolderUnavailableError",
     "JobStatus",
@@ -84,6 +95,7 @@ __all__ = [
     "StepNotFoundError",
     "TieredError",
     "WorldSizeError",
+    "collect_garbage",
     "drain",
     "explain_placement",
     "forget",
@@ -109,8 +121,8 @@ _HOME = {
     "Restored": "tiered.checkpointer",
     "Memory": "tiered.config",
     "S3": "tiered.config",
-    "DegradedStep": "tiered.coordinator",
-    "JobStatus": "tiered.coordinator",
+    "DegradedStep": "tiered.replies",
+    "JobStatus": "tiered.replies",
     "KeepBest": "tiered.retention",
     "KeepEvery": "tiered.retention",
     "KeepInterval": "tiered.retention",
@@ -125,7 +137,10 @@ _HOME = {
     "StateError": "tiered.errors",
     "StepNotFoundError": "tiered.errors",
     "WorldSizeError": "tiered.errors",
+    "Deletion": "tiered.garbage",
+    "GarbagePlan": "tiered.garbage",
     "SaveHandle": "tiered.handle",
+    "collect_garbage": "tiered.recovery",
     "Recovered": "tiered.recovery",
     "recover": "tiered.recovery",
     "status": "tiered.recovery",

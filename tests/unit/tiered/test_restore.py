@@ -17,7 +17,8 @@ from torch.optim import lr_scheduler
 from tests.unit.tiered.fake_shard import MemoryTier, Shard, assert_same, raw
 from tiered.errors import StateError, StepNotFoundError
 from tiered.restore import read_state, restore_into
-from tiered.state import EXT_TENSOR, Captured, TensorRef, capture
+from tiered.state import Captured, capture
+from tiered.tree import EXT_TENSOR, TensorRef
 
 
 @pytest.fixture(autouse=True, scope="module")

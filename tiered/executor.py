@@ -128,7 +128,9 @@ class Executor:
         version, rank, holder = command.version, command.rank, command.holder
         store = self.ledger(job).store(settings_of(job))
         key = ShardKey(job.name, version, rank)
-        args = (key, store, register.shard_key(version, rank))
+        base = job.stored_before(version, rank)
+        earlier = None if base is None else (register.shard_key(base.key.version, rank), base)
+        args = (key, store, register.shard_key(version, rank), earlier)
         copy = job.copies.get(version, {}).get(rank, {}).get(holder)
         size_bytes = 0 if copy is None else copy.plan.size_bytes
         timeout_s = upload_timeout_s(size_bytes, store.settings.bandwidth_bytes_per_s)

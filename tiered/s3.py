@@ -27,7 +27,7 @@ import numpy as np
 from botocore.exceptions import BotoCoreError, ClientError, IncompleteReadError
 from urllib3.exceptions import HTTPError
 
-from replication.durable import DurableStore
+from replication.durable import DurableStore, Earlier
 from tiered import s3_upload
 from tiered.config import MIB, S3, path_problem
 from tiered.errors import ConfigError
@@ -76,9 +76,10 @@ class S3Store(DurableStore):
     def __reduce__(self) -> tuple[type["S3Store"], tuple[S3, str]]:
         return S3Store, (self.settings, self.root)
 
-    def upload(self, key: str, chunks: Sequence["Chunk"]) -> None:
-        """See `DurableStore.upload`; nothing of the image is copied."""
-        s3_upload.upload(self.link, self._path(key), chunks)
+    def upload(self, key: str, chunks: Sequence["Chunk"], earlier: Earlier | None = None) -> None:
+        """See `DurableStore.upload`; nothing of the image is copied in memory."""
+        known = None if earlier is None else Earlier(self._path(earlier.key), earlier.runs)
+        s3_upload.upload(self.link, self._path(key), chunks, known)
 
     def check(self, *, is_urgent: bool = False) -> None:
         """See `DurableStore.check`; `is_urgent`: do not go by what was known, ask."""

@@ -8,7 +8,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 
-from replication.durable import DurableStore
+from replication.durable import DurableStore, Earlier
 from replication.records import Chunk
 from tiered.errors import DurableStoreError
 
@@ -35,7 +35,7 @@ class FakeStore(DurableStore):
     def __reduce__(self) -> tuple[Callable[[str], "FakeStore"], tuple[str]]:
         return _named, (self._name,)
 
-    def upload(self, key: str, chunks: Sequence[Chunk]) -> None:
+    def upload(self, key: str, chunks: Sequence[Chunk], earlier: Earlier | None = None) -> None:
         self._begin("upload", key)
         image = b"".join(buffer.tobytes() for chunk in chunks for buffer in chunk)
         with self._lock:

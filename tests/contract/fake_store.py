@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from replication.durable import DurableStore, Earlier
 from replication.records import Chunk
-from tiered.errors import DurableStoreError
+from tiered.errors import DurableObjectError
 
 _stores: "weakref.WeakValueDictionary[str, FakeStore]" = weakref.WeakValueDictionary()
 
@@ -59,10 +59,10 @@ class FakeStore(DurableStore):
         with self._lock:
             image = self.objects.get(key)
         if image is None:
-            raise DurableStoreError("fake", f"read of {key}", "it is not there")
+            raise DurableObjectError("fake", f"read of {key}", "it is not there")
         data = image[start : start + size_bytes]
         if len(data) != size_bytes:
-            raise DurableStoreError("fake", f"read of {key}", "the object ends before")
+            raise DurableObjectError("fake", f"read of {key}", "the object ends before")
         return memoryview(data)
 
     def keys(self, prefix: str) -> list[str]:

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     )
     from tiered.garbage import Deletion, GarbagePlan
     from tiered.handle import SaveHandle
+    from tiered.recovered import Recovered, TensorInfo
     from tiered.recovery import (
-        Recovered,
         collect_garbage,
         drain,
         explain_placement,
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     )
     from tiered.replies import DegradedStep, JobStatus
     from tiered.retention import KeepBest, KeepEvery, KeepInterval
-    from tiered.rng import RngState
+    from tiered.rng import PerRank, RngState
 
 __all__ = [
     "S3",
@@ -83,6 +83,7 @@ __all__ = [
     "KeepInterval",
     "Memory",
     "MemoryBudgetError",
+    "PerRank",
     "PlacementError",
     "ProtocolError",
     "ProtocolVersionError",
@@ -95,6 +96,7 @@ __all__ = [
     "ShardNotHeldError",
     "StateError",
     "StepNotFoundError",
+    "TensorInfo",
     "TieredError",
     "WorldSizeError",
     "collect_garbage",
@@ -144,9 +146,11 @@ _HOME = {
     "GarbagePlan": "tiered.garbage",
     "SaveHandle": "tiered.handle",
     "collect_garbage": "tiered.recovery",
-    "Recovered": "tiered.recovery",
+    "Recovered": "tiered.recovered",
     "recover": "tiered.recovery",
     "status": "tiered.recovery",
+    "PerRank": "tiered.rng",
+    "TensorInfo": "tiered.recovered",
     "RngState": "tiered.rng",
 }
 

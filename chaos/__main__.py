@@ -3,6 +3,7 @@
 import json
 import logging
 import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,9 @@ def main(
     scenario: Annotated[str, typer.Option(help=f"One of {NAMES}.")] = "",
     address: Annotated[str, typer.Option(help="Of a running cluster; default: a local one.")] = "",
     s3_uri: Annotated[str, typer.Option(help="With --address: where the S3 tier is.")] = "",
+    gap_s: Annotated[
+        float | None, typer.Option(min=0.1, help="Between faults, on average; the scenario's own.")
+    ] = None,
     state_mib: Annotated[int, typer.Option(min=1, help="Of a rank.")] = 4,
     out: Annotated[Path, typer.Option(help="Folder for history, summary, picture.")] = Path(
         "chaos_out"
@@ -53,6 +57,8 @@ def main(
     if not address and ranks >= hosts:
         raise typer.BadParameter(f"{ranks} ranks need more than {hosts} hosts, to lose one of them")
     chosen = SCENARIOS[name]
+    if gap_s is not None:
+        chosen = replace(chosen, gap_s=gap_s)
     seed = secrets.randbelow(1_000_000) if seed is None else seed
     console.print(f"seed {seed}")
     plan = draw(seed, minutes, chosen)

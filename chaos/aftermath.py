@@ -8,7 +8,6 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private import internal_api
 
 import tiered
 from chaos.history import HistoryWriter
@@ -22,7 +21,6 @@ from tiered.s3 import S3Store
 ASK_TIMEOUT_S = 30.0
 GONE_WITHIN_S = 30.0
 SHARED_MEMORY = Path("/dev/shm")
-STORE_IS_EMPTY_BYTES = 1 << 20  # Ray's own small objects
 
 
 def segments() -> set[str]:
@@ -58,7 +56,6 @@ def forget(world: World) -> dict[str, list[str]]:
     return {
         "trainers": _until_empty(lambda: _trainers(world), deadline_s),
         "shards": _until_empty(_shards, deadline_s),
-        "objects": _until_empty(_objects, deadline_s),
     }
 
 
@@ -105,19 +102,6 @@ def _shards() -> list[str]:
         info = ray.get(holder.hello.remote(), timeout=ASK_TIMEOUT_S)
         if info.used_bytes:
             found.append(f"{info.used_bytes} bytes at {info.holder}")
-    return found
-
-
-def _objects() -> list[str]:
-    """What is still in the hosts' object stores."""
-    found = []
-    for node in _alive():
-        stats = internal_api.node_stats(  # type: ignore[no-untyped-call]
-            node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False
-        )
-        used = stats.store_stats.object_store_bytes_used
-        if used > STORE_IS_EMPTY_BYTES:
-            found.append(f"{used} bytes in the object store of {node['NodeID'][:8]}")
     return found
 
 

@@ -24,7 +24,7 @@ from chaos import aftermath, faults
 from chaos.history import HistoryFolder, HistoryWriter, Record, by_time, file_writer
 from chaos.host_network import HostNetwork
 from chaos.launcher import Launcher
-from chaos.local_cluster import LocalCluster
+from chaos.local_cluster import LocalCluster, ProcessesLeftError
 from chaos.moments import Moments
 from chaos.observer import Observer
 from chaos.s3_proxy import FaultProxy
@@ -118,9 +118,7 @@ class Run:
                 with ExitStack() as stack:
                     self._start(stack, folder)
                     left = self._phases()
-            except RuntimeError as error:
-                if "are left" not in str(error):  # of LocalCluster.shutdown
-                    raise
+            except ProcessesLeftError as error:
                 left["processes"] = [str(error)]
             left.setdefault("processes", [])
             left["segments"] = sorted(aftermath.segments() - before)

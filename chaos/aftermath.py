@@ -10,7 +10,7 @@ import psutil
 import ray
 
 import tiered
-from chaos.history import HistoryWriter
+from chaos.recorder import HistoryWriter
 from chaos.workload import digest
 from chaos.world import World
 from replication.holder import NAMESPACE, holder_name

@@ -21,12 +21,13 @@ from ray.exceptions import RayError
 
 import tiered
 from chaos import aftermath, faults
-from chaos.history import HistoryFolder, HistoryWriter, Record, by_time, file_writer
+from chaos.history import Record, by_time
 from chaos.host_network import HostNetwork
 from chaos.launcher import Launcher
 from chaos.local_cluster import LocalCluster, ProcessesLeftError
 from chaos.moments import Moments
 from chaos.observer import Observer
+from chaos.recorder import HistoryFolder, HistoryWriter, file_writer
 from chaos.s3_proxy import FaultProxy
 from chaos.s3_server import S3Server
 from chaos.schedule import Planned, Scenario

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import tiered
-from chaos.history import HistoryWriter, file_writer
+from chaos.recorder import HistoryWriter, file_writer
 from replication.errors import DeadlineError, FencedError, TieredError
 
 PEERS_TIMEOUT_S = 15.0  # of a collective: so long a hung rank holds up the others

@@ -1,5 +1,6 @@
 """After the faults: what is left of the newest step, and what is left behind."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -24,8 +25,16 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def segments() -> set[str]:
-    """Files in shared memory."""
-    return {path.name for path in SHARED_MEMORY.iterdir()}
+    """Files in shared memory that no live process has mapped.
+
+    Those of a run are nobody's once its processes are gone; others may be at work on this machine.
+    """
+    mapped = []
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # it is gone
+            mapped.append(maps.read_text())
+    names = {path.name for path in SHARED_MEMORY.iterdir()}
+    return {name for name in names if not any(f"/dev/shm/{name}" in text for text in mapped)}
 
 
 def inspect(job: str, history: HistoryWriter) -> None:

@@ -1,18 +1,24 @@
 """Writing a history while it happens, and following it.
 
 Each process appends to a file of its own, so that nothing is shared and a SIGKILL can cut off no
-more than the line being written; a reader leaves such a line out.
+more than the line being written; a reader leaves such a line out. Where processes are on hosts that
+share no folder, they append to an actor instead, the `Notebook`, and wait until it has the line.
 """
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from chaos.history import Phase, Record, by_time, parse
+
+NOTEBOOK_TIMEOUT_S = 20.0
 
 
 class HistoryWriter:
@@ -61,11 +67,36 @@ def file_writer(folder: str | Path, who: str) -> HistoryWriter:
     return HistoryWriter(f"{who}-{os.getpid()}", append)
 
 
-class HistoryFolder:
-    """Follows every writer's file in a folder."""
+class Notebook:
+    """Keeps the lines of processes on other hosts; an actor."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def append(self, line: str) -> None:
+        """Keep a line."""
+        self._lines.append(line)
+
+    def since(self, count: int) -> list[str]:
+        """The lines after the first `count`."""
+        return self._lines[count:]
+
+
+def notebook_writer(notebook: Any, who: str) -> HistoryWriter:
+    """A writer to a `Notebook` actor."""
+    name = f"{who}-{socket.gethostname()}-{os.getpid()}"
+    return HistoryWriter(
+        name, lambda line: ray.get(notebook.append.remote(line), timeout=NOTEBOOK_TIMEOUT_S)
+    )
+
+
+class HistoryFolder:
+    """Follows every writer's file in a folder, and a `Notebook` actor if there is one."""
+
+    def __init__(self, folder: Path, notebook: Any = None) -> None:
         self._folder = folder
+        self.notebook = notebook
+        self._lines = 0
         self._offsets: dict[Path, int] = {}
 
     def read_new(self) -> list[Record]:
@@ -79,4 +110,9 @@ class HistoryFolder:
             whole = new[: new.rfind(b"\n") + 1]
             self._offsets[path] = offset + len(whole)
             found.extend(parse(line) for line in whole.splitlines())
+        if self.notebook is not None:
+            asked = self.notebook.since.remote(self._lines)
+            lines: list[str] = ray.get(asked, timeout=NOTEBOOK_TIMEOUT_S)
+            self._lines += len(lines)
+            found.extend(map(parse, lines))
         return by_time(found)

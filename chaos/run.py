@@ -14,10 +14,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import tiered
 from chaos import aftermath, faults
@@ -27,7 +29,7 @@ from chaos.launcher import Launcher
 from chaos.local_cluster import LocalCluster, ProcessesLeftError
 from chaos.moments import Moments
 from chaos.observer import Observer
-from chaos.recorder import HistoryFolder, HistoryWriter, file_writer
+from chaos.recorder import HistoryFolder, Notebook, file_writer
 from chaos.s3_proxy import FaultProxy
 from chaos.s3_server import S3Server
 from chaos.schedule import Planned, Scenario
@@ -99,8 +101,10 @@ class Run:
         self._say = say
         self._outcome = Outcome()
         self._heard: dict[int, float] = {}
+        self._settings: tiered.S3 | None = None
         self._mends: list[tuple[float, int, str, Aim]] = []
         self._numbers = count()
+        self._moments = Moments()
         self._read_s = self._tended_s = 0.0
 
     def run(self) -> Outcome:
@@ -136,66 +140,80 @@ class Run:
     def _start(self, stack: ExitStack, folder: Path) -> None:
         options = self._options
         job = f"chaos-{options.name}-{options.seed}-{os.getpid()}"
-        network = None
-        if options.scenario.has_network:
-            network = HostNetwork()
-            stack.callback(network.close)
-            network.start()
-        server = proxy = cluster = None
-        settings = tiered.S3(options.s3_uri, every_steps=10) if options.s3_uri else None
-        if not options.address:
-            server = stack.enter_context(S3Server())
-            server.create_bucket(BUCKET)
-            host = "127.0.0.1" if network is None else network.head_address
-            proxy = stack.enter_context(FaultProxy(server.endpoint_url, host=host))
-            stack.enter_context(_environment(self._variables(server, proxy, network, folder)))
-            settings = tiered.S3(
-                f"s3://{BUCKET}/runs", every_steps=10, keep=3, read_timeout_s=5.0, max_attempts=3
-            )
-            cluster = LocalCluster(
-                options.hosts,
-                object_store_bytes=max(128 * MIB, 24 * options.state_bytes),
-                system_config=_system_config(options.scenario),
-                network=network,
-            )
-            stack.enter_context(cluster)
-        else:
-            ray.init(address=options.address, log_to_driver=False, logging_level=logging.WARNING)
-            stack.callback(ray.shutdown)
-        memory = tiered.Memory(every_steps=2, keep=2, replicas=options.replicas, chunk_bytes=MIB)
-        self._settings = settings
-        work = Work(
-            job, options.ranks, memory, settings, options.state_bytes, options.step_s, str(folder)
+        self._world = World(
+            job,
+            self._history,
+            least_hosts=max(options.ranks, options.replicas + 1),
         )
+        if options.address:
+            self._join_cluster(stack)
+        else:
+            self._start_cluster(stack, folder)
+        memory = tiered.Memory(every_steps=2, keep=2, replicas=options.replicas, chunk_bytes=MIB)
+        work = Work(
+            job, options.ranks, memory, self._settings, options.state_bytes, options.step_s,
+            str(folder), self._folder.notebook,
+        )  # fmt: skip
         self._history.note(
             "setup", seed=options.seed, scenario=options.name, replicas=options.replicas,
             world_size=options.ranks, hosts=options.hosts,
             recover_within_s=options.recover_within_s, repair_within_s=options.repair_within_s,
         )  # fmt: skip
-        launcher = Launcher(
-            work, _other(folder, "launcher"), lambda life: self._heard.get(life, 0.0), self._is_away
+        self._observer = Observer(job, file_writer(folder, "observer"))
+        self._moments.proxy = self._world.proxy
+        self._world.launcher = Launcher(
+            work, file_writer(folder, "launcher"), self._heard_of, self._is_away
         )
-        self._world = World(
-            job, self._history, launcher, cluster, network, server, proxy,
-            least_hosts=max(options.ranks, options.replicas + 1),
-        )  # fmt: skip
-        self._moments = Moments(proxy)
-        launcher.start()
-        self._observer = Observer(job, _other(folder, "observer"))
+        self._world.launcher.start()
 
-    def _variables(
-        self, server: S3Server, proxy: FaultProxy, network: HostNetwork | None, folder: Path
-    ) -> dict[str, str]:
+    def _join_cluster(self, stack: ExitStack) -> None:
+        options = self._options
+        if options.s3_uri:
+            self._settings = tiered.S3(options.s3_uri, every_steps=10)
+        ray.init(address=options.address, log_to_driver=False, logging_level=logging.WARNING)
+        stack.callback(ray.shutdown)
+        # On this host, whose loss ends the run anyway.
+        node_id = ray.get_runtime_context().get_node_id()
+        here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        notebook: Any = ray.remote(Notebook).options(num_cpus=0, scheduling_strategy=here)
+        self._folder.notebook = notebook.remote()
+
+    def _start_cluster(self, stack: ExitStack, folder: Path) -> None:
+        options, world = self._options, self._world
+        if options.scenario.has_network:
+            world.network = network = HostNetwork()
+            stack.callback(network.close)
+            network.start()
+        world.server = server = stack.enter_context(S3Server())
+        server.create_bucket(BUCKET)
+        host = "127.0.0.1" if world.network is None else world.network.head_address
+        world.proxy = proxy = stack.enter_context(FaultProxy(server.endpoint_url, host=host))
+        stack.enter_context(_environment(self._variables(server, proxy, folder)))
+        self._settings = tiered.S3(
+            f"s3://{BUCKET}/runs", every_steps=10, keep=3, read_timeout_s=5.0, max_attempts=3
+        )
+        world.cluster = LocalCluster(
+            options.hosts,
+            object_store_bytes=max(128 * MIB, 24 * options.state_bytes),
+            system_config=_system_config(options.scenario),
+            network=world.network,
+        )
+        stack.enter_context(world.cluster)
+
+    def _variables(self, server: S3Server, proxy: FaultProxy, folder: Path) -> dict[str, str]:
         variables = {**server.environment(), "AWS_ENDPOINT_URL": proxy.endpoint_url}
         variables["PYTHONPATH"] = os.pathsep.join(
             [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         ).rstrip(os.pathsep)
-        if network is not None:
+        if self._world.network is not None:
             variables["GLOO_SOCKET_IFNAME"] = "eth0"
         if self._options.scenario.has_gcs_storage:
             variables["RAY_gcs_storage"] = "rocksdb"
             variables["RAY_gcs_storage_path"] = str(folder / "gcs")
         return variables
+
+    def _heard_of(self, life: int) -> float:
+        return self._heard.get(life, 0.0)
 
     def _is_away(self, node_id: str) -> bool:
         return node_id in self._world.avoided
@@ -318,8 +336,7 @@ class Run:
         self._read_s = time.monotonic()
         new = self._folder.read_new()
         self._outcome.records += new
-        if hasattr(self, "_moments"):
-            self._moments.see(new)
+        self._moments.see(new)
         for record in new:
             if record.op in ("restore", "save", "level"):
                 self._heard[int(record.data["life"])] = record.time_s
@@ -361,10 +378,6 @@ class Run:
 
 def _never() -> bool:
     return False
-
-
-def _other(folder: Path, who: str) -> HistoryWriter:
-    return file_writer(folder, who)
 
 
 @contextmanager

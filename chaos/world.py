@@ -54,7 +54,7 @@ class World:
 
     job: str
     history: HistoryWriter
-    launcher: Launcher
+    launcher: Launcher = field(init=False)  # its start needs the cluster
     cluster: LocalCluster | None = None
     network: HostNetwork | None = None
     server: S3Server | None = None

@@ -48,7 +48,7 @@ def test_a_timeline_is_drawn(tmp_path: Path) -> None:
     "moment", ["begin", "restore", "first save", "stage", "replicate", "commit"]
 )
 def test_moments_are_seen_in_the_history_once_they_are_waited_for(moment: str) -> None:
-    moments = Moments(proxy=None)
+    moments = Moments()
     moments.wait_for(moment)
     assert not moments.is_here()
     moments.see(right())

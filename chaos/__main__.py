@@ -71,11 +71,15 @@ def main(
     options = Options(
         seed, name, chosen, hosts, ranks, address, s3_uri, state_bytes=state_mib << 20
     )
-    outcome = Run(options, plan, lambda line: console.print(line, soft_wrap=True)).run()
-    verdict = check(outcome.records)
     folder = out / f"{name}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_history(folder / "history.jsonl", outcome.records)
+    run = Run(options, plan, lambda line: console.print(line, soft_wrap=True))
+    outcome = run.outcome
+    try:
+        run.run()
+    finally:
+        write_history(folder / "history.jsonl", outcome.records)
+    verdict = check(outcome.records)
     told = report.summary(outcome.records, verdict, outcome.left_out)
     (folder / "summary.json").write_text(json.dumps(told, indent=1) + "\n")
     picture.draw(outcome.records, verdict, folder / "timeline.png")

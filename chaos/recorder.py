@@ -27,10 +27,14 @@ class HistoryWriter:
     Args:
         who: Unique among the writers of a run; operations' ids begin with it.
         append: Called with each line, and returns when it is kept.
+        close: Called when nothing more will be written.
     """
 
-    def __init__(self, who: str, append: Callable[[str], None]) -> None:
+    def __init__(
+        self, who: str, append: Callable[[str], None], close: Callable[[], None] | None = None
+    ) -> None:
         self._who = who
+        self._close = close
         self._append = append
         self._count = 0
 
@@ -48,6 +52,11 @@ class HistoryWriter:
         self.write(op, "ok", name, **data)
         return name
 
+    def close(self) -> None:
+        """Write nothing more."""
+        if self._close is not None:
+            self._close()
+
     def write(self, op: str, phase: Phase, name: str, **data: Any) -> None:
         """Append one record of now."""
         record = Record(op, phase, name, time.time(), data)
@@ -57,14 +66,14 @@ class HistoryWriter:
 def file_writer(folder: str | Path, who: str) -> HistoryWriter:
     """A writer to a file of its own in `folder`, whose lines outlive the process."""
     # Line buffered: a line is in the file before the next statement runs.
-    file = open(  # noqa: SIM115 -- kept open as long as the process
+    file = open(  # noqa: SIM115 -- closed by the writer
         Path(folder) / f"{who}-{os.getpid()}.jsonl", "a", buffering=1, encoding="utf-8"
     )
 
     def append(line: str) -> None:
         file.write(line + "\n")
 
-    return HistoryWriter(f"{who}-{os.getpid()}", append)
+    return HistoryWriter(f"{who}-{os.getpid()}", append, file.close)
 
 
 class Notebook:

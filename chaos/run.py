@@ -91,7 +91,11 @@ class Outcome:
 
 
 class Run:
-    """Carries one schedule out; use `run` once."""
+    """Carries one schedule out; use `run` once.
+
+    Attributes:
+        outcome: What has happened so far.
+    """
 
     def __init__(
         self, options: Options, plan: tuple[Planned, ...], say: Callable[[str], None]
@@ -99,7 +103,7 @@ class Run:
         self._options = options
         self._plan = plan
         self._say = say
-        self._outcome = Outcome()
+        self.outcome = Outcome()
         self._heard: dict[int, float] = {}
         self._settings: tiered.S3 | None = None
         self._mends: list[tuple[float, int, str, Aim]] = []
@@ -107,8 +111,8 @@ class Run:
         self._moments = Moments()
         self._read_s = self._tended_s = 0.0
 
-    def run(self) -> Outcome:
-        """Do all of it; the history is whole even if a part of it could not be done.
+    def run(self) -> None:
+        """Do all of it; `outcome` has what happened so far, whatever is raised.
 
         Raises:
             TieredError, OSError, RuntimeError: The cluster could not be started, or not be ended.
@@ -118,6 +122,8 @@ class Run:
         folder = Path(tempfile.mkdtemp(prefix="chaos-"))
         self._folder = HistoryFolder(folder)
         self._history = file_writer(folder, "driver")
+        others = file_writer(folder, "launcher"), file_writer(folder, "observer")
+        self._launchers, self._observers = others
         try:
             try:
                 with ExitStack() as stack:
@@ -129,11 +135,12 @@ class Run:
             left["segments"] = sorted(aftermath.segments() - before)
             if "shards" in left:
                 self._history.note("leaks", **left)
-            self._look()
-            self._outcome.records = by_time(self._outcome.records)
         finally:
+            for writer in (self._history, self._launchers, self._observers):
+                writer.close()
+            self._look()
+            self.outcome.records = by_time(self.outcome.records)
             shutil.rmtree(folder, ignore_errors=True)
-        return self._outcome
 
     # -- start ----------------------------------------------------------------------------------
 
@@ -159,11 +166,9 @@ class Run:
             world_size=options.ranks, hosts=options.hosts,
             recover_within_s=options.recover_within_s, repair_within_s=options.repair_within_s,
         )  # fmt: skip
-        self._observer = Observer(job, file_writer(folder, "observer"))
+        self._observer = Observer(job, self._observers)
         self._moments.proxy = self._world.proxy
-        self._world.launcher = Launcher(
-            work, file_writer(folder, "launcher"), self._heard_of, self._is_away
-        )
+        self._world.launcher = Launcher(work, self._launchers, self._heard_of, self._is_away)
         self._world.launcher.start()
 
     def _join_cluster(self, stack: ExitStack) -> None:
@@ -273,7 +278,7 @@ class Run:
             self._say(f"{planned.mechanism}: no aim: {error}")
             aim = None
         if aim is None:
-            self._outcome.left_out[planned.mechanism] += 1
+            self.outcome.left_out[planned.mechanism] += 1
             return
         name = self._history.invoke(
             "fault", mechanism=planned.mechanism, target=aim.target, moment=planned.moment,
@@ -335,7 +340,7 @@ class Run:
         """Read what clients have written since."""
         self._read_s = time.monotonic()
         new = self._folder.read_new()
-        self._outcome.records += new
+        self.outcome.records += new
         self._moments.see(new)
         for record in new:
             if record.op in ("restore", "save", "level"):
@@ -348,7 +353,7 @@ class Run:
 
         def has() -> bool:
             nonlocal seen
-            records = self._outcome.records
+            records = self.outcome.records
             new, seen = records[seen:], len(records)
             for record in new:
                 if record.op == "save" and record.phase == "invoke" and record.time_s > since_s:
@@ -366,7 +371,7 @@ class Run:
         """Whether the status has been without degraded steps since."""
 
         def is_whole() -> bool:
-            for record in reversed(self._outcome.records):
+            for record in reversed(self.outcome.records):
                 if record.time_s < since_s + 1.0:
                     return False
                 if record.op == "observe" and record.phase == "ok":

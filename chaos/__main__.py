@@ -69,11 +69,11 @@ def main(
         return
     logging.getLogger("tiered").setLevel(logging.ERROR)
     options = Options(
-        seed, name, chosen, hosts, ranks, address, s3_uri, state_bytes=state_mib << 20
+        seed, name, chosen, minutes, hosts, ranks, address, s3_uri, state_bytes=state_mib << 20
     )
     folder = out / f"{name}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(options, plan, lambda line: console.print(line, soft_wrap=True))
+    run = Run(options, plan, lambda line: console.print(line, soft_wrap=True, markup=False))
     outcome = run.outcome
     try:
         run.run()

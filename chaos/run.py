@@ -44,7 +44,7 @@ BUCKET = "chaos"
 POLL_S = 0.01
 READ_S = 0.03  # between two looks at what clients have written
 TEND_S = 2.0
-MOMENT_TIMEOUT_S = 15.0  # a moment that does not come: strike at random
+MOMENT_TIMEOUT_S = 8.0  # a moment that does not come: strike at random
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 90.0
 MISSED_STRIKES = (OSError, RuntimeError, ValueError, RayError, TieredError, psutil.Error,
@@ -58,6 +58,7 @@ class Options:
     Attributes:
         seed: Of the schedule, and of everything else that is drawn.
         scenario: Its name and what it is.
+        minutes: After that no fault is begun.
         hosts: Of the local cluster.
         ranks: Of the job.
         address: Of somebody's running cluster; empty: a local one.
@@ -71,6 +72,7 @@ class Options:
     seed: int
     name: str
     scenario: Scenario
+    minutes: float
     hosts: int = 4
     ranks: int = 2
     address: str = ""
@@ -231,8 +233,11 @@ class Run:
         self._observer.start()
         if not first:
             self._say("no step was committed: striking all the same")
+        end_s = time.monotonic() + 60 * self._options.minutes
         for planned in self._plan:
-            self._until(_never, planned.after_s)
+            self._until(_never, min(planned.after_s, max(0.0, end_s - time.monotonic())))
+            if time.monotonic() >= end_s:  # moments that were waited for took their time
+                break
             if planned.moment:
                 self._moments.wait_for(planned.moment)
                 self._until(self._moments.is_here, MOMENT_TIMEOUT_S)

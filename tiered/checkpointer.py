@@ -18,10 +18,10 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import ray
@@ -60,6 +60,8 @@ from tiered.handle import SaveHandle
 from tiered.history import Resolution
 from tiered.image import Layout, chunk_sizes, front, lay_out
 from tiered.messages import Level
+from tiered.ray_train import run
+from tiered.ray_train.part import RunPart
 from tiered.replies import DegradedStep, News, Progress
 from tiered.restore import restore_into
 from tiered.s3 import S3Store
@@ -109,9 +111,9 @@ class Checkpointer:
 
     def __init__(
         self,
-        job: str,
+        job: str | None = None,
         memory: Memory | None = None,
-        s3: S3 | None = None,
+        s3: S3 | Literal["auto"] | None = "auto",
         *,
         rank: int | None = None,
         world_size: int | None = None,
@@ -120,9 +122,11 @@ class Checkpointer:
         """Connect to the Ray cluster (start a local one if there is none) and to its holders.
 
         Args:
-            job: Name of the job; the next run under the same name resumes it.
+            job: Name of the job; the next run under the same name resumes it. In a Ray Train run
+                the default is the run's name.
             memory: The memory tier's cadence and policy.
-            s3: The last-resort tier, if any. S3 is never on the way of a save.
+            s3: The last-resort tier, if any. S3 is never on the way of a save. "auto": the storage
+                of the Ray Train run, where that is on S3; else none.
             rank: This process' rank; by default found from Ray Train, torch.distributed, or the
                 launcher's environment.
             world_size: The number of ranks.
@@ -133,8 +137,9 @@ class Checkpointer:
             ConfigError: A setting is wrong.
             HolderUnavailableError, DeadlineError: This host's holder does not start.
         """
-        self.job = check_job_name(job)
-        self.settings = JobSettings(memory or Memory(), s3)
+        self.job = check_job_name(run.run_name() if job is None else job)
+        durable = run.run_storage() if s3 == "auto" else s3
+        self.settings = JobSettings(memory or Memory(), durable)
         self.restored: Restored | None = None
         self._worker = find_worker(rank, world_size)
         self._allow_pickle = allow_pickle
@@ -142,6 +147,9 @@ class Checkpointer:
         self._node_id: str = ray.get_runtime_context().get_node_id()
         self._coordinator = cluster.coordinator()
         self._holder: ActorRef = self._find_holder()
+        self._run = RunPart.find(self.job, self.settings.s3, self._worker.rank)
+        if self._run is not None and self._run.owns_s3 and durable is not None:
+            self.settings = replace(self.settings, s3=replace(durable, keep=None, also_keep=()))
         self._generation = 0
         self._layout: Layout | None = None
         self._cache: CaptureCache = {}
@@ -172,6 +180,8 @@ class Checkpointer:
             self.close()
         else:  # what is in memory is needed now: leave everything as it is
             self._stop_watching()
+            if self._run is not None:
+                self._run.abandon()
 
     @property
     def skipped(self) -> int:
@@ -216,11 +226,21 @@ class Checkpointer:
                 whether this is a fresh start.
             DeadlineError: The cluster did not answer in time.
         """
+        if self._run is not None:
+            self._run.restoring()
+        next_step = self._restore(state, step, before)
+        if self._run is not None:
+            self._run.restored(next_step - 1)
+        self._make_ready(state)
+        return next_step
+
+    def _restore(
+        self, state: MutableMapping[str, Any], step: int | None, before: int | None
+    ) -> int:
         resolution = self._begin(step, before)
         if resolution.version is None:
             self.restored = None
             logger.info("%s fresh start", self._tag())
-            self._make_ready(state)
             return 0
         if len(resolution.shards) != self._worker.world_size:
             where = f"{resolution.version} of job {self.job!r}"
@@ -252,7 +272,6 @@ class Checkpointer:
             passed_over=resolution.passed_over,
         )
         self._log_restored(self.restored)
-        self._make_ready(state)
         return resolution.version.step + 1
 
     def _begin(self, step: int | None = None, before: int | None = None) -> Resolution:
@@ -311,6 +330,9 @@ class Checkpointer:
             FencedError: A newer life of the job has taken over: end this process.
         """
         check_step(step)
+        numbers = _check_metrics(metrics or {})
+        if self._run is not None:
+            self._run.stepped(step, dict(numbers), self.settings.is_due_for_s3(step))
         if not force and not self.settings.is_due(step):
             return None
         if self._generation == 0:
@@ -318,7 +340,6 @@ class Checkpointer:
             self._begin()
         if self._fenced is not None:
             raise self._fenced
-        numbers = _check_metrics(metrics or {})
         began_s = time.monotonic()
         handle = SaveHandle(step, is_due_for_s3=self.settings.is_due_for_s3(step))
         self._last = handle
@@ -535,6 +556,8 @@ class Checkpointer:
             except TieredError:
                 continue  # it was logged when it happened
         self._stop_watching()
+        if self._run is not None:
+            self._run.finish()
         self._holder.release.remote(self.job, self._worker.rank)
         if self._is_local:
             if self._worker.world_size > 1 and dist.is_initialized():

@@ -140,6 +140,29 @@ def profile(
     (out / "profile.json").write_text(json.dumps(found.as_dict(), indent=1) + "\n")
 
 
+@app.command()
+def recovery(
+    repeat: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 3,
+    hung: Annotated[bool, typer.Option(help="Hang hosts, too; Ray's defaults take 75 s.")] = True,
+    out: Out = Path("bench_out"),
+) -> None:
+    """Measure the time from a lost host to training again, with Ray's defaults and the profile."""
+    from benchmarks import recovery as recoveries  # needs ray.train, which is slow
+
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "recovery.json"
+    with quiet(out / "logs" / "recovery.log") as console:
+        samples: list[recoveries.Sample] = []
+        faults: tuple[recoveries.Fault, ...] = ("killed", "hung") if hung else ("killed",)
+        for sample in recoveries.measure(repeat, faults, console.print):
+            samples.append(sample)
+            record = recoveries.as_record(samples, machine.describe())
+            file.write_text(json.dumps(record, indent=1) + "\n")
+        console.print_json(data=record["summary"])
+        written = recoveries.draw(record["summary"], file.with_suffix(".png"))
+        console.print(f"written: {file}, {written}", soft_wrap=True)
+
+
 @app.command("report")
 def show_report(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],

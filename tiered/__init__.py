@@ -44,11 +44,20 @@ if TYPE_CHECKING:
         StepNotFoundError,
         WorldSizeError,
     )
+    from tiered.garbage import Deletion, GarbagePlan
     from tiered.handle import SaveHandle
-    from tiered.recovery import Recovered, drain, explain_placement, forget, recover, status
+    from tiered.recovered import Recovered, TensorInfo
+    from tiered.recovery import (
+        collect_garbage,
+        drain,
+        explain_placement,
+        forget,
+        recover,
+        status,
+    )
     from tiered.replies import DegradedStep, JobStatus
     from tiered.retention import KeepBest, KeepEvery, KeepInterval
-    from tiered.rng import RngState
+    from tiered.rng import PerRank, RngState
 
 __all__ = [
     "S3",
@@ -59,9 +68,11 @@ __all__ = [
     "ConfigError",
     "DeadlineError",
     "DegradedStep",
+    "Deletion",
     "DurableStoreDownError",
     "DurableStoreError",
     "FencedError",
+    "GarbagePlan",
     "HolderTimeoutError",
     "HolderUnavailableError",
     "JobStatus",
@@ -70,6 +81,7 @@ __all__ = [
     "KeepInterval",
     "Memory",
     "MemoryBudgetError",
+    "PerRank",
     "PlacementError",
     "ProtocolError",
     "ProtocolVersionError",
@@ -82,8 +94,10 @@ __all__ = [
     "ShardNotHeldError",
     "StateError",
     "StepNotFoundError",
+    "TensorInfo",
     "TieredError",
     "WorldSizeError",
+    "collect_garbage",
     "drain",
     "explain_placement",
     "forget",
@@ -125,10 +139,15 @@ _HOME = {
     "StateError": "tiered.errors",
     "StepNotFoundError": "tiered.errors",
     "WorldSizeError": "tiered.errors",
+    "Deletion": "tiered.garbage",
+    "GarbagePlan": "tiered.garbage",
     "SaveHandle": "tiered.handle",
-    "Recovered": "tiered.recovery",
+    "collect_garbage": "tiered.recovery",
+    "Recovered": "tiered.recovered",
     "recover": "tiered.recovery",
     "status": "tiered.recovery",
+    "PerRank": "tiered.rng",
+    "TensorInfo": "tiered.recovered",
     "RngState": "tiered.rng",
 }
 

@@ -30,7 +30,8 @@ from replication.records import Version
 from tiered import register, retention
 from tiered.config import S3
 from tiered.errors import CheckpointError, ConfigError
-from tiered.recovery import Recovered, recover
+from tiered.recovered import Recovered
+from tiered.recovery import recover
 from tiered.s3 import S3Store
 
 logger = logging.getLogger(__name__)

@@ -61,42 +61,49 @@ class JobSettings:
     faults: tuple[Fault, ...] = ()
 
 
+class Draws:
+    """One rank's own random numbers."""
+
+    def __init__(self, rank: int) -> None:
+        self._generator = torch.Generator().manual_seed(rank)
+
+    def next(self) -> torch.Tensor:
+        return torch.randn(SIZE, generator=self._generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._generator.set_state(state["generator"])
+
+
 @dataclass(slots=True)
 class Sum:
-    """What is trained; strikes where it is taken apart or filled."""
+    """What is trained, the same on all ranks; strikes where it is taken apart or filled."""
 
-    rank: int
     faults: tuple[Fault, ...]
     now: int = 0
     total: torch.Tensor = field(default_factory=lambda: torch.zeros(SIZE))
-    generator: torch.Generator = field(default_factory=torch.Generator)
-
-    def __post_init__(self) -> None:
-        self.generator.manual_seed(self.rank)
-
-    def step(self) -> torch.Tensor:
-        return torch.randn(SIZE, generator=self.generator)
 
     def state_dict(self) -> dict[str, Any]:
         for fault in self.faults:
             if fault.where == "save" and fault.step == self.now and self.now > 0:
                 fault.strike()
-        return {"total": self.total, "generator": self.generator.get_state()}
+        return {"total": self.total}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for fault in self.faults:
             if fault.where == "restore":
                 fault.strike()
         self.total = state["total"]
-        self.generator.set_state(state["generator"])
 
 
 def expected(rank_count: int, steps: int) -> torch.Tensor:
     """What every rank has after a run that nothing happened to."""
-    ranks = [Sum(rank, ()) for rank in range(rank_count)]
+    ranks = [Draws(rank) for rank in range(rank_count)]
     total = torch.zeros(SIZE)
     for _ in range(steps):
-        draws = [rank.step() for rank in ranks]
+        draws = [rank.next() for rank in ranks]
         total = total * 0.999 + sum(draws[1:], start=draws[0])
     return total
 
@@ -109,19 +116,20 @@ def train(config: dict[str, Any]) -> None:
     life = 0 if known is None else known.failures
     faults = tuple(f for f in settings.faults if (f.life, f.rank) == (life, rank))
     node_id = ray.get_runtime_context().get_node_id()
-    work = Sum(rank, faults)
+    work, draws = Sum(faults), Draws(rank)
+    state = {"work": work, "draws": tiered.PerRank(draws)}
     memory = tiered.Memory(every_steps=settings.every, chunk_bytes=1 << 20, backpressure="wait")
     with tiered.Checkpointer(memory=memory, s3=settings.s3) as ckpt:
-        start = ckpt.restore({"work": work})
+        start = ckpt.restore(state)
         note(folder / "lives", f"{life} {rank} {start} {node_id}")
         for step in range(start, settings.steps):
             for fault in faults:
                 if fault.where == "step" and fault.step == step:
                     fault.strike()
-            drawn = work.step()
+            drawn = draws.next()
             dist.all_reduce(drawn)
             work.total, work.now = work.total * 0.999 + drawn, step
-            ckpt.save(step, {"work": work}, metrics={"sum": float(work.total.sum())})
+            ckpt.save(step, state, metrics={"sum": float(work.total.sum())})
             note(folder / f"steps-{rank}", str(step))
             time.sleep(settings.pace_s)
             if step == settings.hold_at and life == 0 and rank == 0:

@@ -142,8 +142,8 @@ def profile(
 
 @app.command()
 def recovery(
-    repeat: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 3,
-    hung: Annotated[bool, typer.Option(help="Hang hosts, too; Ray's defaults take 75 s.")] = True,
+    killed: Annotated[int, typer.Option(min=1, help="How often a host is killed.")] = 3,
+    hung: Annotated[int, typer.Option(min=0, help="How often one hangs; 75 s by default.")] = 1,
     out: Out = Path("bench_out"),
 ) -> None:
     """Measure the time from a lost host to training again, with Ray's defaults and the profile."""
@@ -153,8 +153,8 @@ def recovery(
     file = out / "recovery.json"
     with quiet(out / "logs" / "recovery.log") as console:
         samples: list[recoveries.Sample] = []
-        faults: tuple[recoveries.Fault, ...] = ("killed", "hung") if hung else ("killed",)
-        for sample in recoveries.measure(repeat, faults, console.print):
+        record: dict[str, Any] = {}
+        for sample in recoveries.measure({"killed": killed, "hung": hung}, console.print):
             samples.append(sample)
             record = recoveries.as_record(samples, machine.describe())
             file.write_text(json.dumps(record, indent=1) + "\n")

@@ -100,8 +100,8 @@ def measure(repeat: int, faults: tuple[Fault, ...], say: Callable[[str], None]) 
     """All setups, each on a cluster of its own, each fault `repeat` times."""
     for setup in SETUPS:
         with _environment(setup), _cluster(setup) as cluster:
-            for fault in faults:
-                for number in range(repeat):
+            for fault, times in repeat.items():
+                for number in range(times):
                     sample = _recover(cluster, setup, fault, f"{fault}-{number}")
                     say(f"{setup.name}: {fault}, training again after {sample.outside_s:.1f} s")
                     yield sample
@@ -111,6 +111,10 @@ def _recover(cluster: LocalCluster, setup: Setup, fault: Fault, name: str) -> Sa
     with tempfile.TemporaryDirectory(prefix="recovery-") as place:
         folder = Path(place)
         results: list[ray.train.Result] = []
+
+        def is_over() -> bool:
+            return not fit.is_alive()
+
         trainer = TorchTrainer(
             train,
             train_loop_config={"folder": place},
@@ -125,7 +129,7 @@ def _recover(cluster: LocalCluster, setup: Setup, fault: Fault, name: str) -> Sa
         )
         fit = threading.Thread(target=lambda: results.append(trainer.fit()), daemon=True)
         fit.start()
-        _wait(lambda: _newest(folder)[1] >= STRIKE_AT)
+        _wait(lambda: _newest(folder)[1] >= STRIKE_AT, is_over)
         victim = (folder / "host-1").read_text()
         struck_s = time.time()
         if fault == "killed":
@@ -133,8 +137,8 @@ def _recover(cluster: LocalCluster, setup: Setup, fault: Fault, name: str) -> Sa
         else:
             for process in cluster.host_processes(victim):
                 process.suspend()
-        first_s = _wait(lambda: _first_after(folder, struck_s))
-        _wait(lambda: _newest(folder)[0] > first_s + 1.0)
+        first_s = _wait(lambda: _first_after(folder, struck_s), is_over)
+        _wait(lambda: _newest(folder)[0] > first_s + 1.0, is_over)
         (folder / "end").touch()
         fit.join(LIMIT_S)
         if fault == "hung":
@@ -171,9 +175,11 @@ def _first_after(folder: Path, struck_s: float) -> float | None:
     return next((at for pid, at, _ in steps if pid not in old), None)
 
 
-def _wait(condition: Callable[[], Any]) -> Any:
+def _wait(condition: Callable[[], Any], is_over: Callable[[], bool]) -> Any:
     deadline = time.monotonic() + LIMIT_S
     while not (found := condition()):
+        if is_over():
+            raise RuntimeError("the run ended too early; its log says why")
         if time.monotonic() > deadline:
             raise TimeoutError(f"no recovery within {LIMIT_S:.0f} s")
         time.sleep(0.05)

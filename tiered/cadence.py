@@ -149,20 +149,44 @@ class Meter:
 
 @dataclass(slots=True)
 class Cadences:
-    """The coordinator's answers in one generation: one for each step. Not thread-safe."""
+    """The coordinator's answers about one job: one for each step of a life. Not thread-safe."""
 
     newest: Cadence = Cadence(FIRST_EVERY)
-    _answers: dict[int, Cadence] = field(default_factory=dict)
+    _answers: dict[tuple[int, int], Cadence] = field(default_factory=dict)
+    _lives: set[int] = field(default_factory=set)
+    _since_s: float | None = None
 
-    def at(self, step: int, pace: Pace | None, mtbf_s: float, max_overhead: float) -> Cadence:
-        """The cadence from `step` on; whoever asks first, all hear the same."""
-        if step not in self._answers:
-            if pace is not None:
-                self.newest = choose(pace, mtbf_s, max_overhead)
-            self._answers[step] = self.newest
-            while len(self._answers) > REMEMBERED:
-                del self._answers[min(self._answers)]
-        return self._answers[step]
+    def at(
+        self,
+        generation: int,
+        step: int,
+        pace: Pace | None,
+        *,
+        hosts: int,
+        max_overhead: float,
+        now_s: float,
+    ) -> Cadence:
+        """The cadence from `step` on; whoever asks first, all hear the same.
+
+        Args:
+            generation: The life that asks; each one after the first counts as a failure.
+            step: That is being saved.
+            pace: What rank 0 has measured; None from other ranks, and before.
+            hosts: Of the cluster.
+            max_overhead: The share of the time that saves may hold up training.
+            now_s: Of a clock that only goes on.
+        """
+        self._lives.add(generation)
+        self._since_s = now_s if self._since_s is None else self._since_s
+        if (answer := self._answers.get((generation, step))) is not None:
+            return answer
+        if pace is not None:
+            mean_s = mtbf_s(hosts, len(self._lives) - 1, now_s - self._since_s)
+            self.newest = choose(pace, mean_s, max_overhead)
+        self._answers[generation, step] = self.newest
+        while len(self._answers) > REMEMBERED:
+            del self._answers[min(self._answers)]
+        return self.newest
 
 
 def _smooth(old: float | None, new: float) -> float:

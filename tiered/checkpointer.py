@@ -60,6 +60,7 @@ from tiered.ray_train import run
 from tiered.ray_train.part import RunPart
 from tiered.replies import DegradedStep
 from tiered.restore import restore_into
+from tiered.rhythm import Rhythm
 from tiered.s3 import S3Store
 from tiered.saved_step import SavedStep
 from tiered.staging import Stager
@@ -158,6 +159,9 @@ class Checkpointer:
         self._silence = cluster.Silence()
         self._holder = OwnHolder(
             self._coordinator, self.job, self.settings, self._worker, self._silence
+        )
+        self._rhythm = Rhythm(
+            self._coordinator, self.job, self.settings, self._worker.rank, self._silence
         )
         self._watcher = Watcher(self._coordinator, self.job, self._worker.rank, self._prepare)
         self._generation = 0
@@ -355,8 +359,24 @@ class Checkpointer:
         numbers = _check_metrics(metrics or {})
         if self._run is not None:
             self._run.stepped(step, dict(numbers), self.settings.is_due_for_s3(step))
-        if not force and not self.settings.is_due(step):
-            return None
+        self._rhythm.entered()
+        try:
+            if not force and not self._rhythm.is_due(step):
+                return None
+            handle = self._save(step, state, numbers, force=force)
+            self._rhythm.saved(handle, self._generation)
+            return handle
+        finally:
+            self._rhythm.left()
+
+    def _save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        numbers: tuple[tuple[str, float], ...],
+        *,
+        force: bool,
+    ) -> SaveHandle:
         if self._generation == 0:
             logger.warning("%s save() without restore(): beginning from scratch", self._tag())
             self._begin()

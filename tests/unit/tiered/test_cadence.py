@@ -76,15 +76,28 @@ def test_dalys_interval_is_met_within_the_root_of_two() -> None:
     assert "Daly" in cadence.reason
 
 
+def ask(cadences: Cadences, step: int, pace: Pace | None = None, life: int = 1) -> int:
+    cadence = cadences.at(life, step, pace, hosts=500, max_overhead=0.035, now_s=100.0 * life)
+    return cadence.every_steps
+
+
 def test_the_first_answer_about_a_step_is_everybodys() -> None:
     cadences = Cadences()
-    assert cadences.at(8, None, HOUR, 0.035).every_steps == FIRST_EVERY
+    assert ask(cadences, 8) == FIRST_EVERY
     slow = Pace(0.1, 0.5, 1.0)
-    assert cadences.at(8, slow, HOUR, 0.035).every_steps == FIRST_EVERY
-    changed = cadences.at(16, slow, HOUR, 0.035)
-    assert changed.every_steps > 64
-    assert cadences.at(16, None, HOUR, 0.035) == changed
-    assert cadences.at(24, None, HOUR, 0.035) == changed
+    assert ask(cadences, 8, slow) == FIRST_EVERY
+    changed = ask(cadences, 16, slow)
+    assert changed > 64
+    assert ask(cadences, 16) == ask(cadences, 24) == changed
+    assert ask(cadences, 16, life=2) == changed, "a new life begins with what the last one knew"
+
+
+def test_failures_make_saves_more_frequent() -> None:
+    cadences, pace = Cadences(), Pace(0.1, 0.01, 0.1)
+    before = ask(cadences, 8, pace)
+    for life in range(2, 200):
+        after = ask(cadences, 8, pace, life=life)
+    assert after < before
 
 
 def test_ranks_that_missed_an_answer_meet_again() -> None:
@@ -98,9 +111,7 @@ def test_ranks_that_missed_an_answer_meet_again() -> None:
             met_s = step
         for rank in due:
             if step > 15_000 or rng.random() < 0.8:  # else it hears nothing
-                every[rank] = cadences.at(
-                    step, pace if rank == 0 else None, HOUR, 0.035
-                ).every_steps
+                every[rank] = ask(cadences, step, pace if rank == 0 else None)
     assert met_s > 15_000
     assert every[0] == every[1]
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tiered.errors import (
         CheckpointError,
         ConfigError,
+        DurableObjectError,
         DurableStoreDownError,
         DurableStoreError,
         SaveError,
@@ -69,6 +70,7 @@ __all__ = [
     "DeadlineError",
     "DegradedStep",
     "Deletion",
+    "DurableObjectError",
     "DurableStoreDownError",
     "DurableStoreError",
     "FencedError",
@@ -133,6 +135,7 @@ _HOME = {
     "forget": "tiered.recovery",
     "CheckpointError": "tiered.errors",
     "ConfigError": "tiered.errors",
+    "DurableObjectError": "tiered.errors",
     "DurableStoreDownError": "tiered.errors",
     "DurableStoreError": "tiered.errors",
     "SaveError": "tiered.errors",

@@ -325,6 +325,10 @@ class Checkpointer:
 
     # -- save -----------------------------------------------------------------------------------
 
+    def is_due(self, step: int) -> bool:
+        """Whether `save(step, ...)` would save: `step` is due in memory or on S3."""
+        return self._rhythm.is_due(check_step(step))
+
     def save(
         self,
         step: int,

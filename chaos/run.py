@@ -184,6 +184,12 @@ class Run:
         here = NodeAffinitySchedulingStrategy(node_id, soft=False)
         notebook: Any = ray.remote(Notebook).options(num_cpus=0, scheduling_strategy=here)
         self._folder.notebook = notebook.remote()
+        stack.callback(self._leave_notebook)
+
+    def _leave_notebook(self) -> None:
+        """Read what is in it while there is still a connection to it."""
+        self._look()
+        self._folder.notebook = None
 
     def _start_cluster(self, stack: ExitStack, folder: Path) -> None:
         options, world = self._options, self._world
@@ -209,6 +215,7 @@ class Run:
 
     def _variables(self, server: S3Server, proxy: FaultProxy, folder: Path) -> dict[str, str]:
         variables = {**server.environment(), "AWS_ENDPOINT_URL": proxy.endpoint_url}
+        variables["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"  # of ranks: the history has them
         variables["PYTHONPATH"] = os.pathsep.join(
             [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         ).rstrip(os.pathsep)

@@ -119,5 +119,8 @@ class OwnHolder:
         holder: HolderId = cluster.ask(
             self._coordinator, "ensure_holder", self.node_id, timeout_s=2 * START_TIMEOUT_S
         )
-        actor: ActorRef = ray.get_actor(holder_name(holder.node_id), NAMESPACE)
+        try:
+            actor: ActorRef = ray.get_actor(holder_name(holder.node_id), NAMESPACE)
+        except ValueError as error:  # Ray's word for: no such actor; the coordinator will see soon
+            raise HolderUnavailableError(self.node_id, "it has just died") from error
         return actor

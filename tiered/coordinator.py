@@ -405,7 +405,8 @@ class Coordinator:
             case m.FenceNewHolder():
                 self._tell(command.holder, "fence", job.name, command.generation)
             case m.SetBuddies():
-                self._tell(command.holder, "set_buddies", job.name, command.buddies)
+                mates = (command.buddies, command.counted)
+                self._tell(command.holder, "set_buddies", job.name, *mates)
             case m.ReplicateShard():
                 self._tell(command.source, "replicate", command.key, command.to)
             case m.CollectBelow():

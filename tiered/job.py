@@ -103,15 +103,19 @@ class Job(Catalogue):
         if self.is_rebuilding:
             self.is_rebuilding = False
             self.found = {v for v in self.copies if v.generation == self.generation}
-            return [*self._rearrange(), *self._review(now_s)]
+            commands = [*self._rearrange(), *self._review(now_s)]
+            for version in sorted(self.found - self.commits.keys()):
+                self.admissions.find(version.step, now_s)
+            return commands
         commands = [*self.repair.repair(now_s), *self.repair.note_degraded(now_s)]
         commands += self.flushes.handle(event, now_s, self.holders_of)
         if now_s >= self._remind_due_s and self.claims:
             self._remind_due_s = now_s + REMIND_S
+            counted = frozenset(self.staying)
             for holder in sorted(self.holders):
                 commands += self._remind(holder)
                 if (mates := self.buddies.get(holder)) is not None:
-                    commands.append(m.SetBuddies(holder, mates))
+                    commands.append(m.SetBuddies(holder, mates, counted))
         return commands
 
     def _remind(self, holder: HolderId) -> list[m.Command]:
@@ -145,9 +149,10 @@ class Job(Catalogue):
             holder: tuple(by_node[n] for n in self._buddies_of(node_id))
             for node_id, holder in by_node.items()
         }
+        counted = frozenset(self.staying)
         for holder, mates in sorted(buddies.items()):
             if self.buddies.get(holder) != mates:
-                commands.append(m.SetBuddies(holder, mates))
+                commands.append(m.SetBuddies(holder, mates, counted))
         self.buddies = buddies
         return commands
 

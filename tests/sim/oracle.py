@@ -387,7 +387,8 @@ class Oracle:
         parent = self.parents.get(self.generation)
         if len(newest) < keep and parent is not None:
             needed.add(parent)
-        if version in needed:
+        ranks = range(self.world.setup.ranks)
+        if version in needed and all(self.has_copy(version, rank) for rank in ranks):
             self.violated("I3", f"{holder} drops {key}, which is needed")
         else:
             self.lost_s[holder, key] = self.world.kernel.now_s

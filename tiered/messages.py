@@ -395,6 +395,11 @@ class DeleteDurable:
 
 
 @dataclass(frozen=True, slots=True)
+class CollectOrphans:
+    """Have what nobody will finish on S3 deleted: shards without a manifest, unfinished uploads."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReadManifests:
     """Read these steps' manifests, for retention; answer with ManifestsRead."""
 
@@ -450,6 +455,7 @@ Command = (
     | PublishManifest
     | FlushGivenUp
     | DeleteDurable
+    | CollectOrphans
     | ReadManifests
     | AnswerSave
     | DropStep

@@ -167,7 +167,7 @@ class _Capture:
         if kind is tuple:
             return self.ext(EXT_TUPLE, [self.encode(v, (*path, i)) for i, v in enumerate(value)])
         if is_stateful(value):
-            return self.encode(value.state_dict(), path)
+            return self.encode(unwrapped(value).state_dict(), path)
         return self.encode_rare(value, path)
 
     def encode_dict(self, value: Mapping[Any, Any], path: Path) -> dict[Any, Any]:
@@ -279,7 +279,7 @@ class _Capture:
             raise StateError(name, "it has no shape yet; run one batch through the lazy module")
         whole = value
         if isinstance(value, DTensor):
-            offsets, global_shape = _place(value), tuple(value.shape)
+            offsets, global_shape = place_of(value), tuple(value.shape)
             value = value.to_local()
         value = value.detach()
         check_tensor(name, value)
@@ -346,7 +346,8 @@ def _check_name(name: str) -> None:
         raise StateError(name, f"this is no name for a tensor: {error}") from error
 
 
-def _place(value: DTensor) -> tuple[int, ...]:
+def place_of(value: DTensor) -> tuple[int, ...]:
+    """Where the local shard starts in the whole tensor."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offsets = compute_local_shape_and_global_offset(
@@ -358,6 +359,22 @@ def _place(value: DTensor) -> tuple[int, ...]:
 def is_stateful(value: Any) -> bool:
     """Whether it is an object with a state of its own; a class is not."""
     return isinstance(value, Stateful) and not isinstance(value, type)
+
+
+def unwrapped(value: Any) -> Any:
+    """The module itself where it is wrapped for data parallelism or compiled.
+
+    The wrappers put `module.` and `_orig_mod.` before every name, and a step that was saved under
+    one would fit no model without it.
+    """
+    while isinstance(value, torch.nn.Module):
+        if isinstance(value, torch.nn.parallel.DistributedDataParallel):
+            value = value.module
+        elif type(value).__name__ == "OptimizedModule":  # importing its class takes seconds
+            value = value._orig_mod
+        else:
+            break
+    return value
 
 
 def _pack(body: Any) -> bytes:

@@ -8,7 +8,7 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
@@ -193,18 +193,37 @@ def _array(ref: TensorRef) -> Array:
     return Array(ref)
 
 
+def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, TensorRef]]:
+    """Every reference in a tree with its path, in order; a tied tensor more than once."""
+    if isinstance(tree, TensorRef):
+        yield path, tree
+    elif isinstance(tree, Array):
+        yield path, tree.ref
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from leaves(value, (*path, key))
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from leaves(value, (*path, index))
+
+
 def tensor_refs(tree: Any) -> Iterator[TensorRef]:
     """Every reference in a tree, in order; a tied tensor more than once."""
+    for _, ref in leaves(tree):
+        yield ref
+
+
+def renamed(tree: Any, name: Callable[[str], str]) -> Any:
+    """The tree with other names in its references."""
     if isinstance(tree, TensorRef):
-        yield tree
-    elif isinstance(tree, Array):
-        yield tree.ref
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from tensor_refs(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from tensor_refs(value)
+        return replace(tree, name=name(tree.name))
+    if isinstance(tree, Array):
+        return Array(renamed(tree.ref, name))
+    if type(tree) is dict:
+        return {k: renamed(v, name) for k, v in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(renamed(v, name) for v in tree)
+    return tree
 
 
 def materialise(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:

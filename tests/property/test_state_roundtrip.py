@@ -12,10 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from replication.records import ShardPlan
-from tests.unit.tiered.fake_shard import Shard, assert_same, raw
+from tests.unit.tiered.fake_shard import Shard, assert_same, raw, read_state, restore_into
 from tiered.errors import StateError
 from tiered.image import read_front
-from tiered.restore import read_state, restore_into
 from tiered.state import capture
 from tiered.tree import ARRAY_DTYPES, TREE_NAME, read_tree, tensor_refs
 

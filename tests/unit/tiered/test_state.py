@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.tiered.fake_shard import Shard, assert_same
+from tests.unit.tiered.fake_shard import Shard, assert_same, read_state
 from tiered.errors import StateError
-from tiered.restore import read_state
 from tiered.state import capture
 from tiered.tree import (
     EXT_DEVICE,

@@ -9,8 +9,9 @@ waits for it any more), or until `STUCK_S` have passed: one that some rank faile
 commits, and must not stop the others for ever. Nor must it fill the memory: what is no longer on
 its way, and was not committed, is let go of when the next step is admitted. Otherwise half steps
 pile up until nothing fits, and without a commit nothing is ever collected. The same holds for half
-steps that a restarted coordinator finds; but it cannot know which of them were committed, and
-spares the newest, too, for which a holder may come back.
+steps of which nobody was asked: a restarted coordinator finds them, and ranks save so while none
+answers. One of those may have been committed before; the newest is spared, for a holder of what is
+missing may come back.
 """
 
 from collections.abc import Collection, Sequence
@@ -104,8 +105,9 @@ class Admissions:
         self._found_s.pop(step, None)
 
     def find(self, step: int, now_s: float) -> None:
-        """A restarted coordinator found shards of a step: it may still become whole."""
-        self._found_s[step] = now_s
+        """There are shards of a step that is not committed; it may be one that nobody asked for."""
+        if step not in self._since_s:
+            self._found_s.setdefault(step, now_s)
 
     def admit(self, step: int, now_s: float) -> Admission:
         """Admit a step that was saved already (an answer lost with a coordinator)."""

@@ -12,6 +12,7 @@ from tiered.errors import ConfigError
 from tiered.retention import Retention, check_policies
 
 MIB = 1 << 20
+HAND_OVER = 1  # steps that a host must have room for beyond those that are held
 
 # Suffixes that S3 reserves (-s3alias, --ol-s3, --x-s3) are names of access points and directory
 # buckets, which are used like bucket names; the prefixes can never be a bucket of the user's.
@@ -88,8 +89,17 @@ class Memory:
 
     @property
     def steps_held(self) -> int:
-        """Steps that a host must have room for: kept ones, and those on their way."""
+        """Steps that a job holds in memory: kept ones, and those on their way."""
         return self.keep + self.in_flight + sum(p.at_most or 0 for p in self.also_keep)
+
+    @property
+    def steps_budgeted(self) -> int:
+        """Steps that a host must have room for: those held, and `HAND_OVER` where copies are.
+
+        After hosts were lost, and ranks have moved, copies of older steps lie on other hosts than
+        those of new ones, until they are collected.
+        """
+        return self.steps_held + (0 if self.replicas == 0 else HAND_OVER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,6 +229,7 @@ class Coordinator:
             One line for each job with shards that only this host has, or too few others.
         """
         await self.hello()
+        await asyncio.to_thread(register.note_leaving, node_id)
         self._leave(node_id)
         left = []
         for name in await asyncio.to_thread(register.known_jobs):
@@ -283,6 +284,7 @@ class Coordinator:
     async def _start(self) -> None:
         self._spawn(self._beat_forever())
         await self._until(lambda: self._fleet.members.is_settled, SETTLE_TIMEOUT_S)
+        self._leaving |= await asyncio.to_thread(register.leaving_hosts)
         for name in await asyncio.to_thread(register.known_jobs):
             await self._job(name)
 

@@ -105,10 +105,7 @@ class Job(Catalogue):
         if self.is_rebuilding:
             self.is_rebuilding = False
             self.found = {v for v in self.copies if v.generation == self.generation}
-            commands = [*self._rearrange(), *self._review(now_s)]
-            for version in sorted(self.found - self.commits.keys()):
-                self.admissions.find(version.step, now_s)
-            return commands
+            return [*self._rearrange(), *self._review(now_s)]
         commands = [*self.repair.repair(now_s), *self.repair.note_degraded(now_s)]
         commands += self.flushes.handle(event, now_s, self.holders_of)
         if now_s >= self._remind_due_s and self.claims:
@@ -204,6 +201,9 @@ class Job(Catalogue):
             return []
         memory, current, step = settings.memory, self.generation, version.step
         mine = [v for v in self.copies if v.generation == current]
+        for other in mine:
+            if other not in self.commits and other != version:
+                self.admissions.find(other.step, now_s)
         is_news = not self.admissions.is_answered(step)
         answer: Admission | None
         if version in mine:  # some rank was admitted, by a coordinator that has died since

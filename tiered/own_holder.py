@@ -78,13 +78,16 @@ class OwnHolder:
         memory = self._settings.memory
         replicas = 1 if memory.replicas is None else memory.replicas
         has_s3 = self._settings.s3 is not None
-        steps = memory.steps_held + (FLUSHES if has_s3 else 0)
+        steps = memory.steps_budgeted + (FLUSHES if has_s3 else 0)
         flushing = f", {FLUSHES} on their way to S3" if has_s3 else ""
         more = memory.steps_held - memory.keep - memory.in_flight
+        spare = memory.steps_budgeted - memory.steps_held
+        moving = f", {spare} for a hand-over between hosts" if spare else ""
         kept = f" and {more} by also_keep" if more else ""
         detail = (
-            f"{steps} steps: keep={memory.keep}{kept}, in_flight={memory.in_flight}{flushing}; "
-            f"times {1 + replicas} copies of {shard_bytes:,} bytes for rank {self._worker.rank}"
+            f"{steps} steps: keep={memory.keep}{kept}, in_flight={memory.in_flight}"
+            f"{flushing}{moving}; times {1 + replicas} copies of {shard_bytes:,} bytes "
+            f"for rank {self._worker.rank}"
         )
         need = steps * (1 + replicas) * shard_bytes
         reservation = Reservation(generation, need, detail)

@@ -94,20 +94,19 @@ def draw_setup(seed: int, hosts: int | None = None, hours: float | None = None) 
     )
     settings = replace(settings, memory=memory)
     chunks = rng.choice((1, 1, 1, 2))
-    steps = memory.steps_held + (2 if settings.s3 is not None else 0)  # as Checkpointer declares
+    steps = memory.steps_budgeted + (2 if settings.s3 is not None else 0)  # as is declared
     copies = 2 if replicas is None else 1 + replicas
     need = steps * copies * chunks
     profile = rng.choices(("any", "zombies", "clusters", "crashes"), (78, 8, 8, 6))[0]
     if hours is not None or (profile == "clusters" and settings.s3 is None):
         profile = "any"
-    spare = 0 if profile == "crashes" else 2 * memory.keep * copies * chunks  # for a hand-over
     a_host = -(-ranks // count)  # ranks, when every host is well
     setup = Setup(
         count,
         ranks,
         chunks,
         settings,
-        capacity=(need + spare) * a_host * (rng.choice((1, 1, 3)) if spare else 1),
+        capacity=need * a_host * (1 if profile == "crashes" else rng.choice((1, 1, 3))),
         need=need,
         profile=profile,
         is_patient=rng.random() < 0.1,

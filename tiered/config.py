@@ -94,12 +94,12 @@ class Memory:
 
     @property
     def steps_budgeted(self) -> int:
-        """Steps that a host must have room for: those held, and `HAND_OVER` where copies are.
+        """Steps that a host must have room for: those held, and `HAND_OVER`.
 
-        After hosts were lost, and ranks have moved, copies of older steps lie on other hosts than
-        those of new ones, until they are collected.
+        After hosts were lost, and ranks have moved, what is left of older steps lies on other hosts
+        than new ones, until they are collected.
         """
-        return self.steps_held + (0 if self.replicas == 0 else HAND_OVER)
+        return self.steps_held + HAND_OVER
 
 
 @dataclass(frozen=True, slots=True)

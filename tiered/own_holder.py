@@ -10,7 +10,7 @@ from replication.holder import NAMESPACE, holder_name
 from replication.inventory import Reservation
 from replication.records import ActorRef, HolderId, ShardKey, ShardPlan, Version
 from tiered import cluster
-from tiered.config import JobSettings
+from tiered.config import HAND_OVER, JobSettings
 from tiered.coordinator import START_TIMEOUT_S
 from tiered.worker import Worker
 
@@ -81,13 +81,11 @@ class OwnHolder:
         steps = memory.steps_budgeted + (FLUSHES if has_s3 else 0)
         flushing = f", {FLUSHES} on their way to S3" if has_s3 else ""
         more = memory.steps_held - memory.keep - memory.in_flight
-        spare = memory.steps_budgeted - memory.steps_held
-        moving = f", {spare} for a hand-over between hosts" if spare else ""
         kept = f" and {more} by also_keep" if more else ""
         detail = (
             f"{steps} steps: keep={memory.keep}{kept}, in_flight={memory.in_flight}"
-            f"{flushing}{moving}; times {1 + replicas} copies of {shard_bytes:,} bytes "
-            f"for rank {self._worker.rank}"
+            f"{flushing}, {HAND_OVER} for a hand-over between hosts; "
+            f"times {1 + replicas} copies of {shard_bytes:,} bytes for rank {self._worker.rank}"
         )
         need = steps * (1 + replicas) * shard_bytes
         reservation = Reservation(generation, need, detail)

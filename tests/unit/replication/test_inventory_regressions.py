@@ -206,3 +206,14 @@ def test_new_buddies_get_a_copy_only_where_one_is_missing() -> None:
     assert core.handle(BuddiesChanged("job", (d,), frozenset({a, b, d})), 0.0) == []
     b_is_lost = core.handle(BuddiesChanged("job", (d,), frozenset({a, d})), 0.0)
     assert [(offer.to, offer.index) for offer in b_is_lost] == [(d, 0), (d, 1)]
+
+
+def test_an_order_to_collect_of_an_older_generation_is_refused() -> None:
+    core = Inventory(HolderId("a", "1"), 100)
+    for index in (0, 1):
+        core.handle(ChunkFetched(KEY, PLAN, index, b"%016d" % index), 0.0)
+    core.handle(FenceRaised("job", KEY.version.generation + 1), 0.0)
+    late = WatermarkRaised("job", KEY.version.generation, Version(1, 99))
+    with pytest.raises(FencedError):
+        core.handle(late, 0.0)
+    assert [record.key for record in core.records()] == [KEY]

@@ -387,14 +387,8 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def _read(plan: _Plan, step: SavedStep, rank: int) -> None:
-    count = step.world_size
-
-    def order(other: int) -> tuple[bool, bool, int]:
-        """One's own shard, then those on one's own host, then, so that not all ask the same."""
-        return other != rank % count, not step.is_near(other), (other - rank) % count
-
     try:
-        read_tensors(step, plan.index, plan.wanted.values(), order)
+        read_tensors(step, plan.index, plan.wanted.values(), step.nearest(rank))
     except StepNotFoundError as error:
         changed = sorted({one.path for one in plan.wanted.values() if one.targets})
         if changed:

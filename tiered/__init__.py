@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tiered.errors import (
         CheckpointError,
         ConfigError,
+        DurableObjectError,
         DurableStoreDownError,
         DurableStoreError,
         SaveError,
@@ -70,6 +71,7 @@ __all__ = [
     "DeadlineError",
     "DegradedStep",
     "Deletion",
+    "DurableObjectError",
     "DurableStoreDownError",
     "DurableStoreError",
     "FencedError",
@@ -138,6 +140,7 @@ _HOME = {
     "forget": "tiered.recovery",
     "CheckpointError": "tiered.errors",
     "ConfigError": "tiered.errors",
+    "DurableObjectError": "tiered.errors",
     "DurableStoreDownError": "tiered.errors",
     "DurableStoreError": "tiered.errors",
     "SaveError": "tiered.errors",
@@ -158,6 +161,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ray_train":
+        return importlib.import_module("tiered.ray_train")
     if name not in _HOME:
         raise AttributeError(f"module 'tiered' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

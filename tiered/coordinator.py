@@ -19,6 +19,7 @@ from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
 from tiered import messages as m
 from tiered import register
 from tiered.admission import Admission
+from tiered.cadence import Cadence, Cadences, Pace
 from tiered.config import S3, JobSettings
 from tiered.errors import DurableStoreError, StepNotFoundError
 from tiered.executor import Executor, first_line, settings_of, step_tag
@@ -51,10 +52,16 @@ class Coordinator:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)  # this process is ours
         logging.getLogger("botocore").setLevel(logging.WARNING)
         self._fleet = Fleet(
-            COORDINATOR_NAME, self._joined, self._lost, self._may_end, register.cluster_secret
+            COORDINATOR_NAME,
+            self._joined,
+            self._lost,
+            self._may_end,
+            self._leave,
+            register.cluster_secret,
         )
         self._executor = Executor(self._fleet)
         self._jobs: dict[str, Job] = {}
+        self._cadences: dict[str, Cadences] = {}
         self._leaving: set[str] = set()
         self._forgotten: dict[str, int] = {}  # job -> its newest generation then
         self._opening = asyncio.Lock()
@@ -191,6 +198,22 @@ class Coordinator:
                 return job.admissions.refuse(step, reason, time.monotonic())
             await self._change(left_s)
 
+    async def cadence(
+        self, job_name: str, generation: int, step: int, pace: Pace | None
+    ) -> Cadence:
+        """How often a job saves from `step` on: the same answer for every rank."""
+        await self._ready()
+        job = await self._job(job_name)
+        assert job.settings is not None, "only a job that has begun saves"
+        return self._cadences.setdefault(job_name, Cadences()).at(
+            generation,
+            step,
+            pace,
+            hosts=job.hosts,
+            max_overhead=job.settings.memory.max_overhead,
+            now_s=time.monotonic(),
+        )
+
     async def report_corrupt(self, holder: HolderId, keys: list[ShardKey]) -> None:
         """A holder's copies of these shards are corrupt, and count no more."""
         await self._ready()
@@ -224,11 +247,10 @@ class Coordinator:
             One line for each job with shards that only this host has, or too few others.
         """
         await self.hello()
-        self._leaving.add(node_id)
+        self._leave(node_id)
         left = []
         for name in await asyncio.to_thread(register.known_jobs):
             job = await self._job(name)
-            self._feed(job, m.HostLeaving(node_id))
             short = short_without(job, node_id)
             left += [f"job {name!r}: {short}"] if short else []
         return tuple(left)
@@ -305,6 +327,12 @@ class Coordinator:
     def _lost(self, holder: HolderId) -> None:
         for job in self._jobs.values():
             self._feed(job, m.HolderDown(holder))
+
+    def _leave(self, node_id: str) -> None:
+        """A host will go away: have what it holds copied to others, and the newest step flushed."""
+        self._leaving.add(node_id)
+        for job in self._jobs.values():
+            self._feed(job, m.HostLeaving(node_id))
 
     def _may_end(self, node_id: str) -> bool:
         """Whether no job would lose the only copy of a shard with a hung holder."""
@@ -410,6 +438,8 @@ class Coordinator:
                 self._tell(command.source, "replicate", command.key, command.to)
             case m.CollectBelow():
                 self._spawn(self._collect(job, command))
+            case m.CollectOrphans():
+                self._spawn(self._executor.collect_orphans(job))
             case m.DeleteDurable():
                 self._spawn(self._executor.delete_durable(job, command.versions))
             case _:

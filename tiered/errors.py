@@ -9,6 +9,7 @@ TieredError (replication.errors)
     ├── StepNotFoundError      a step that was asked for is not restorable; says what is
     ├── SaveError              a save did not reach the level that was waited for
     └── DurableStoreError      S3 could not be reached, refused, or answered wrongly
+        ├── DurableObjectError     an object is gone, or shorter than what was stored
         └── DurableStoreDownError  it did not serve the request; it may later
 """
 
@@ -94,6 +95,12 @@ class DurableStoreError(CheckpointError):
 
     def __str__(self) -> str:
         return f"{self.operation} at {self.store} failed: {self.problem}"
+
+
+class DurableObjectError(DurableStoreError):
+    """An object of the durable store is gone, or shorter than what was stored."""
+
+    retryable: ClassVar[bool] = False
 
 
 class DurableStoreDownError(DurableStoreError):

@@ -50,6 +50,8 @@ def of_job(job: Job, command: m.Command) -> Iterator[str]:
             yield f"flush given up {v(version)}: {reason}"
         case m.DeleteDurable(versions):
             yield f"delete from S3 {write_versions(versions)}"
+        case m.CollectOrphans():
+            yield "collect orphans on S3"
         case m.ReadManifests(versions):
             yield f"read manifests of {write_versions(versions)}"
         case m.AnswerSave(version, answer):
@@ -89,6 +91,10 @@ def of_holder(command: messages.Command) -> Iterator[str]:
     match command:
         case messages.HashChunk(key, index):
             yield f"hash {write_shard(key)}#{index}"
+        case messages.ReadTwin(key, index, _, twin):
+            yield f"read {write_shard(twin)}#{index} again, which equals {write_shard(key)}#{index}"
+        case messages.ShareChunk(key, index, twin):
+            yield f"share {write_shard(twin)}#{index} with {write_shard(key)}"
         case messages.OfferChunk(to, key, _, index):
             yield f"offer {write_shard(key)}#{index} to {write_holder(to)}"
         case messages.ReportShard(record):

@@ -3,7 +3,9 @@
 import dataclasses
 import enum
 import pickle
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from tiered.dcp import step_in
 from tiered.handle import SaveHandle
 from tiered.saved_step import SavedStep
 
+README = Path(__file__).parents[3] / "README.md"
+
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
@@ -28,6 +32,9 @@ class Memory:
     """What StorageWriter and StorageReader use of a Checkpointer, over shards in plain memory."""
 
     job, rank, world_size = "job", 0, 1
+
+    def close(self) -> None:
+        """As a Checkpointer's."""
 
     def __init__(self) -> None:
         self.steps: dict[int, Shard] = {}
@@ -269,3 +276,15 @@ def test_stateful_objects_are_asked_and_told(memory: Any) -> None:
     target = Weights(torch.zeros(2))
     dcp.load({"m": target}, storage_reader=tiered.StorageReader(memory))
     assert target.w.tolist() == [1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:.*process group.*")
+def test_the_session_of_the_readme_runs_and_resumes(
+    memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (session,) = [block for block in blocks if "StorageReader" in block]
+    monkeypatch.setattr(tiered, "Checkpointer", lambda *_: memory, raising=False)
+    for saved in ([0, 1, 2], [0, 1, 2, 3]):
+        exec(session.replace("next_step, 3", f"next_step, {len(saved)}"), {})
+        assert sorted(memory.steps) == saved

@@ -266,6 +266,8 @@ class _Plan:
                 if key in saved:
                     three = inner.get(key), current[key], saved[key]
                     self._match(*three, (*path, key), is_strict=is_strict)
+                elif inner and any(leaves(current[key])):  # a tensor that would be dropped
+                    self.missing.append(dotted((*path, key)))
         elif type(current) in (list, tuple) and type(saved) is type(current):
             items = value if isinstance(value, list | tuple) else [None] * len(current)
             for number, three in enumerate(zip(items, current, saved, strict=False)):
@@ -456,7 +458,8 @@ class _Filling:
                 else materialise(value, self.tensors)
                 for key, value in saved.items()
             }
-            present.clear()  # so that the order is the saved one too
+            if self.strict:
+                present.clear()  # so that the order is the saved one too
             present.update(filled)
             return present
         if type(saved) in (list, tuple) and type(current) is type(saved):

@@ -174,6 +174,8 @@ class _Capture:
             raise StateError(
                 dotted(path), f"a {kind.__name__} in a set has no name; use a list or a dict"
             )
+        if isinstance(value, torch_versions.SHARDED_TENSORS):
+            return self.encode(_part_of(value, path), path)
         if isinstance(value, torch.Tensor):
             return msgpack.ExtType(EXT_TENSOR, self.tensor(value, path).pack())
         if kind is dict or kind is OrderedDict:
@@ -184,8 +186,6 @@ class _Capture:
             return self.ext(EXT_TUPLE, [self.encode(v, (*path, i)) for i, v in enumerate(value)])
         if kind is TensorPart:
             return msgpack.ExtType(EXT_TENSOR, self.part(value, path).pack())
-        if isinstance(value, torch_versions.SHARDED_TENSORS):
-            return self.encode(_part_of(value, path), path)
         if is_stateful(value):
             return self.encode(unwrapped(value).state_dict(), path)
         return self.encode_rare(value, path)

@@ -60,6 +60,7 @@ class Setup:
         calm_s: Then it goes on for so long.
         unchanged: The probability that a chunk, but the first, is what it was in the save before.
         profile: Which faults there are: one of `faults.PROFILES`.
+        is_elastic: Each life has another number of ranks, at most `ranks`.
         is_patient: Both end when their time is over, not when all is well.
     """
 
@@ -77,9 +78,12 @@ class Setup:
     unchanged: float = 0.0
     profile: str = "any"
     is_patient: bool = False
+    is_elastic: bool = False
 
 
-def draw_setup(seed: int, hosts: int | None = None, hours: float | None = None) -> Setup:
+def draw_setup(
+    seed: int, hosts: int | None = None, hours: float | None = None, *, is_elastic: bool = False
+) -> Setup:
     """A small random cluster; or a given one, for so long."""
     rng = random.Random(seed)
     count = hosts or rng.choice((2, 3, 3, 4, 4, 5))
@@ -87,7 +91,7 @@ def draw_setup(seed: int, hosts: int | None = None, hours: float | None = None) 
     memory = Memory(every_steps=1, keep=rng.choice((2, 2, 3)), replicas=replicas)
     s3 = S3("s3://bucket", every_steps=rng.choice((2, 3, 5)), keep=rng.choice((1, 2, 3)))
     settings = JobSettings(memory, s3 if rng.random() < 0.6 else None)
-    ranks = hosts or rng.choice((1, 2, 2, 3))
+    ranks = hosts or rng.choice((2, 3, 4, 4) if is_elastic else (1, 2, 2, 3))
     memory = replace(
         memory,
         backpressure=rng.choice(("skip", "skip", "wait", "replace")),
@@ -113,6 +117,7 @@ def draw_setup(seed: int, hosts: int | None = None, hours: float | None = None) 
         need=need,
         profile=profile,
         is_patient=rng.random() < 0.1,
+        is_elastic=is_elastic,
         unchanged=rng.choice((0.0, 0.8)) if chunks > 1 else 0.0,
     )
     if hours is None:

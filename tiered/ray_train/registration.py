@@ -70,14 +70,17 @@ class Registrar:
 
     def report(self, metrics_of: Callable[[Version], Mapping[str, Any]]) -> None:
         """Register the durable steps that are not yet; a collective of all ranks."""
-        new: list[Version] | None = None
+        new: dict[Version, ray.train.Checkpoint] = {}
         if self._rank == 0:
-            new = [v for v in self._durable if self._last is None or v > self._last]
-        for version in ray.train.collective.broadcast_from_rank_zero(new):
-            checkpoint = self._checkpoint(version) if self._rank == 0 else None
+            durable = [v for v in self._durable if self._last is None or v > self._last]
+            try:  # now: once ranks have begun to report, all have to
+                new = {version: self._checkpoint(version) for version in durable}
+            except OSError as error:
+                logger.warning("[%s] not registered with Ray Train yet: %s", self._job, error)
+        for version in ray.train.collective.broadcast_from_rank_zero(sorted(new)):
             ray.train.report(
                 {"step": version.step, "generation": version.generation, **metrics_of(version)},
-                checkpoint=checkpoint,
+                checkpoint=new.get(version),
                 checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
             )
             self._last = version

@@ -17,6 +17,7 @@ from benchmarks.processes import ROOT
 from benchmarks.state import StateSpec
 from benchmarks.trainer import start_trainers
 from chaos.local_cluster import MIB, LocalCluster
+from tiered.config import HAND_OVER
 
 CALL_TIMEOUT_S = 240.0
 JOIN_TIMEOUT_S = 60.0
@@ -34,7 +35,9 @@ ENVIRONMENT = {
 def store_bytes(spec: StateSpec, ranks: int) -> int:
     """The object store that a host needs for `ranks` such states and their buddy's."""
     shard = spec.size_bytes + spec.tensors * 256 + 8 * MIB  # the header and the tree
-    return max(100 * MIB, int(SAVES_IN_MEMORY * (1 + REPLICAS) * ranks * shard / STORE_SHARE))
+    return max(
+        100 * MIB, int((SAVES_IN_MEMORY + HAND_OVER) * (1 + REPLICAS) * ranks * shard / STORE_SHARE)
+    )
 
 
 class Ours:

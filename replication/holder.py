@@ -267,9 +267,11 @@ class Holder:
         """Refuse older generations of `job` from now on."""
         self._feed(messages.FenceRaised(job, generation))
 
-    async def set_buddies(self, job: str, buddies: tuple[HolderId, ...]) -> None:
+    async def set_buddies(
+        self, job: str, buddies: tuple[HolderId, ...], counted: frozenset[HolderId]
+    ) -> None:
         """Replicate shards of `job` staged here to `buddies`, past ones included."""
-        self._feed(messages.BuddiesChanged(job, buddies))
+        self._feed(messages.BuddiesChanged(job, buddies, counted))
 
     async def replicate(self, key: ShardKey, to: HolderId) -> None:
         """Make one more copy of a shard, on `to`."""

@@ -24,6 +24,7 @@ clock but `now_s`, and keeps no bytes: the shell (`replication.holder`) pins tho
 commands out, feeding each outcome back as an event.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -103,6 +104,7 @@ class Inventory:
         self.watermarks: dict[str, Version] = {}
         self.dropped: dict[str, set[Version]] = {}
         self.buddies: dict[str, tuple[HolderId, ...]] = {}
+        self.counted: dict[str, frozenset[HolderId]] = {}
         self.reservations: dict[tuple[str, int], Reservation] = {}
         self._retries: dict[tuple[HolderId, ShardKey, int], tuple[int, float]] = {}
         self._blocks = 0  # so many were ever here
@@ -279,6 +281,7 @@ class Inventory:
                 return []
             case BuddiesChanged():
                 self.buddies[event.job] = event.buddies
+                self.counted[event.job] = event.counted
                 return self._offers(event.job)
             case ReplicationRequested():
                 if (shard := self.shards.get(event.key)) is None or not shard.is_sealed:
@@ -399,6 +402,7 @@ class Inventory:
     def _forget(self, job: str) -> list[Command]:
         self.reservations = {k: r for k, r in self.reservations.items() if k[0] != job}
         self.buddies.pop(job, None)
+        self.counted.pop(job, None)
         self.watermarks.pop(job, None)
         self.dropped.pop(job, None)
         return [self._drop(key) for key in [k for k in self.shards if k.job == job]]
@@ -455,9 +459,10 @@ class Inventory:
     def _offers(self, job: str, only: ShardKey | None = None) -> list[Command]:
         """Offer each hashed chunk to each peer that was not offered it yet.
 
-        When buddies change, only shards of the present generation go to the new ones: of older
-        ones the coordinator asks for the copies that are missing. Else each life of a job that
-        fails again and again would add a copy of what all of them resume from.
+        When buddies change, only shards of the present generation go to the new ones, and of those
+        only such as have too few copies: of older ones the coordinator asks for the copies that are
+        missing. Else each change, and each life of a job that fails again and again, would add a
+        copy.
         """
         commands: list[Command] = []
         fence = self.fences.get(job, 0)
@@ -468,13 +473,21 @@ class Inventory:
             if shard.quarantined:
                 continue
             offered = shard.offered
-            for peer in self._peers_of(key, shard):
+            is_served = only is None and self._has_copies_enough(key, shard)
+            for peer in shard.extra_peers if is_served else self._peers_of(key, shard):
                 due = [index for index in shard.digests if (peer, index) not in offered]
                 for index in sorted(due):
                     offered.add((peer, index))
                     digest = shard.digests[index]
                     commands.append(OfferChunk(peer, key, shard.plan, index, digest))
         return commands
+
+    def _has_copies_enough(self, key: ShardKey, shard: HeldShard) -> bool:
+        """Whether as many holders that count have taken all of a shard as it has buddies."""
+        taken = Counter(peer for peer, _ in shard.taken)
+        counted = self.counted.get(key.job, frozenset())
+        whole = [p for p, n in taken.items() if n == len(shard.plan.chunk_sizes) and p in counted]
+        return len(whole) >= len(self.buddies.get(key.job, ()))
 
     def _schedule_retry(self, event: ChunkNotTaken, now_s: float) -> None:
         slot = (event.peer, event.key, event.index)

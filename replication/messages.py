@@ -59,10 +59,18 @@ class ChunkNotTaken:
 
 @dataclass(frozen=True, slots=True)
 class BuddiesChanged:
-    """From now on shards of `job` staged here are replicated to `buddies`."""
+    """From now on shards of `job` staged here are replicated to `buddies`.
+
+    Attributes:
+        job: Whose.
+        buddies: In order of preference.
+        counted: Holders whose copies count: a shard that as many of them have taken as there are
+            buddies is not offered to new ones, or each change would leave a copy too many.
+    """
 
     job: str
     buddies: tuple[HolderId, ...]
+    counted: frozenset[HolderId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

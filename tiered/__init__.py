@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from tiered.checkpointer import Checkpointer, Restored
     from tiered.config import S3, Memory
+    from tiered.dcp import StorageReader, StorageWriter
     from tiered.errors import (
         CheckpointError,
         ConfigError,
@@ -96,6 +97,8 @@ __all__ = [
     "ShardNotHeldError",
     "StateError",
     "StepNotFoundError",
+    "StorageReader",
+    "StorageWriter",
     "TensorInfo",
     "TieredError",
     "WorldSizeError",
@@ -125,6 +128,8 @@ _HOME = {
     "Restored": "tiered.checkpointer",
     "Memory": "tiered.config",
     "S3": "tiered.config",
+    "StorageReader": "tiered.dcp",
+    "StorageWriter": "tiered.dcp",
     "DegradedStep": "tiered.replies",
     "JobStatus": "tiered.replies",
     "KeepBest": "tiered.retention",

@@ -8,7 +8,10 @@ A step is on its way from its admission until it is committed, until a newer one
 waits for it any more), or until `STUCK_S` have passed: one that some rank failed to stage never
 commits, and must not stop the others for ever. Nor must it fill the memory: what is no longer on
 its way, and was not committed, is let go of when the next step is admitted. Otherwise half steps
-pile up until nothing fits, and without a commit nothing is ever collected.
+pile up until nothing fits, and without a commit nothing is ever collected. The same holds for half
+steps of which nobody was asked: a restarted coordinator finds them, and ranks save so while none
+answers. One of those may have been committed before; the newest is spared, for a holder of what is
+missing may come back.
 """
 
 from collections.abc import Collection, Sequence
@@ -44,6 +47,7 @@ class Admissions:
         self.replaced: dict[int, int] = {}  # step -> the one that took its place
         self._answers: dict[int, Admission] = {}
         self._since_s: dict[int, float] = {}
+        self._found_s: dict[int, float] = {}
 
     def is_answered(self, step: int) -> bool:
         """Whether some rank was told whether this step is saved."""
@@ -98,6 +102,12 @@ class Admissions:
     def settle(self, step: int) -> None:
         """A step was committed: it is on its way no more, and nobody drops it."""
         self._since_s.pop(step, None)
+        self._found_s.pop(step, None)
+
+    def find(self, step: int, now_s: float) -> None:
+        """There are shards of a step that is not committed; it may be one that nobody asked for."""
+        if step not in self._since_s:
+            self._found_s.setdefault(step, now_s)
 
     def admit(self, step: int, now_s: float) -> Admission:
         """Admit a step that was saved already (an answer lost with a coordinator)."""
@@ -119,12 +129,16 @@ class Admissions:
             if now_s - since_s >= limit_s:
                 stale.append(step)
         spared = max((s for s in stale if s > newest and s in whole), default=None)
+        found = [s for s, at_s in self._found_s.items() if now_s - at_s >= STUCK_S]
+        newest_found = max((s for s in self._found_s if s > newest), default=None)
+        stale += [s for s in found if s not in whole and s != newest_found and s not in stale]
         return [step for step in stale if step != spared]
 
     def _admit_instead(self, step: int, gone: Sequence[int], now_s: float) -> Admission:
         for other in gone:
             self.replaced[other] = step
-            self._since_s.pop(other)
+            self._since_s.pop(other, None)
+            self._found_s.pop(other, None)
         answer = Admission(is_admitted=True, instead_of=tuple(gone))
         return self._remember(step, answer, now_s)
 
@@ -132,7 +146,7 @@ class Admissions:
         self._answers[step] = answer
         if answer.is_admitted:
             self._since_s[step] = now_s
-        for remembered in (self._answers, self._since_s, self.replaced):
+        for remembered in (self._answers, self._since_s, self._found_s, self.replaced):
             while len(remembered) > REMEMBERED:
                 del remembered[next(iter(remembered))]
         return answer

@@ -167,12 +167,13 @@ class Catalogue:
     def needed_versions(self) -> Iterable[Version]:
         """Versions whose shards are worth repairing: committed ones, and the branch's newest.
 
-        After the coordinator's death a step that was committed, and has lost a copy, looks as if
-        it never had been.
+        Of the newest generation that has started: one that is claimed, and was refused, may wait
+        for its next try for long. After the coordinator's death a step that was committed, and has
+        lost a copy, looks as if it never had been.
         """
-        generation = self.generation
-        parent = self.parents.get(generation)
-        kept = {v for v in self.commits if v.generation == generation}
+        started = max(self.parents, default=0)
+        parent = self.parents.get(started)
+        kept = {v for v in self.commits if v.generation == started}
         kept.update([v for v in sorted(self.found) if self.is_whole(v)][-1:])
         kept |= self.retained
         return sorted(kept | ({parent} if parent is not None else set()), reverse=True)

@@ -13,7 +13,6 @@ A save's way:
        for the news and tells the save's handle.
 """
 
-import contextlib
 import logging
 import threading
 import time
@@ -191,6 +190,16 @@ class Checkpointer:
                 self._run.abandon()
 
     @property
+    def rank(self) -> int:
+        """This process' rank."""
+        return self._worker.rank
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job now."""
+        return self._worker.world_size
+
+    @property
     def skipped(self) -> int:
         """Saves of this rank that were skipped because older ones were still on their way."""
         return self._skipped
@@ -258,17 +267,13 @@ class Checkpointer:
             logger.info("%s fresh start", self._tag())
             return 0
         began_s = time.monotonic()
-        s3 = self.settings.s3
-        store = S3Store(s3, self.job) if s3 is not None else None
-        with contextlib.closing(store) if store is not None else contextlib.nullcontext():
-            saved = self._open(resolution, store)
-            try:
-                filled = restore_into(
-                    state, saved, self._worker.rank, self._worker.world_size, strict=strict
-                )
-            except StepNotFoundError:
-                self._report_rotten(saved, resolution.version)
-                raise
+        saved = self._open(resolution)
+        try:
+            rank, world_size = self._worker.rank, self._worker.world_size
+            filled = restore_into(state, saved, rank, world_size, strict=strict)
+        except StepNotFoundError:
+            self._report_rotten(saved, resolution.version)
+            raise
         self.restored = Restored(
             step=resolution.version.step,
             generation=resolution.version.generation,
@@ -286,12 +291,37 @@ class Checkpointer:
         self._log_restored(self.restored)
         return resolution.version.step + 1
 
-    def _open(self, resolution: Resolution, store: S3Store | None) -> SavedStep:
-        node_id, way = self._holder.node_id, self.settings.memory.transport
+    def begin_reading(self, step: int | None = None) -> tuple[int | None, SavedStep | None]:
+        """Begin a generation as `restore` does, and leave the reading to the caller.
+
+        Returns:
+            The step that was found, and its shards; None on a fresh start.
+        """
+        if self._run is not None:
+            self._run.restoring()
+        resolution = self._begin(step)
+        self._log_passed_over(resolution.passed_over)
+        version = resolution.version
+        if self._run is not None:
+            self._run.restored(-1 if version is None else version.step)
+        if version is None:
+            logger.info("%s fresh start", self._tag())
+            return None, None
+        return version.step, self._open(resolution)
+
+    def ensure_begun(self) -> None:
+        """Begin a generation if nothing was restored before; then it is collective."""
+        if self._generation == 0:
+            logger.warning("%s saving without restoring: beginning from scratch", self._tag())
+            self._begin()
+
+    def _open(self, resolution: Resolution) -> SavedStep:
+        s3, node_id, way = self.settings.s3, self._holder.node_id, self.settings.memory.transport
+        store = S3Store(s3, self.job) if s3 is not None else None
         readers = [
             ShardReader(shard, tiers_of(shard, node_id, store, way)) for shard in resolution.shards
         ]
-        return SavedStep(readers, node_id=node_id, allow_pickle=self._allow_pickle)
+        return SavedStep(readers, node_id=node_id, allow_pickle=self._allow_pickle, store=store)
 
     def _report_rotten(self, saved: SavedStep, version: Version) -> None:
         """S3 has something else than was saved: or the next life would try the same step."""
@@ -381,9 +411,7 @@ class Checkpointer:
         *,
         force: bool,
     ) -> SaveHandle:
-        if self._generation == 0:
-            logger.warning("%s save() without restore(): beginning from scratch", self._tag())
-            self._begin()
+        self.ensure_begun()
         if self._fenced is not None:
             raise self._fenced
         began_s = time.monotonic()

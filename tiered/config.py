@@ -12,6 +12,7 @@ from tiered.errors import ConfigError
 from tiered.retention import Retention, check_policies
 
 MIB = 1 << 20
+HAND_OVER = 1  # steps that a host must have room for beyond those that are held
 
 # Suffixes that S3 reserves (-s3alias, --ol-s3, --x-s3) are names of access points and directory
 # buckets, which are used like bucket names; the prefixes can never be a bucket of the user's.
@@ -95,8 +96,17 @@ class Memory:
 
     @property
     def steps_held(self) -> int:
-        """Steps that a host must have room for: kept ones, and those on their way."""
+        """Steps that a job holds in memory: kept ones, and those on their way."""
         return self.keep + self.in_flight + sum(p.at_most or 0 for p in self.also_keep)
+
+    @property
+    def steps_budgeted(self) -> int:
+        """Steps that a host must have room for: those held, and `HAND_OVER`.
+
+        After hosts were lost, and ranks have moved, what is left of older steps lies on other hosts
+        than new ones, until they are collected.
+        """
+        return self.steps_held + HAND_OVER
 
 
 @dataclass(frozen=True, slots=True)

@@ -247,6 +247,7 @@ class Coordinator:
             One line for each job with shards that only this host has, or too few others.
         """
         await self.hello()
+        await asyncio.to_thread(register.note_leaving, node_id)
         self._leave(node_id)
         left = []
         for name in await asyncio.to_thread(register.known_jobs):
@@ -301,6 +302,7 @@ class Coordinator:
     async def _start(self) -> None:
         self._spawn(self._beat_forever())
         await self._until(lambda: self._fleet.members.is_settled, SETTLE_TIMEOUT_S)
+        self._leaving |= await asyncio.to_thread(register.leaving_hosts)
         for name in await asyncio.to_thread(register.known_jobs):
             await self._job(name)
 
@@ -433,7 +435,8 @@ class Coordinator:
             case m.FenceNewHolder():
                 self._tell(command.holder, "fence", job.name, command.generation)
             case m.SetBuddies():
-                self._tell(command.holder, "set_buddies", job.name, command.buddies)
+                mates = (command.buddies, command.counted)
+                self._tell(command.holder, "set_buddies", job.name, *mates)
             case m.ReplicateShard():
                 self._tell(command.source, "replicate", command.key, command.to)
             case m.CollectBelow():

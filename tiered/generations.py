@@ -242,12 +242,23 @@ class Generations:
         generation, s3 = begin.claim.generation, begin.claim.settings.s3
         version = known.parents[generation]
         problem = begin.s3_problem or known.durable_problem
-        if version is None or known.has_sources(version) or version in begin.verified:
-            if s3 is not None and problem and not known.has_sources(version):
-                return self._refuse(DurableStoreError(s3.uri, "reading a manifest", problem))
+        if version is None or known.has_sources(version):
             self.begin = None
             return [m.AnswerBegin(begin.claim.life)]
+        if version in begin.verified:
+            if s3 is not None and problem:
+                return self._refuse(DurableStoreError(s3.uri, "reading a manifest", problem))
+            return self._refuse(self._lost(begin, version))
         return [m.VerifyShards(generation, version, (), needs_manifest=True)]
+
+    def _lost(self, begin: Begin, version: Version) -> TieredError:
+        """What a generation resumed from went before every rank was told where it is."""
+        where = {s.record.key.rank for s in self.known.sources(version)}
+        ranks = [str(rank) for rank in range(begin.claim.world_size) if rank not in where]
+        wanted = f"{version}, from which generation {begin.claim.generation} resumes,"
+        left = f"no copy of rank {', '.join(ranks)} is left that can be read; start the job again: "
+        note = left + "its next generation resumes from what is whole then"
+        return StepNotFoundError(self.known.name, wanted, (note, *begin.unreadable))
 
     def _refuse(self, error: TieredError) -> list[m.Command]:
         assert self.begin is not None
@@ -306,8 +317,10 @@ class Generations:
         is_on_s3 = version in known.durable or (
             s3 is not None and known.durable_problem is not None
         )
-        if is_ours and not (is_on_s3 and not known.has_sources(version)):
+        if is_ours and known.has_sources(version):
             return [m.AnswerBegin(begin.claim.life)]
+        if is_ours and version is not None and not is_on_s3:
+            return [m.AnswerBegin(begin.claim.life, self._lost(begin, version))]
         # Or a copy went since it was read. S3 has it, its manifest says where; or it may have it.
         self.begin, begin.is_recorded = begin, True
         begin.verified.clear()

@@ -110,10 +110,11 @@ class Job(Catalogue):
         commands += self.flushes.handle(event, now_s, self.holders_of)
         if now_s >= self._remind_due_s and self.claims:
             self._remind_due_s = now_s + REMIND_S
+            counted = frozenset(self.staying)
             for holder in sorted(self.holders):
                 commands += self._remind(holder)
                 if (mates := self.buddies.get(holder)) is not None:
-                    commands.append(m.SetBuddies(holder, mates))
+                    commands.append(m.SetBuddies(holder, mates, counted))
         return commands
 
     def _remind(self, holder: HolderId) -> list[m.Command]:
@@ -147,9 +148,10 @@ class Job(Catalogue):
             holder: tuple(by_node[n] for n in self._buddies_of(node_id))
             for node_id, holder in by_node.items()
         }
+        counted = frozenset(self.staying)
         for holder, mates in sorted(buddies.items()):
             if self.buddies.get(holder) != mates:
-                commands.append(m.SetBuddies(holder, mates))
+                commands.append(m.SetBuddies(holder, mates, counted))
         self.buddies = buddies
         return commands
 
@@ -199,6 +201,9 @@ class Job(Catalogue):
             return []
         memory, current, step = settings.memory, self.generation, version.step
         mine = [v for v in self.copies if v.generation == current]
+        for other in mine:
+            if other not in self.commits and other != version:
+                self.admissions.find(other.step, now_s)
         is_news = not self.admissions.is_answered(step)
         answer: Admission | None
         if version in mine:  # some rank was admitted, by a coordinator that has died since

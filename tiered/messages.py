@@ -310,10 +310,17 @@ class AnswerBegin:
 
 @dataclass(frozen=True, slots=True)
 class SetBuddies:
-    """Tell a holder where to replicate."""
+    """Tell a holder where to replicate.
+
+    Attributes:
+        holder: Whom to tell.
+        buddies: Where its shards go.
+        counted: Holders whose copies count for the policy.
+    """
 
     holder: HolderId
     buddies: tuple[HolderId, ...]
+    counted: frozenset[HolderId]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from replication.holder import NAMESPACE, holder_name
 from replication.inventory import Reservation
 from replication.records import ActorRef, HolderId, ShardKey, ShardPlan, Version
 from tiered import cluster
-from tiered.config import JobSettings
+from tiered.config import HAND_OVER, JobSettings
 from tiered.coordinator import START_TIMEOUT_S
 from tiered.worker import Worker
 
@@ -78,12 +78,13 @@ class OwnHolder:
         memory = self._settings.memory
         replicas = 1 if memory.replicas is None else memory.replicas
         has_s3 = self._settings.s3 is not None
-        steps = memory.steps_held + (FLUSHES if has_s3 else 0)
+        steps = memory.steps_budgeted + (FLUSHES if has_s3 else 0)
         flushing = f", {FLUSHES} on their way to S3" if has_s3 else ""
         more = memory.steps_held - memory.keep - memory.in_flight
         kept = f" and {more} by also_keep" if more else ""
         detail = (
-            f"{steps} steps: keep={memory.keep}{kept}, in_flight={memory.in_flight}{flushing}; "
+            f"{steps} steps: keep={memory.keep}{kept}, in_flight={memory.in_flight}"
+            f"{flushing}, {HAND_OVER} for a hand-over between hosts; "
             f"times {1 + replicas} copies of {shard_bytes:,} bytes for rank {self._worker.rank}"
         )
         need = steps * (1 + replicas) * shard_bytes

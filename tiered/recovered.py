@@ -182,16 +182,15 @@ class Recovered:
         if rank not in self._ranks:
             raise WorldSizeError(rank + 1, self.world_size, f"step {self.step} of {self.job!r}")
 
+    def open(self) -> SavedStep:
+        """The step for whoever reads it piece by piece, and closes it."""
+        readers = [self._reader(rank) for rank in self._ranks]
+        return SavedStep(readers, allow_pickle=self._allow_pickle, store=self._store)
+
     @contextlib.contextmanager
     def _opened(self) -> Iterator[SavedStep]:
-        readers = [self._reader(rank) for rank in self._ranks]
-        step = SavedStep(readers, allow_pickle=self._allow_pickle)
-        try:
+        with contextlib.closing(self.open()) as step:
             yield step
-        finally:
-            step.close()
-            if self._store is not None:
-                self._store.close()
 
     def _reader(self, rank: int) -> ShardReader:
         sources = self._shards[rank]

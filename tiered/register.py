@@ -35,6 +35,7 @@ from tiered.messages import Claim, DurableListed
 T = TypeVar("T", Memory, S3)
 SECRET_NAMESPACE = f"{NAMESPACE}-data-plane"  # beside the jobs', whose names it could else take
 SECRET_KEY = "secret"
+LEAVING_NAMESPACE = f"{NAMESPACE}-leaving"
 
 _CLAIM = re.compile(r"index/generation/([0-9]{8,18})/claim")
 _PARENT = re.compile(r"index/generation/([0-9]{8,18})/parent-(?:none|([0-9]{8,18})-([0-9]{12,18}))")
@@ -111,6 +112,16 @@ def known_jobs() -> list[str]:
     """Every job that the running cluster's register has heard of."""
     found = _internal_kv_list("", namespace=NAMESPACE)
     return sorted({k.decode().split("/", 1)[0] for k in found})
+
+
+def note_leaving(node_id: str) -> None:
+    """Remember that a host will go away: whoever drained it may not be there to say so again."""
+    _internal_kv_put(node_id, b"", overwrite=False, namespace=LEAVING_NAMESPACE)
+
+
+def leaving_hosts() -> set[str]:
+    """Every host of the running cluster that was ever said to go away; node ids never come back."""
+    return {key.decode() for key in _internal_kv_list("", namespace=LEAVING_NAMESPACE)}
 
 
 def cluster_secret() -> Secret:

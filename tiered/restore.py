@@ -232,8 +232,10 @@ class _Plan:
             raise StateError(next(iter(problems)), listed(problems))
 
     def check_replicas(self, world_size: int) -> None:
-        """See `StepIndex.check_replicas`."""
-        paths = [one.path for one in self.wanted.values()]
+        """See `StepIndex.check_replicas`; what is each rank's own may differ."""
+        own = [dotted(p) + "." for p, value in objects_in(self._target.state) if is_per_rank(value)]
+        wanted = [one.path for one in self.wanted.values()]
+        paths = [path for path in wanted if not path.startswith(tuple(own))]
         self.index.check_replicas(paths, world_size, str(self.step))
 
     def _match_keys(self) -> None:
@@ -264,6 +266,8 @@ class _Plan:
                 if key in saved:
                     three = inner.get(key), current[key], saved[key]
                     self._match(*three, (*path, key), is_strict=is_strict)
+                elif inner and any(leaves(current[key])):  # a tensor that would be dropped
+                    self.missing.append(dotted((*path, key)))
         elif type(current) in (list, tuple) and type(saved) is type(current):
             items = value if isinstance(value, list | tuple) else [None] * len(current)
             for number, three in enumerate(zip(items, current, saved, strict=False)):
@@ -387,14 +391,8 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def _read(plan: _Plan, step: SavedStep, rank: int) -> None:
-    count = step.world_size
-
-    def order(other: int) -> tuple[bool, bool, int]:
-        """One's own shard, then those on one's own host, then, so that not all ask the same."""
-        return other != rank % count, not step.is_near(other), (other - rank) % count
-
     try:
-        read_tensors(step, plan.index, plan.wanted.values(), order)
+        read_tensors(step, plan.index, plan.wanted.values(), step.nearest(rank))
     except StepNotFoundError as error:
         changed = sorted({one.path for one in plan.wanted.values() if one.targets})
         if changed:
@@ -460,7 +458,8 @@ class _Filling:
                 else materialise(value, self.tensors)
                 for key, value in saved.items()
             }
-            present.clear()  # so that the order is the saved one too
+            if self.strict:
+                present.clear()  # so that the order is the saved one too
             present.update(filled)
             return present
         if type(saved) in (list, tuple) and type(current) is type(saved):

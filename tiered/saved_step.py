@@ -1,9 +1,10 @@
 """A step that was found, open for reading: the shards of every rank that saved it."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from replication.durable import DurableStore
 from tiered.fetch import Piece, ShardReader
 from tiered.image import read_front
 from tiered.step_index import ShardView
@@ -25,6 +26,7 @@ class SavedStep:
         *,
         node_id: str | None = None,
         allow_pickle: bool = False,
+        store: DurableStore | None = None,
     ) -> None:
         """Read nothing yet.
 
@@ -32,10 +34,12 @@ class SavedStep:
             readers: In rank order, one for each rank that saved the step.
             node_id: The reader's host, None outside of the cluster: its copies are read first.
             allow_pickle: Unpickle values that were saved so.
+            store: What some of the readers read from, and `close` lets go of.
         """
         self.readers = list(readers)
         self._node_id = node_id
         self._allow_pickle = allow_pickle
+        self._store = store
         self._views: dict[int, ShardView] = {}
         self._lock = threading.Lock()
 
@@ -77,6 +81,13 @@ class SavedStep:
         """Whether the reader's own host has a copy of this shard."""
         holders = self.readers[rank].sources.holders
         return any(holder.node_id == self._node_id for holder in holders)
+
+    def nearest(self, rank: int) -> Callable[[int], tuple[bool, bool, int]]:
+        """A sort key: one's own shard, those on one's own host, then, so that not all ask one."""
+        count = self.world_size
+        return lambda other: (
+            other != rank % count, not self.is_near(other), (other - rank) % count
+        )  # fmt: skip
 
     def fill(self, rank: int, pieces: Sequence[Piece]) -> None:
         """Read ranges of a shard's tensor data to where they belong, verified; in any order.
@@ -121,3 +132,5 @@ class SavedStep:
         """Let go of connections; a later read opens them again."""
         for reader in self.readers:
             reader.close()
+        if self._store is not None:
+            self._store.close()

@@ -23,6 +23,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
+from tiered import torch_versions
 from tiered.errors import StateError
 from tiered.tree import (
     ARRAY_DTYPES,
@@ -58,6 +59,21 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state_dict: Any) -> Any:
         """Take the state."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPart:
+    """A value of a state: the part of a tensor that this rank has, where that is no DTensor.
+
+    Attributes:
+        tensor: The part.
+        offsets: Where it starts in the whole tensor.
+        global_shape: Of the whole tensor.
+    """
+
+    tensor: torch.Tensor
+    offsets: tuple[int, ...]
+    global_shape: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -158,6 +174,8 @@ class _Capture:
             raise StateError(
                 dotted(path), f"a {kind.__name__} in a set has no name; use a list or a dict"
             )
+        if isinstance(value, torch_versions.SHARDED_TENSORS):
+            return self.encode(_part_of(value, path), path)
         if isinstance(value, torch.Tensor):
             return msgpack.ExtType(EXT_TENSOR, self.tensor(value, path).pack())
         if kind is dict or kind is OrderedDict:
@@ -166,6 +184,8 @@ class _Capture:
             return [self.encode(v, (*path, i)) for i, v in enumerate(value)]
         if kind is tuple:
             return self.ext(EXT_TUPLE, [self.encode(v, (*path, i)) for i, v in enumerate(value)])
+        if kind is TensorPart:
+            return msgpack.ExtType(EXT_TENSOR, self.part(value, path).pack())
         if is_stateful(value):
             return self.encode(unwrapped(value).state_dict(), path)
         return self.encode_rare(value, path)
@@ -272,13 +292,25 @@ class _Capture:
             native = native.copy()
         return self.tensor(torch.from_numpy(native).reshape(value.shape), path)
 
-    def tensor(self, value: torch.Tensor, path: Path) -> TensorRef:
+    def part(self, value: TensorPart, path: Path) -> TensorRef:
+        return self.tensor(value.tensor, path, value.offsets, value.global_shape)
+
+    def tensor(
+        self,
+        value: torch.Tensor,
+        path: Path,
+        offsets: tuple[int, ...] | None = None,
+        global_shape: tuple[int, ...] | None = None,
+    ) -> TensorRef:
         name = dotted(path)
-        offsets = global_shape = None
         if is_lazy(value):
             raise StateError(name, "it has no shape yet; run one batch through the lazy module")
         whole = value
         if isinstance(value, DTensor):
+            if any(placement.is_partial() for placement in value.placements):
+                raise StateError(
+                    name, "it is a sum that was not made yet (Partial); redistribute it"
+                )
             offsets, global_shape = place_of(value), tuple(value.shape)
             value = value.to_local()
         value = value.detach()
@@ -302,6 +334,13 @@ class _Capture:
         if isinstance(whole, DTensor):
             self.sharded[name] = whole
         return ref
+
+
+def _part_of(value: Any, path: Path) -> TensorPart:
+    part = torch_versions.local_part(value)
+    if part is None:
+        raise StateError(dotted(path), "a ShardedTensor with several local shards is not supported")
+    return TensorPart(*part)
 
 
 def _alias(

@@ -29,7 +29,7 @@ def of_job(job: Job, command: m.Command) -> Iterator[str]:
             yield f"record g{generation} <- {v(parent)}"
         case m.AnswerBegin():
             yield from _answer(job, command)
-        case m.SetBuddies(holder, buddies):
+        case m.SetBuddies(holder, buddies, _):
             yield f"buddies of {write_holder(holder)}: {write_holders(buddies)}"
         case m.CollectBelow(generation, below, holders, pinned, branch):
             beyond = f" and beyond {write_versions(branch)}" if branch else ""

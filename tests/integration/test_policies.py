@@ -16,6 +16,7 @@ import tiered
 from chaos.local_cluster import LocalCluster
 from replication.holder import NAMESPACE, holder_name
 from tests.integration.trainers import MIB, is_same, make_state, start_trainers
+from tiered.coordinator import COORDINATOR_NAME
 
 pytestmark = pytest.mark.cluster
 
@@ -144,6 +145,9 @@ def test_a_drained_host_may_go_and_nothing_is_lost(
     status = tiered.status(job)
     assert buddy in status.leaving
     assert status.degraded == ()
+    coordinator = ray.get_actor(COORDINATOR_NAME, namespace=NAMESPACE)
+    cluster.kill_process(ray.get(coordinator.__ray_call__.remote(lambda _: os.getpid())))
+    assert buddy in tiered.status(job).leaving  # its successor knows, too
     cluster.kill_host(buddy)
     cluster.kill_process(ray.get(trainer.pid.remote()))
     status = tiered.status(job)

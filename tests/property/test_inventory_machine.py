@@ -243,9 +243,12 @@ class InventoryLife(RuleBasedStateMachine):
         else:
             self.dropped.add(version)
 
-    @rule(buddies=st.lists(st.sampled_from(PEERS), unique=True, max_size=2))
-    def set_buddies(self, buddies: list[HolderId]) -> None:
-        self.check_offers(self.feed(messages.BuddiesChanged(JOB, tuple(buddies))))
+    @rule(
+        buddies=st.lists(st.sampled_from(PEERS), unique=True, max_size=2),
+        counted=st.frozensets(st.sampled_from(PEERS)),
+    )
+    def set_buddies(self, buddies: list[HolderId], counted: frozenset[HolderId]) -> None:
+        self.check_offers(self.feed(messages.BuddiesChanged(JOB, tuple(buddies), counted)))
 
     @rule(key=KEYS, to=st.sampled_from(PEERS))
     def ask_for_a_copy(self, key: ShardKey, to: HolderId) -> None:

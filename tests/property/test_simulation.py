@@ -11,6 +11,7 @@ from tests.sim.pool import run_mutants, run_seeds
 from tests.sim.world import World, draw_setup
 
 SEEDS = 20_000
+ELASTIC_SEEDS = 1_500
 
 
 @pytest.mark.timeout(900)
@@ -18,6 +19,15 @@ def test_no_seed_breaks_a_promise() -> None:
     findings, _ = run_seeds(range(SEEDS))
     broken = [f"python -m tests.sim --seed {seed}: {found[0]}" for seed, found in findings]
     assert not broken, f"{len(broken)} of {SEEDS} seeds:\n" + "\n".join(broken[:20])
+
+
+@pytest.mark.timeout(300)
+def test_lives_of_other_world_sizes_break_no_promise() -> None:
+    findings, _ = run_seeds(range(ELASTIC_SEEDS), is_elastic=True)
+    broken = [
+        f"python -m tests.sim --elastic --seed {seed}: {found[0]}" for seed, found in findings
+    ]
+    assert not broken, f"{len(broken)} of {ELASTIC_SEEDS} seeds:\n" + "\n".join(broken[:20])
 
 
 @pytest.mark.parametrize("seed", range(8))  # 5 once filled its memory with half steps, for good

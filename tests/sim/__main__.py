@@ -7,7 +7,7 @@ from collections import Counter
 
 from tests.sim.mutants import MUTANTS
 from tests.sim.pool import run_mutants, run_seeds
-from tests.sim.world import World, draw_setup
+from tests.sim.world import Setup, World, draw_setup
 
 
 def main() -> int:
@@ -17,6 +17,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1, help="how many")
     parser.add_argument("--hosts", type=int, help="hosts, and as many ranks (default: 2 to 5)")
     parser.add_argument("--hours", type=float, help="virtual hours (default: a few minutes)")
+    parser.add_argument("--elastic", action="store_true", help="lives of any number of ranks")
     parser.add_argument("--jobs", type=int, help="processes (default: one for each core)")
     parser.add_argument("--quiet", action="store_true", help="no trace of a single seed")
     parser.add_argument("--mutants", nargs="*", metavar="NAME", help="broken cores (default: all)")
@@ -26,9 +27,12 @@ def main() -> int:
         return _run_mutants(args.mutants or list(MUTANTS), seeds, args.jobs)
     began_s = time.perf_counter()
     if args.seeds > 1:
-        findings, totals = run_seeds(seeds, args.hosts, args.hours, jobs=args.jobs)
+        findings, totals = run_seeds(
+            seeds, args.hosts, args.hours, is_elastic=args.elastic, jobs=args.jobs
+        )
     else:
-        findings, totals = _run_one(args.seed, args.hosts, args.hours, is_traced=not args.quiet)
+        setup = draw_setup(args.seed, args.hosts, args.hours, is_elastic=args.elastic)
+        findings, totals = _run_one(args.seed, setup, is_traced=not args.quiet)
     spent_s = time.perf_counter() - began_s
     for seed, violations in findings:
         _say(f"seed {seed}: " + "; ".join(violations[:3]))
@@ -40,10 +44,10 @@ def main() -> int:
 
 
 def _run_one(
-    seed: int, hosts: int | None, hours: float | None, *, is_traced: bool
+    seed: int, setup: Setup, *, is_traced: bool
 ) -> tuple[list[tuple[int, list[str]]], Counter[str]]:
     """One seed, with what happened in it."""
-    world = World(seed, draw_setup(seed, hosts, hours), is_traced=is_traced)
+    world = World(seed, setup, is_traced=is_traced)
     violations = world.run()
     for line in world.kernel.trace or ():
         _say(line)

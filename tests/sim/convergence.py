@@ -79,13 +79,13 @@ class Convergence:
         world, oracle, now_s = self.world, self.world.oracle, self.world.kernel.now_s
         parent = oracle.parents.get(oracle.generation)
         needed = [v for v in oracle.newest_acked() if now_s - oracle.acked[v] >= slack_s]
-        needed = [v for v in needed if all(oracle.has_copy(v, r) for r in range(world.setup.ranks))]
+        needed = [v for v in needed if all(oracle.has_copy(v, r) for r in oracle.ranks_of(v))]
         need = 1 + min(world.replicas(), sum(h.is_alive for h in world.hosts.values()) - 1)
         newest = max([*needed[:1], *([parent] if parent is not None else [])], default=None)
         if newest is None or newest < oracle.mark:  # holders may not take back what they collected
             return []
         problems = []
-        for rank in range(world.setup.ranks):
+        for rank in oracle.ranks_of(newest):
             have = self._held_copies(newest, rank)
             if oracle.has_copy(newest, rank) and len(have) < need:
                 problems.append(("L3", f"rank {rank} of {newest} has only {have}, not {need}"))
@@ -110,7 +110,7 @@ class Convergence:
             for key in (holder.chunks if holder.is_alive else ())
             if key.version.generation < oracle.generation
             and not oracle.is_on_branch(key.version)
-            and len(oracle.copies.get(key.version, ())) < self.world.setup.ranks
+            and len(oracle.copies.get(key.version, ())) < len(oracle.ranks_of(key.version))
             and oracle.generation == self.world.claimed_generation()
         ]
 

@@ -296,7 +296,7 @@ class Coordinator(Process):
             case m.FenceNewHolder():
                 self._tell("fence", command.holder, command.generation)
             case m.SetBuddies():
-                self._tell("set_buddies", command.holder, command.buddies)
+                self._tell("set_buddies", command.holder, command.buddies, command.counted)
             case m.ReplicateShard():
                 self._tell("replicate", command.source, command.key, command.to)
             case m.CollectBelow():

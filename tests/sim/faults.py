@@ -269,7 +269,8 @@ class Faults:
         versions = sorted(world.oracle.durable)
         if not versions:
             return
-        version, rank = random.choice(versions), random.randrange(world.setup.ranks)
+        version = random.choice(versions)
+        rank = random.randrange(len(world.oracle.ranks_of(version)))
         key = register.shard_key(version, rank)
         if world.store.objects.get(key):
             *others, last = world.store.objects[key]

@@ -152,9 +152,9 @@ class Holder(Process):
         self.fence_seen = max(self.fence_seen, generation)
         self.feed(messages.FenceRaised(self.world.job_name, generation))
 
-    def set_buddies(self, buddies: tuple[HolderId, ...]) -> None:
+    def set_buddies(self, buddies: tuple[HolderId, ...], counted: frozenset[HolderId]) -> None:
         """Replicate to these."""
-        self.feed(messages.BuddiesChanged(self.world.job_name, buddies))
+        self.feed(messages.BuddiesChanged(self.world.job_name, buddies, counted))
 
     def replicate(self, key: ShardKey, to: HolderId) -> None:
         """Make one more copy."""

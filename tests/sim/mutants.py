@@ -243,7 +243,7 @@ class ClaimsOnce(Generations):
 
     def listed(self, event: m.DurableListed) -> list[m.Command]:
         if self.begin is not None and self.begin.is_claimed:
-            event = replace(event, newest_generation=0)
+            event = replace(event, newest_generation=0, parents={})
         return super().listed(event)
 
 

@@ -48,6 +48,7 @@ class Oracle:
         self.world = world
         self.violations: list[str] = []
         self.saved: dict[ShardKey, tuple[int, ...]] = {}
+        self.worlds: dict[Version, int] = {}  # ranks that saved it
         self._latest: dict[int, tuple[int, ...]] = {}  # of each rank
         self.copies: dict[Version, dict[int, dict[HolderId, float]]] = {}
         self.lost_s: dict[tuple[HolderId, ShardKey], float] = {}
@@ -77,11 +78,16 @@ class Oracle:
 
     # -- what happened ------------------------------------------------------------------------
 
-    def save(self, key: ShardKey, chunks: int) -> tuple[int, ...]:
+    def ranks_of(self, version: Version) -> range:
+        """The ranks that saved it, or were about to."""
+        return range(self.worlds.get(version, self.world.setup.ranks))
+
+    def save(self, key: ShardKey, chunks: int, world_size: int) -> tuple[int, ...]:
         """A rank is about to save; these are its bytes, like no other's.
 
         But for what has not changed since its last save: never the first chunk.
         """
+        self.worlds[key.version] = world_size
         self._tokens += 1
         content = tuple((self._tokens << 16) + (index << 8) for index in range(chunks))
         before, unchanged = self._latest.get(key.rank, content), self.world.setup.unchanged
@@ -123,7 +129,7 @@ class Oracle:
         self.counts["durable"] += 1
         self.durable.setdefault(version, self.world.kernel.now_s)
         self.ever_durable.add(version)
-        for rank in range(self.world.setup.ranks):
+        for rank in self.ranks_of(version):
             key = ShardKey(self.world.job_name, version, rank)
             if version not in self.rotten and self.world.stored(key) != self.saved.get(key):
                 self.violated("I6", f"{version} was published without a true shard of rank {rank}")
@@ -242,7 +248,7 @@ class Oracle:
             self.violated(
                 "I6", f"{version} commits with {need} copies; {asked} asked, {len(up)} hosts up"
             )
-        for rank in range(world.setup.ranks):
+        for rank in self.ranks_of(version):
             nodes = {h.node_id for h in self.copies.get(version, {}).get(rank, {})}
             if len(nodes) < max(1, need):
                 self.violated("I6", f"{version} commits, rank {rank} was never on {need} hosts")
@@ -269,7 +275,7 @@ class Oracle:
         need = min(1 + world.replicas(), sum(map(self._is_steady, world.hosts)))
         if version in self.acked:
             need = 1
-        for rank in range(world.setup.ranks):
+        for rank in self.ranks_of(version):
             left = self.holders(version, rank, since_s, reachable=False)
             if len({h.node_id for h in left}) < max(1, need):
                 return False
@@ -321,15 +327,16 @@ class Oracle:
     def _judge_whole(self, parent: Version, since_s: float) -> None:
         if parent in self.durable:
             return
-        for rank in range(self.world.setup.ranks):
+        for rank in self.ranks_of(parent):
             if not self.holders(parent, rank, since_s, reachable=False):
                 self.violated("I1", f"{parent} is chosen, and no copy of rank {rank} is left")
 
     def _judge_newest(self, generation: int, parent: Version | None, before: int | None) -> None:
         since_s = self.asked_s.get(generation, self.world.kernel.now_s)
-        ranks = range(self.world.setup.ranks)
         for version in self.newest_acked():
-            is_left = all(self.holders(version, r, since_s, reachable=True) for r in ranks)
+            is_left = all(
+                self.holders(version, r, since_s, reachable=True) for r in self.ranks_of(version)
+            )
             if is_left and (before is None or version.step < before):
                 if parent is None or parent < version:
                     self.violated("I3", f"{parent} is chosen, acknowledged {version} is there")
@@ -347,7 +354,7 @@ class Oracle:
         if not on_s3 or (parent is not None and parent >= max(on_s3)):
             return
         is_in_memory = parent is not None and all(
-            self.holders(parent, rank, since_s, reachable=False) for rank in ranks
+            self.holders(parent, rank, since_s, reachable=False) for rank in self.ranks_of(parent)
         )
         # While S3 is in trouble, only a step that needs nothing of it may be taken instead.
         if self.world.store.trouble_s < since_s - GRACE_S or not is_in_memory:
@@ -360,7 +367,7 @@ class Oracle:
         if first != answer:
             self.violated("same", f"{life} got {first} and {answer}")
         generation, version = answer
-        if version in self.durable and len(resolution.shards) != self.world.setup.ranks:
+        if version in self.durable and len(resolution.shards) != len(self.ranks_of(version)):
             self.violated("I1", f"{life} is told to read {version}, and not where")
         if generation not in self.parents or self.parents[generation] != version:
             self.violated("I4", f"{life} starts as {generation} from {version}, unrecorded")
@@ -397,7 +404,8 @@ class Oracle:
         parent = self.parents.get(self.generation)
         if len(newest) < keep and parent is not None:
             needed.add(parent)
-        if version in needed:
+        ranks = range(self.world.setup.ranks)
+        if version in needed and all(self.has_copy(version, rank) for rank in ranks):
             self.violated("I3", f"{holder} drops {key}, which is needed")
         else:
             self.lost_s[holder, key] = self.world.kernel.now_s

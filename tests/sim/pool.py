@@ -21,13 +21,14 @@ def run_seeds(
     hosts: int | None = None,
     hours: float | None = None,
     *,
+    is_elastic: bool = False,
     jobs: int | None = None,
 ) -> tuple[Findings, Counter[str]]:
     """Run seeds; return those that broke a promise, and what happened in all of them."""
     findings: Findings = []
     totals: Counter[str] = Counter()
     a_chunk = A_CHUNK if hosts is None and hours is None else 1
-    work = [(chunk, hosts, hours) for chunk in _chunks(seeds, a_chunk)]
+    work = [(chunk, hosts, hours, is_elastic) for chunk in _chunks(seeds, a_chunk)]
     for found, counts in _map(_run_chunk, work, jobs):
         findings += found
         totals.update(counts)
@@ -60,13 +61,13 @@ def _map(call: Callable[[W], T], work: Sequence[W], jobs: int | None) -> Iterato
 
 
 def _run_chunk(
-    work: tuple[range, int | None, float | None],
+    work: tuple[range, int | None, float | None, bool],
 ) -> tuple[Findings, Counter[str]]:
-    seeds, hosts, hours = work
+    seeds, hosts, hours, is_elastic = work
     findings: Findings = []
     totals: Counter[str] = Counter()
     for seed in seeds:
-        world = World(seed, draw_setup(seed, hosts, hours))
+        world = World(seed, draw_setup(seed, hosts, hours, is_elastic=is_elastic))
         try:
             violations = world.run()
         except Exception as error:  # noqa: BLE001 - a crash of a core, of which seed it must say

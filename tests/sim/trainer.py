@@ -47,6 +47,7 @@ class Rank(Process):
         self._born_s = world.kernel.now_s
         self._has_declared = False
         self._has_read_s3 = False
+        self._to_read: list[ShardSources] = []
 
     def later(self, delay_s: float, run: Callable[[], None]) -> None:
         """Run something of this process, unless it is dead by then; after it woke, if it hangs."""
@@ -72,7 +73,7 @@ class Rank(Process):
         """Ask from where to go on, until there is an answer."""
         life, coordinator = self.life, self.world.coordinator
         event = m.BeginAsked(
-            life.name, self.rank, self.world.setup.ranks, self.world.setup.settings, *life.asked
+            life.name, self.rank, life.world_size, self.world.setup.settings, *life.asked
         )
         self.world.network.call(
             "begin", self, coordinator, ASK_TIMEOUT_S,
@@ -85,11 +86,13 @@ class Rank(Process):
             self.generation = outcome.generation
             if outcome.version is None:
                 self._ready()
-            elif len(outcome.shards) != self.world.setup.ranks:
+            elif len(outcome.shards) != len(self.world.oracle.ranks_of(outcome.version)):
                 self.fail("shards are missing")
             else:
                 self.step = outcome.version.step + self.world.setup.settings.memory.every_steps
-                self._restore(outcome.shards[self.rank])
+                saved, mine = outcome.shards, self.rank % len(outcome.shards)
+                self._to_read = list(saved[mine :: self.life.world_size])
+                self._restore(self._to_read.pop(0))
         elif not outcome.retryable:
             self.fail(outcome)
         elif self.world.kernel.now_s - self._born_s < BEGIN_TIMEOUT_S:
@@ -109,8 +112,11 @@ class Rank(Process):
         digests, key = sources.record.digests, sources.record.key
         if len(have) == len(digests):
             content = tuple(have[i] for i in range(len(digests)))
-            self.world.oracle.restored(key.version, self.rank, content)
-            self._ready()
+            self.world.oracle.restored(key.version, key.rank, content)
+            if self._to_read:  # fewer ranks than saved it: each reads several shards
+                self._restore(self._to_read.pop(0))
+            else:
+                self._ready()
             return
         if not places:
             self._give_up(key, is_rotten=sources.is_durable and self._has_read_s3)
@@ -250,8 +256,9 @@ class Rank(Process):
     def _stage_chunks(self) -> None:
         setup = self.world.setup
         key = ShardKey(self.world.job_name, Version(self.generation, self.step), self.rank)
-        plan = ShardPlan(setup.ranks, (1,) * setup.chunks, self.world.kernel.now_s)
-        content = self.world.oracle.save(key, setup.chunks)
+        world_size = self.life.world_size
+        plan = ShardPlan(world_size, (1,) * setup.chunks, self.world.kernel.now_s)
+        content = self.world.oracle.save(key, setup.chunks, world_size)
         holder = self.world.holder_on(self.host.place)
 
         def stage(index: int) -> Callable[[Reply], None]:
@@ -292,8 +299,11 @@ class LifeOfJob:
         self.asked = asked
         self.is_given_up = False
         self.progress_s = world.kernel.now_s
+        setup = world.setup
+        most = setup.ranks
+        self.world_size = world.kernel.random.randint(1, most) if setup.is_elastic else most
         self.ranks = [
-            Rank(world, self, rank, hosts[rank % len(hosts)]) for rank in range(world.setup.ranks)
+            Rank(world, self, rank, hosts[rank % len(hosts)]) for rank in range(self.world_size)
         ]
         self.arrived: set[int] = set()
 

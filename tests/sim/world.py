@@ -60,6 +60,7 @@ class Setup:
         calm_s: Then it goes on for so long.
         unchanged: The probability that a chunk, but the first, is what it was in the save before.
         profile: Which faults there are: one of `faults.PROFILES`.
+        is_elastic: Each life has another number of ranks, at most `ranks`.
         is_patient: Both end when their time is over, not when all is well.
     """
 
@@ -77,9 +78,12 @@ class Setup:
     unchanged: float = 0.0
     profile: str = "any"
     is_patient: bool = False
+    is_elastic: bool = False
 
 
-def draw_setup(seed: int, hosts: int | None = None, hours: float | None = None) -> Setup:
+def draw_setup(
+    seed: int, hosts: int | None = None, hours: float | None = None, *, is_elastic: bool = False
+) -> Setup:
     """A small random cluster; or a given one, for so long."""
     rng = random.Random(seed)
     count = hosts or rng.choice((2, 3, 3, 4, 4, 5))
@@ -87,7 +91,7 @@ def draw_setup(seed: int, hosts: int | None = None, hours: float | None = None) 
     memory = Memory(every_steps=1, keep=rng.choice((2, 2, 3)), replicas=replicas)
     s3 = S3("s3://bucket", every_steps=rng.choice((2, 3, 5)), keep=rng.choice((1, 2, 3)))
     settings = JobSettings(memory, s3 if rng.random() < 0.6 else None)
-    ranks = hosts or rng.choice((1, 2, 2, 3))
+    ranks = hosts or rng.choice((2, 3, 4, 4) if is_elastic else (1, 2, 2, 3))
     memory = replace(
         memory,
         backpressure=rng.choice(("skip", "skip", "wait", "replace")),
@@ -96,13 +100,13 @@ def draw_setup(seed: int, hosts: int | None = None, hours: float | None = None) 
     )
     settings = replace(settings, memory=memory)
     chunks = rng.choice((1, 1, 1, 2))
-    steps = memory.steps_held + (2 if settings.s3 is not None else 0)  # as Checkpointer declares
+    steps = memory.steps_budgeted + (2 if settings.s3 is not None else 0)  # as is declared
     copies = 2 if replicas is None else 1 + replicas
     need = steps * copies * chunks
     profile = rng.choices(("any", "zombies", "clusters", "crashes"), (78, 8, 8, 6))[0]
     if hours is not None or (profile == "clusters" and settings.s3 is None):
         profile = "any"
-    spare = 0 if profile == "crashes" else 2 * memory.keep * copies * chunks  # for a hand-over
+    spare = 0 if profile == "crashes" else 2 * memory.keep * copies * chunks  # for repairs, too
     a_host = -(-ranks // count)  # ranks, when every host is well
     setup = Setup(
         count,
@@ -113,6 +117,7 @@ def draw_setup(seed: int, hosts: int | None = None, hours: float | None = None) 
         need=need,
         profile=profile,
         is_patient=rng.random() < 0.1,
+        is_elastic=is_elastic,
         unchanged=rng.choice((0.0, 0.8)) if chunks > 1 else 0.0,
     )
     if hours is None:

@@ -161,8 +161,8 @@ class Coordinator:
                 cluster.model.committed(self, command)
             case m.FenceNewHolder(generation, holder):
                 self._tell("fence", holder, lambda h: h.fence(generation))
-            case m.SetBuddies(holder, buddies):
-                event = messages.BuddiesChanged(cluster.name, buddies)
+            case m.SetBuddies(holder, buddies, counted):
+                event = messages.BuddiesChanged(cluster.name, buddies, counted)
                 self._tell("buddies", holder, lambda h: h.feed(event))
             case m.ReplicateShard(source, key, to):
                 wanted = messages.ReplicationRequested(key, to)

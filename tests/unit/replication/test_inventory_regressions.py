@@ -13,6 +13,7 @@ from replication.messages import (
     ChunkNotTaken,
     ChunkRead,
     ChunkStaged,
+    ChunkTaken,
     DropShard,
     FenceRaised,
     JobForgotten,
@@ -189,3 +190,30 @@ def test_new_buddies_get_no_copies_of_what_older_generations_saved() -> None:
             core.handle(ChunkHashed(key, index, b"%016d" % index), 0.0)
     offers = core.handle(BuddiesChanged("job", tuple(buddies)), 0.0)
     assert {offer.key for offer in offers} == {now}  # the coordinator asks for the others' copies
+
+
+def test_new_buddies_get_a_copy_only_where_one_is_missing() -> None:
+    a, b, c, d = (HolderId(name, "1") for name in "abcd")
+    core = Inventory(a, 100)
+    core.handle(BuddiesChanged("job", (b,), frozenset({a, b, c})), 0.0)
+    for index in (0, 1):
+        core.handle(ChunkStaged(KEY, PLAN, index), 0.0)
+        core.handle(ChunkHashed(KEY, index, b"%016d" % index), 0.0)
+    core.handle(ChunkTaken(b, KEY, 0), 0.0)
+    half = core.handle(BuddiesChanged("job", (c,), frozenset({a, b, c})), 0.0)
+    assert {offer.to for offer in half} == {c}
+    core.handle(ChunkTaken(b, KEY, 1), 0.0)
+    assert core.handle(BuddiesChanged("job", (d,), frozenset({a, b, d})), 0.0) == []
+    b_is_lost = core.handle(BuddiesChanged("job", (d,), frozenset({a, d})), 0.0)
+    assert [(offer.to, offer.index) for offer in b_is_lost] == [(d, 0), (d, 1)]
+
+
+def test_an_order_to_collect_of_an_older_generation_is_refused() -> None:
+    core = Inventory(HolderId("a", "1"), 100)
+    for index in (0, 1):
+        core.handle(ChunkFetched(KEY, PLAN, index, b"%016d" % index), 0.0)
+    core.handle(FenceRaised("job", KEY.version.generation + 1), 0.0)
+    late = WatermarkRaised("job", KEY.version.generation, Version(1, 99))
+    with pytest.raises(FencedError):
+        core.handle(late, 0.0)
+    assert [record.key for record in core.records()] == [KEY]

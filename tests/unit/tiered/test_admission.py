@@ -93,3 +93,17 @@ def test_a_step_that_was_overtaken_is_let_go_of_and_a_committed_one_is_not() -> 
     assert ask(admissions, 30, committed=(20,), now_s=OVERTAKEN_S - 1).instead_of == ()
     assert ask(admissions, 40, committed=(30,), now_s=OVERTAKEN_S).instead_of == (10,)
     assert ask(admissions, 50, committed=(40,), now_s=9 * STUCK_S).instead_of == ()
+
+
+def test_half_steps_that_a_restarted_coordinator_found_go_but_for_the_newest() -> None:
+    admissions = Admissions()
+    for step in (10, 20, 30, 40):
+        admissions.find(step, 0.0)
+    admissions.settle(20)  # it became whole, and was committed
+    assert ask(admissions, 50, committed=(20,), whole=(20, 30), now_s=STUCK_S - 1).instead_of == ()
+    answer = ask(admissions, 60, committed=(20, 50), whole=(20, 30), now_s=STUCK_S)
+    assert answer.instead_of == (10, 40)  # a newer one was committed since
+    admissions = Admissions()
+    for step in (10, 20):
+        admissions.find(step, 0.0)
+    assert ask(admissions, 30, now_s=STUCK_S).instead_of == (10,)

@@ -8,7 +8,7 @@ from replication.errors import FencedError
 from replication.records import HolderId, Life, ShardKey, ShardPlan, ShardRecord, Version
 from tiered import messages as m
 from tiered.config import S3, JobSettings, Memory
-from tiered.errors import DurableStoreError
+from tiered.errors import DurableStoreError, StepNotFoundError
 from tiered.flush import FlushQueue
 from tiered.history import is_on_branch
 from tiered.job import REMIND_S, Job
@@ -419,3 +419,30 @@ def test_a_copy_that_goes_while_the_parent_is_recorded_may_be_on_s3_which_is_sil
     job.handle(m.ParentRecorded(2, Version(1, 10)), 3.0)
     (answer,) = of(m.AnswerBegin, job.handle(m.ShardsVerified(2, Version(1, 10), ()), 3.0))
     assert isinstance(answer.error, DurableStoreError)  # it asks again, and so is S3 asked again
+
+
+def test_what_a_generation_runs_from_is_repaired_while_the_next_one_cannot_begin() -> None:
+    job = begun(holders=(A, B, C))
+    for holder in (A, B):
+        job.handle(m.ShardReported(holder, record(1, 10)), 0.0)
+    job.handle(m.BeginAsked(Life("two"), 0, 1, SETTINGS, before=0), 0.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 0.0)
+    refused = of(m.AnswerBegin, job.handle(m.HoldersFenced(2), 0.0))
+    assert isinstance(refused[0].error, StepNotFoundError)
+    repairs = of(m.ReplicateShard, job.handle(m.HolderDown(B), 1.0))
+    assert [(r.source, r.key.version, r.to) for r in repairs] == [(A, Version(1, 10), C)]
+
+
+def test_a_rank_is_not_sent_to_a_step_that_is_nowhere_any_more() -> None:
+    job = Job("job")
+    claims = tuple(m.Claim(g, Life(name), 1, WITH_S3) for g, name in ((1, "one"), (2, "two")))
+    job.handle(m.Recalled(claims, {1: None, 2: Version(1, 10)}), 0.0)
+    job.handle(m.HolderUp(A, "", ()), 0.0)
+    job.handle(m.DurableFoundCorrupt(Version(1, 10), 0), 0.0)  # said a rank that was told before
+    assert of(m.ListDurable, job.handle(asked("two", WITH_S3), 0.0))
+    listed = m.DurableListed((Version(1, 10),), {}, newest_generation=2)
+    assert of(m.VerifyShards, job.handle(listed, 0.0))
+    verified = m.ShardsVerified(2, Version(1, 10), ())
+    (answer,) = of(m.AnswerBegin, job.handle(verified, 0.0))
+    assert isinstance(answer.error, StepNotFoundError)
+    assert "no copy of rank 0 is left" in str(answer.error)

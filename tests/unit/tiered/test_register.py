@@ -150,6 +150,25 @@ def test_a_key_is_created_once(kv: dict[bytes, bytes]) -> None:
     assert list(kv) == [b"job/index/a"]
 
 
+def test_a_host_that_leaves_is_remembered_and_is_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored: set[tuple[str, bytes]] = set()
+
+    def put(key: str, value: bytes, *, overwrite: bool, namespace: str) -> None:
+        assert not overwrite
+        stored.add((namespace, key.encode()))
+
+    def keys(prefix: str, *, namespace: str) -> list[bytes]:
+        return [key for where, key in stored if where == namespace]
+
+    monkeypatch.setattr(register, "_internal_kv_put", put)
+    monkeypatch.setattr(register, "_internal_kv_list", keys)
+    assert register.leaving_hosts() == set()
+    for _ in range(2):
+        register.note_leaving("node-a")
+    assert register.leaving_hosts() == {"node-a"}
+    assert known_jobs() == []
+
+
 def test_the_secret_of_the_cluster_is_made_once_and_is_no_job(
     kv: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

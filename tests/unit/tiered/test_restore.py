@@ -588,3 +588,15 @@ def test_a_part_becomes_a_whole_and_a_whole_a_part(mesh: DeviceMesh) -> None:
     assert fill({"w": target}, {"w": torch.ones(4)})["w"].to_local().tolist() == [1.0] * 4
     with pytest.raises(StateError, match=r"shape \[4\], and has \[5\]"):
         fill({"w": distribute_tensor(torch.zeros(5), mesh, [ShardOf(0)])}, {"w": part})
+
+
+@pytest.mark.filterwarnings("ignore:Please use DTensor:FutureWarning")
+def test_a_sharded_tensor_is_saved_as_the_part_that_it_is(mesh: DeviceMesh) -> None:
+    from torch.distributed._shard.sharded_tensor import Shard as LocalShard
+    from torch.distributed._shard.sharded_tensor import init_from_local_shards
+
+    local = LocalShard.from_tensor_and_offsets(torch.arange(6.0).reshape(3, 2), [0, 0], 0)
+    whole = init_from_local_shards([local], 3, 2)
+    assert fill({"w": torch.zeros(3, 2)}, {"w": whole})["w"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    target = distribute_tensor(torch.zeros(3, 2), mesh, [ShardOf(0)])
+    assert fill({"w": target}, {"w": whole})["w"].to_local().sum() == 15

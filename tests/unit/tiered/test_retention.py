@@ -114,6 +114,7 @@ def test_memory_wants_bounded_policies_and_counts_them() -> None:
         Memory(also_keep=KeepEvery(100, at_most=1))  # type: ignore[arg-type]
     memory = Memory(keep=2, in_flight=2, also_keep=(KeepEvery(100, at_most=3), KeepBest("loss")))
     assert memory.steps_held == 8
+    assert memory.steps_budgeted == 9  # older steps lie elsewhere after a host was lost
     assert S3("s3://bucket", also_keep=(KeepEvery(100),)).also_keep
 
 

@@ -125,6 +125,17 @@ def test_with_strict_false_what_is_left_out_is_reported() -> None:
     assert (state["a"].item(), state["mine"].item(), state["net"].weight.item()) == (1, 0, 1)  # type: ignore[union-attr]
 
 
+def test_a_dict_of_tensors_is_as_strict_as_a_module() -> None:
+    state = {"model": {"a": torch.zeros(1), "b": torch.zeros(1), "n": 0}}
+    saved = {"model": {"a": torch.ones(1), "c": torch.ones(1)}}
+    with pytest.raises(StateError, match=r"not saved: \['model.b'\]"):
+        restore_into(state, step_of([Shard(saved)]))
+    filled = restore_into(state, step_of([Shard(saved)]), strict=False)
+    assert filled.missing == ("model.b",)
+    one = torch.ones(1)
+    assert_same(state["model"], {"a": one, "b": torch.zeros(1), "n": 0, "c": one})
+
+
 def test_an_interrupted_restore_names_what_it_may_have_changed() -> None:
     shard = Shard({"a": torch.ones(2000), "b": {"c": torch.ones(2000)}, "n": 1})
     tier = MemoryTier(shard.chunks)

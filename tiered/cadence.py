@@ -178,15 +178,13 @@ class Cadences:
         """
         self._lives.add(generation)
         self._since_s = now_s if self._since_s is None else self._since_s
-        if (answer := self._answers.get((generation, step))) is not None:
-            return answer
-        if pace is not None:
+        if pace is not None:  # rank 0 may be the last to ask: then it counts from the next step on
             mean_s = mtbf_s(hosts, len(self._lives) - 1, now_s - self._since_s)
             self.newest = choose(pace, mean_s, max_overhead)
-        self._answers[generation, step] = self.newest
+        answer = self._answers.setdefault((generation, step), self.newest)
         while len(self._answers) > REMEMBERED:
             del self._answers[min(self._answers)]
-        return self.newest
+        return answer
 
 
 def _smooth(old: float | None, new: float) -> float:

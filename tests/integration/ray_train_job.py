@@ -26,7 +26,7 @@ from tiered.ray_train.run import facts
 
 RANKS = 2
 SIZE = 20_000
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 Where = Literal["step", "save", "restore"]
 How = Literal["raise", "kill"]

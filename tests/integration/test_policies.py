@@ -1,7 +1,6 @@
 """Placement, backpressure, hung holders, draining and retention on a real cluster of two racks."""
 
 import contextlib
-import itertools
 import os
 import signal
 import time
@@ -198,5 +197,4 @@ def test_an_automatic_cadence_is_the_same_on_all_ranks_and_follows_what_was_meas
     first, second = ray.get(runs, timeout=150)
     assert first == second
     assert first[:1] == [8]
-    gaps = [after - before for before, after in itertools.pairwise(first)]
-    assert gaps[-1] > 8, "steps that take no time are saved more rarely"
+    assert len(first) < 20, "steps that take no time are saved more rarely than every 8"

@@ -92,6 +92,14 @@ def test_the_first_answer_about_a_step_is_everybodys() -> None:
     assert ask(cadences, 16, life=2) == changed, "a new life begins with what the last one knew"
 
 
+def test_rank_0_is_heard_although_it_asks_last() -> None:
+    cadences = Cadences()
+    for step in (8, 16):
+        ask(cadences, step)
+        assert ask(cadences, step, Pace(0.1, 0.5, 1.0)) == ask(cadences, step)
+    assert ask(cadences, 24) > 64
+
+
 def test_failures_make_saves_more_frequent() -> None:
     cadences, pace = Cadences(), Pace(0.1, 0.01, 0.1)
     before = ask(cadences, 8, pace)

@@ -145,7 +145,7 @@ def test_a_drained_host_may_go_and_nothing_is_lost(
     assert buddy in status.leaving
     assert status.degraded == ()
     coordinator = ray.get_actor(COORDINATOR_NAME, namespace=NAMESPACE)
-    cluster.kill_process(ray.get(coordinator.__ray_call__.remote(lambda _: os.getpid())))
+    os.kill(ray.get(coordinator.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
     assert buddy in tiered.status(job).leaving  # its successor knows, too
     cluster.kill_host(buddy)
     cluster.kill_process(ray.get(trainer.pid.remote()))

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tests.sim.holder import FLIP
-from tests.sim.limits import MINUTE_S, S3_DELAY_S, S3_SLOW_S
+from tests.sim.limits import FLIP, MINUTE_S, S3_DELAY_S, S3_SLOW_S
 from tests.sim.network import CALM, HEAD, Host, Weather
 from tiered import register
 

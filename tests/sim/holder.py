@@ -13,6 +13,7 @@ from replication.records import ChunkId, HolderId, ShardKey, ShardPlan, ShardRec
 from replication.scrub import Scrub
 from tests.sim.limits import (
     FETCH_TIMEOUT_S,
+    FLIP,
     HOLDER_TICK_S,
     OFFER_TIMEOUT_S,
     READ_S,
@@ -26,8 +27,6 @@ from tiered.errors import DurableStoreError
 
 if TYPE_CHECKING:
     from tests.sim.world import World
-
-FLIP = 1 << 40  # added to a chunk's content; never back to what it was
 
 
 def digest(content: int) -> bytes:

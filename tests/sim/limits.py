@@ -47,3 +47,6 @@ def shrunk_cores() -> AbstractContextManager[Any]:
     patches.enter_context(mock.patch("tiered.admission.STUCK_S", 40.0))
     patches.enter_context(mock.patch("replication.membership.HOPELESS_MISSES", 10))
     return patches
+
+
+FLIP = 1 << 40  # added to a chunk's content when a bit flips; never back to what it was

@@ -15,7 +15,8 @@ from replication import messages
 from replication.inventory import Inventory
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
 from tests.sim.coordinator import Coordinator, Copies
-from tests.sim.holder import FLIP, Holder, digest
+from tests.sim.holder import Holder, digest
+from tests.sim.limits import FLIP
 from tests.sim.network import Outcome, Reply
 from tests.sim.world import Cores, World, draw_setup
 from tiered import messages as m

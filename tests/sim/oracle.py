@@ -24,7 +24,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from replication.records import HolderId, Life, ShardKey, Version
-from tests.sim.limits import HOLDER_TICK_S, SCRUB_PERIOD_S
+from tests.sim.limits import FLIP, HOLDER_TICK_S, SCRUB_PERIOD_S
 from tiered import messages as m
 from tiered import register
 from tiered.history import Resolution
@@ -100,11 +100,18 @@ class Oracle:
         return content
 
     def sealed(self, holder: HolderId, key: ShardKey, held: dict[ShardKey, dict[int, int]]) -> None:
-        """A holder says that it has a whole copy."""
-        content = self.saved.get(key, ())
-        if held.get(key) == dict(enumerate(content)):
-            held = self.copies.setdefault(key.version, {}).setdefault(key.rank, {})
-            held.setdefault(holder, self.world.kernel.now_s)
+        """A holder says that it has a whole copy.
+
+        A chunk that it shares with an earlier copy may have rotted since it was verified: then it
+        did have a copy, and has lost it.
+        """
+        saved, have = dict(enumerate(self.saved.get(key, ()))), held.get(key)
+        is_intact = have == saved
+        was_intact = have is not None and {i: c % FLIP for i, c in have.items()} == saved
+        if is_intact or (was_intact and (holder, key) in self.lost_s):
+            copies = self.copies.setdefault(key.version, {}).setdefault(key.rank, {})
+            copies.setdefault(holder, self.world.kernel.now_s)
+        if is_intact:
             self.lost_s.pop((holder, key), None)
 
     def pinned(self, holder: HolderId, held: dict[ShardKey, dict[int, int]]) -> None:

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -187,14 +188,20 @@ def test_the_newest_step_is_flushed_at_once_where_a_host_goes(
     save([actor], 1)
     drained, ended = cluster.hosts[1:3]
     drain_node(cluster, drained)
-    ray.get(actor.wait.remote(1, "durable"), timeout=60)
+    wait_until_durable(job, 1)
     assert tiered.status(job).leaving == (drained,)
     cluster.kill_host(drained)
     save([actor], 2)
     assert 2 not in tiered.status(job).durable
     cluster.end_host(ended)
-    ray.get(actor.wait.remote(2, "durable"), timeout=60)
+    wait_until_durable(job, 2)
     every([actor], "close")
+
+
+def wait_until_durable(job: str, step: int) -> None:
+    deadline_s = time.monotonic() + 60
+    while step not in tiered.status(job).durable:
+        assert time.monotonic() < deadline_s, f"step {step} was not flushed"
 
 
 def drain_node(cluster: LocalCluster, node_id: str) -> None:

@@ -4,12 +4,8 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +16,6 @@ from chaos.local_cluster import LocalCluster
 from chaos.s3_proxy import FaultProxy
 from chaos.s3_server import S3Server
 from tests.integration.test_cluster import (
-    EVERY,
     assert_restored,
     begin,
     every,
@@ -176,39 +171,3 @@ def test_what_is_damaged_on_s3_is_passed_over_and_told(
     assert "step 40 (generation 1) on S3: its manifest cannot be used" in told
     assert_restored(third, 20)
     every(third, "close")
-
-
-def test_the_newest_step_is_flushed_at_once_where_a_host_goes(
-    cluster: LocalCluster, s3: tiered.S3, job: str, port: int
-) -> None:
-    """By Ray's own drain, as autoscalers and preemption notices use it; and by a SIGTERM."""
-    memory = replace(EVERY, every_steps=1)
-    (actor,) = start_trainers(cluster.hosts[:1], port)
-    begin([actor], job, s3=s3, memory=memory)
-    save([actor], 1)
-    drained, ended = cluster.hosts[1:3]
-    drain_node(cluster, drained)
-    wait_until_durable(job, 1)
-    assert tiered.status(job).leaving == (drained,)
-    cluster.kill_host(drained)
-    save([actor], 2)
-    assert 2 not in tiered.status(job).durable
-    cluster.end_host(ended)
-    wait_until_durable(job, 2)
-    every([actor], "close")
-
-
-def wait_until_durable(job: str, step: int) -> None:
-    deadline_s = time.monotonic() + 60
-    while step not in tiered.status(job).durable:
-        assert time.monotonic() < deadline_s, f"step {step} was not flushed"
-
-
-def drain_node(cluster: LocalCluster, node_id: str) -> None:
-    command: list[Any] = [
-        sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address,
-        "--node-id", node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
-        "--reason-message", "spot", "--deadline-remaining-seconds", "600",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks import machine, peers, picture, profile_run, report
+from benchmarks import machine, peers, picture, profile_run, report, s3_run
 from benchmarks.peers import Peer
 from benchmarks.results import Case, Run
 from benchmarks.scaling import AXES, points
@@ -138,6 +138,23 @@ def profile(
         found = profile_run.profile(plan, console.print)
         console.print(profile_run.show(found))
     (out / "profile.json").write_text(json.dumps(found.as_dict(), indent=1) + "\n")
+
+
+@app.command()
+def s3(
+    size_mib: Size = 512,
+    repeat: Repeat = 5,
+    out: Out = Path("bench_out"),
+) -> None:
+    """A shard to an S3 server on this machine and back: ours, rclone, s3torchconnector."""
+    out.mkdir(parents=True, exist_ok=True)
+    file, facts = out / "s3.json", machine.describe()
+    with quiet(out / "logs" / "s3.log") as console:
+        found = s3_run.run(size_mib << 20, repeat, out / "logs", console.print)
+        facts["load_after"] = machine.load()
+        s3_run.write(file, found, {"size_bytes": size_mib << 20, "machine": facts})
+        console.print(s3_run.show(found, size_mib << 20, facts["cores"]))
+        console.print(f"written: {file}", soft_wrap=True)
 
 
 @app.command()

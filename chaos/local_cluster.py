@@ -187,15 +187,29 @@ class LocalCluster:
         raylet = psutil.Process(_raylet(self._nodes[node_id]).pid)
         return [raylet, *raylet.children(recursive=True)]
 
-    def kill_host(self, node_id: str) -> None:
+    def kill_host(self, *node_ids: str) -> None:
         """SIGKILL the raylet and every process under it, as a power cut would; returns when gone.
 
-        Ray is not told: the cluster has to find out by itself.
+        Ray is not told: the cluster has to find out by itself. Several hosts go at once.
+        """
+        raylets = [_raylet(self._nodes[node_id]) for node_id in node_ids]
+        for raylet in raylets:
+            os.kill(raylet.pid, signal.SIGSTOP)  # or it could start a worker that is not listed
+        processes = [process for node_id in node_ids for process in self.host_processes(node_id)]
+        session_guard.kill_processes(processes, timeout_s=5.0)
+        for raylet in raylets:
+            raylet.wait(timeout=5.0)  # an unreaped raylet keeps its orphaned actors alive for 40 s
+        for node_id in node_ids:
+            self._forget_host(node_id)
+
+    def end_host(self, node_id: str) -> None:
+        """SIGTERM the raylet, as a pod or an instance that is ended does; returns when it is gone.
+
+        Ray is told, and nothing waits.
         """
         raylet = _raylet(self._nodes[node_id])
-        os.kill(raylet.pid, signal.SIGSTOP)  # or it could start a worker that is not in the list
-        session_guard.kill_processes(self.host_processes(node_id), timeout_s=5.0)
-        raylet.wait(timeout=5.0)  # an unreaped raylet keeps its orphaned actors alive for 40 s
+        raylet.terminate()
+        raylet.wait(timeout=30.0)
         self._forget_host(node_id)
 
     def orphan_host(self, node_id: str) -> list[psutil.Process]:

@@ -116,6 +116,15 @@ class DurableStore(Protocol):
         Nothing else of the object is fetched; the caller owns the memory.
         """
 
+    def read_into(self, key: str, start: int, into: Sequence[memoryview]) -> None:
+        """Fill `into`, one piece after the other, with the object's bytes from `start`; as `read`.
+
+        Args:
+            key: Of the object.
+            start: The first byte.
+            into: Writable memory of the caller's. After a failure its contents are undefined.
+        """
+
     def keys(self, prefix: str) -> list[str]:
         """Return every key below `prefix`, sorted."""
 

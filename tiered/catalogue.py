@@ -216,7 +216,8 @@ class Catalogue:
             is_durable = version in self.durable
             world_size = max(worlds, default=0)
             found.append(Candidate(version, world_size, in_memory, is_durable, problem))
-        return found
+        gone = self.rotten - self.copies.keys() - self.durable
+        return [*found, *(Candidate(v, 0, problem="S3 has not what was saved") for v in gone)]
 
     def resolve(self, step: int | None = None, before: int | None = None) -> Choice:
         """The latest consistent step as far as is known now; changes nothing."""

@@ -163,19 +163,28 @@ class DurableTier:
 
     def read(self, index: int) -> Chunk:
         """See Tier."""
-        sizes = self._record.plan.chunk_sizes
-        key = register.shard_key(self._record.key.version, self._record.key.rank)
-        chunk: Chunk = []
-        for _ in range(2):  # bytes that were damaged on the way may be whole the next time
-            data = self._store.read(key, sum(sizes[:index]), sizes[index])
-            chunk = [np.frombuffer(data, dtype=np.uint8)]
-            if digest(chunk) == self._record.digests[index]:
-                break
+        chunk = [np.empty(self._record.plan.chunk_sizes[index], dtype=np.uint8)]
+        self._fill(index, chunk)
         return chunk
 
     def read_into(self, index: int, sink: Sink) -> None:
         """See Tier."""
-        sink.fill(buffer.data for buffer in self.read(index))
+        total = sink.missing_bytes
+        views = sink.next_views(total, limit=total)
+        self._fill(index, [np.frombuffer(view, dtype=np.uint8) for view in views])
+        sink.advance(total)
+
+    def _fill(self, index: int, into: Chunk) -> None:
+        """Read a chunk to where it belongs, twice if need be.
+
+        Bytes that were damaged on the way may be whole the next time.
+        """
+        sizes, expected = self._record.plan.chunk_sizes, self._record.digests[index]
+        key = register.shard_key(self._record.key.version, self._record.key.rank)
+        for _ in range(2):
+            self._store.read_into(key, sum(sizes[:index]), [piece.data for piece in into])
+            if digest(into) == expected:
+                return
 
     def close(self) -> None:
         """See Tier; the store is its owner's to close."""

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from botocore.exceptions import BotoCoreError, ClientError, IncompleteReadError
@@ -126,19 +126,27 @@ class S3Store(DurableStore):
         """
         assert start >= 0, start
         assert size_bytes >= 0, size_bytes
-        path = self._path(key)
         if size_bytes == 0:  # no Range header can say so
+            path = self._path(key)
             at = {"Bucket": self.settings.bucket, "Key": path, **request_args(self.settings)}
             self.link.ask("read", path, lambda client: client.head_object(**at))
         whole = np.empty(size_bytes, np.uint8).data
-        offsets = range(0, size_bytes, RANGE_BYTES)
-        targets = [(start + offset, whole[offset : offset + RANGE_BYTES]) for offset in offsets]
-        if len(targets) == 1:
-            self._fill(path, *targets[0])
-        else:
+        self.read_into(key, start, [whole])
+        return whole
+
+    def read_into(self, key: str, start: int, into: Sequence[memoryview]) -> None:
+        """See `DurableStore.read_into`; in ranges of RANGE_BYTES, several at once.
+
+        Raises:
+            DurableObjectError: As `read`.
+        """
+        path = self._path(key)
+        targets = list(_ranges(start, into))
+        if len(targets) > 1:
             self.link.check(self._base)  # one that is down is asked once, not once for each range
             list(self.link.reads.map(lambda target: self._fill(path, *target), targets))
-        return whole
+        elif targets:
+            self._fill(path, *targets[0])
 
     def keys(self, prefix: str) -> list[str]:
         """See `DurableStore.keys`; `prefix` is a string prefix, as S3's: end it with a slash."""
@@ -254,9 +262,9 @@ class S3Store(DurableStore):
                 raise self.link.error("get", path, problem)
             return body.read()
 
-    def _fill(self, path: str, start: int, target: memoryview) -> None:
-        """Read exactly as many bytes as fit into `target`."""
-        size_bytes = len(target)
+    def _fill(self, path: str, start: int, into: Sequence[memoryview]) -> None:
+        """Read exactly as many bytes as fit into the pieces of `into`."""
+        size_bytes = sum(piece.nbytes for piece in into)
 
         def fill(client: "S3Client") -> None:
             try:
@@ -279,12 +287,8 @@ class S3Store(DurableStore):
             is_range = answer["ContentLength"] == size_bytes and not (is_whole and start > 0)
             done = 0
             with closing(answer["Body"]) as body:
-                while is_range:
-                    block = target[done : done + BLOCK_BYTES]
-                    count = body.readinto(cast("Any", block)) if block else 0
-                    if not count:
-                        break
-                    done += count
+                if is_range:
+                    done = sum(_read_piece(body, piece) for piece in into)
             if done != size_bytes:
                 raise IncompleteReadError(actual_bytes=done, expected_bytes=size_bytes)
 
@@ -314,6 +318,34 @@ class S3Store(DurableStore):
         problem = path_problem(key)
         assert problem is None, f"key {key!r} {problem}"
         return self._base + key
+
+
+def _ranges(start: int, into: Sequence[memoryview]) -> Iterator[tuple[int, list[memoryview]]]:
+    """Where each range begins in the object, and the pieces of memory that its bytes go to."""
+    pieces: list[memoryview] = []
+    room = RANGE_BYTES
+    for whole in into:
+        left = whole.cast("B") if whole.nbytes else whole
+        while left.nbytes:
+            pieces.append(left[:room])
+            left = left[room:]
+            room -= pieces[-1].nbytes
+            if not room:
+                yield start, pieces
+                start, pieces, room = start + RANGE_BYTES, [], RANGE_BYTES
+    if pieces:
+        yield start, pieces
+
+
+def _read_piece(body: Any, piece: memoryview) -> int:
+    """Fill a piece of memory from an answer's body; return how many bytes there were."""
+    done = 0
+    while done < piece.nbytes:
+        count = body.readinto(piece[done : done + BLOCK_BYTES])
+        if not count:
+            break
+        done += count
+    return done
 
 
 def _parts(client: "S3Client", at: dict[str, Any]) -> Iterator[Any]:

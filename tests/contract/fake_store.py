@@ -65,6 +65,12 @@ class FakeStore(DurableStore):
             raise DurableObjectError("fake", f"read of {key}", "the object ends before")
         return memoryview(data)
 
+    def read_into(self, key: str, start: int, into: Sequence[memoryview]) -> None:
+        data = self.read(key, start, sum(piece.nbytes for piece in into))
+        for piece in into:
+            piece[:] = data[: piece.nbytes]
+            data = data[piece.nbytes :]
+
     def keys(self, prefix: str) -> list[str]:
         self._begin("keys", prefix)
         with self._lock:

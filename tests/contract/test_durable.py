@@ -107,6 +107,17 @@ def test_upload_of_the_same_bytes_again_changes_nothing(store: DurableStore) -> 
     assert store.keys("") == ["key"]
 
 
+def test_bytes_are_read_to_where_they_belong(store: DurableStore) -> None:
+    image = image_of(2 * PART_BYTES + 12_345)
+    store.upload("large", chunks_of([image]))
+    memory = bytearray(len(image) - 7)
+    whole = memoryview(memory)
+    cuts = [0, 3, 3, 1000, PART_BYTES + 1, len(memory)]
+    store.read_into("large", 7, [whole[a:b] for a, b in itertools.pairwise(cuts)])
+    assert memory == image[7:]
+    store.read_into("large", 0, [])
+
+
 @pytest.mark.parametrize(("start", "size_bytes"), [(0, 6), (4, 2), (5, 1), (100, 1)])
 def test_reading_beyond_the_end_is_an_error_of_its_own(
     store: DurableStore, start: int, size_bytes: int

@@ -153,8 +153,7 @@ def test_with_every_copy_lost_the_newest_durable_step_is_restored(
     begin(actors, job, s3=S3)
     save(actors, 20, level="durable")
     save(actors, 25)
-    for host in list(cluster.hosts):
-        cluster.kill_host(host)
+    cluster.kill_host(*cluster.hosts)
     fresh = [cluster.add_host() for _ in range(3)]
 
     again = start_trainers(fresh[:2], port + 1)

@@ -14,7 +14,7 @@ runner = CliRunner()
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["compare"], ["all"], ["scaling"], ["profile"], ["list"], ["report"]]
+    "command", [[], ["compare"], ["all"], ["scaling"], ["profile"], ["list"], ["s3"], ["report"]]
 )
 def test_help(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"])

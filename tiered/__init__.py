@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     )
     from tiered.checkpointer import Checkpointer, Restored
     from tiered.config import S3, Memory
-    from tiered.coordinator import DegradedStep, JobStatus
     from tiered.errors import (
         CheckpointError,
         ConfigError,
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     )
     from tiered.handle import SaveHandle
     from tiered.recovery import Recovered, drain, explain_placement, forget, recover, status
+    from tiered.replies import DegradedStep, JobStatus
     from tiered.retention import KeepBest, KeepEvery, KeepInterval
     from tiered.rng import RngState
 
@@ -109,8 +109,8 @@ _HOME = {
     "Restored": "tiered.checkpointer",
     "Memory": "tiered.config",
     "S3": "tiered.config",
-    "DegradedStep": "tiered.coordinator",
-    "JobStatus": "tiered.coordinator",
+    "DegradedStep": "tiered.replies",
+    "JobStatus": "tiered.replies",
     "KeepBest": "tiered.retention",
     "KeepEvery": "tiered.retention",
     "KeepInterval": "tiered.retention",

@@ -47,9 +47,6 @@ from tiered.coordinator import (
     BEGIN_TIMEOUT_S,
     COORDINATOR_NAME,
     START_TIMEOUT_S,
-    DegradedStep,
-    News,
-    Progress,
 )
 from tiered.errors import (
     ConfigError,
@@ -63,6 +60,7 @@ from tiered.handle import SaveHandle
 from tiered.history import Resolution
 from tiered.image import Layout, chunk_sizes, front, lay_out
 from tiered.messages import Level
+from tiered.replies import DegradedStep, News, Progress
 from tiered.restore import restore_into
 from tiered.s3 import S3Store
 from tiered.staging import Stager

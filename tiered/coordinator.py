@@ -9,92 +9,39 @@ parents), the holders' inventories, and one listing of S3.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, assert_never
 
-from replication.durable import upload_timeout_s
 from replication.errors import DeadlineError, FencedError, HolderUnavailableError, TieredError
 from replication.fleet import HEARTBEAT_S, HEARTBEAT_TIMEOUT_S, Fleet
 from replication.holder import LOG_FORMAT
-from replication.placement import explain_placement
 from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
 from tiered import messages as m
 from tiered import register
 from tiered.admission import Admission
 from tiered.config import S3, JobSettings
-from tiered.errors import DurableStoreDownError, DurableStoreError, StepNotFoundError
+from tiered.errors import DurableStoreError, StepNotFoundError
+from tiered.executor import Executor, first_line, settings_of, step_tag
 from tiered.history import Resolution
 from tiered.job import Job
-from tiered.ledger import Ledger
+from tiered.replies import (
+    JobStatus,
+    News,
+    Progress,
+    degraded_steps,
+    short_without,
+    status_of,
+)
 
 logger = logging.getLogger(__name__)
 
 COORDINATOR_NAME = "coordinator"
 CALL_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 60.0
-VERIFY_TIMEOUT_S = 60.0
-S3_INDEX_TIMEOUT_S = 15.0
 SETTLE_TIMEOUT_S = 30.0
 BEGIN_TIMEOUT_S = 150.0
 
 T = TypeVar("T")
-Progress = dict[int, tuple[m.Level | None, str]]
-
-
-@dataclass(frozen=True, slots=True)
-class DegradedStep:
-    """A step in memory with fewer copies than the policy asks for.
-
-    Attributes:
-        step: Which.
-        ranks: Whose shards have too few copies.
-        for_s: For how long, in seconds.
-    """
-
-    step: int
-    ranks: tuple[int, ...]
-    for_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class News:
-    """What a trainer is told of its saves.
-
-    Attributes:
-        progress: Steps that are safer than they were, or will get no safer.
-        degraded: Steps below the policy now, newest first.
-    """
-
-    progress: Progress
-    degraded: tuple[DegradedStep, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class JobStatus:
-    """What is known of a job now.
-
-    Attributes:
-        generation: The newest, 0 before the first.
-        hosts: Node ids with a live holder.
-        buddies: For each host, the hosts that its shards are replicated to.
-        hosts_with_copies: Hosts that hold any whole shard of the job.
-        committed: Steps committed in this generation and kept in memory, oldest first.
-        degraded: Steps in memory with fewer copies than the policy asks for, newest first.
-        leaving: Hosts that were said to go away.
-        durable: Steps on S3, oldest first.
-        placement: The placement explained, for a person.
-    """
-
-    generation: int
-    hosts: tuple[str, ...]
-    buddies: dict[str, tuple[str, ...]]
-    hosts_with_copies: frozenset[str]
-    committed: tuple[int, ...]
-    degraded: tuple[DegradedStep, ...]
-    leaving: tuple[str, ...]
-    durable: tuple[int, ...]
-    placement: str
 
 
 class Coordinator:
@@ -106,7 +53,7 @@ class Coordinator:
         self._fleet = Fleet(
             COORDINATOR_NAME, self._joined, self._lost, self._may_end, register.cluster_secret
         )
-        self._ledgers: dict[str, Ledger] = {}
+        self._executor = Executor(self._fleet)
         self._jobs: dict[str, Job] = {}
         self._leaving: set[str] = set()
         self._forgotten: dict[str, int] = {}  # job -> its newest generation then
@@ -114,7 +61,6 @@ class Coordinator:
         self._started: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Event()
-        self._upload_problem = ""
         self._answers: dict[tuple[str, Life], asyncio.Future[TieredError | None]] = {}
 
     # -- called by trainers, holders and tools --------------------------------------------------
@@ -192,16 +138,16 @@ class Coordinator:
         await self.hello()
         job = await self._known_job(job_name)
         if job.settings is not None and job.settings.s3 is not None and not job.durable:
-            self._feed(job, await self._list_durable(job, job.settings))
+            self._feed(job, await self._executor.list_durable(job, job.settings))
         unreadable: list[str] = []
         while (version := (choice := job.resolve(step, before)).version) is not None:
-            problem, is_transient = await self._load_manifest(job, version)
+            problem, is_transient = await self._executor.load_manifest(job, version)
             if not problem:
                 passed_over = (*unreadable, *choice.passed_over)
                 generation = version.generation
                 return Resolution(generation, version, job.sources(version), passed_over)
             if is_transient:
-                raise DurableStoreError(str(_settings(job).s3), "reading a manifest", problem)
+                raise DurableStoreError(str(settings_of(job).s3), "reading a manifest", problem)
             job.durable.discard(version)  # S3 cannot serve it; nothing is deleted
             unreadable.append(f"{version} on S3: {problem}")
         wanted = "any step" if step is None else f"step {step}"
@@ -268,7 +214,7 @@ class Coordinator:
             news = {step: state for step, state in now.items() if state != known[step]}
             left_s = deadline - time.monotonic()
             if news or left_s <= 0:
-                return News(news, _degraded(job))
+                return News(news, degraded_steps(job))
             await self._change(left_s)
 
     async def drain(self, node_id: str) -> tuple[str, ...]:
@@ -283,7 +229,7 @@ class Coordinator:
         for name in await asyncio.to_thread(register.known_jobs):
             job = await self._job(name)
             self._feed(job, m.HostLeaving(node_id))
-            short = _short_without(job, node_id)
+            short = short_without(job, node_id)
             left += [f"job {name!r}: {short}"] if short else []
         return tuple(left)
 
@@ -305,7 +251,7 @@ class Coordinator:
             left = failed.keys() & job.holders.keys()  # what is lost has nothing any more
             if left and time.monotonic() > deadline:
                 holder = min(left)
-                raise HolderUnavailableError(holder.node_id, _first_line(failed[holder]))
+                raise HolderUnavailableError(holder.node_id, first_line(failed[holder]))
             if left:
                 await asyncio.sleep(HEARTBEAT_S)
         if job.begin is None:  # what is known of it is read anew, when somebody asks
@@ -314,21 +260,7 @@ class Coordinator:
     async def status(self, job_name: str) -> JobStatus:
         """What is known of a job now."""
         await self.hello()
-        job = await self._job(job_name)
-        holders = {h for ranks in job.copies.values() for held in ranks.values() for h in held}
-        committed = sorted(v for v in job.commits if v.generation == job.generation)
-        placement, hosts = job.placement, job.placed_hosts
-        return JobStatus(
-            generation=job.generation,
-            hosts=tuple(sorted(h.node_id for h in job.holders)),
-            buddies={h.node_id: tuple(b.node_id for b in bs) for h, bs in job.buddies.items()},
-            hosts_with_copies=frozenset(h.node_id for h in holders if h in job.holders),
-            committed=tuple(v.step for v in committed),
-            degraded=_degraded(job),
-            leaving=tuple(sorted(job.leaving)),
-            durable=tuple(v.step for v in sorted(job.durable)),
-            placement="" if placement is None else explain_placement(placement, hosts),
-        )
+        return status_of(await self._job(job_name))
 
     async def durable_settings(self, job_name: str) -> S3 | None:
         """Where the job's durable steps are, as its newest generation said."""
@@ -385,7 +317,7 @@ class Coordinator:
                 await self._fleet.call(holder, "forget", CALL_TIMEOUT_S, job.name)
             records = await self._fleet.call(holder, "list_shards", CALL_TIMEOUT_S)
         except Exception as error:  # noqa: BLE001 - heartbeats will say if it is lost
-            logger.warning("no inventory from holder %s yet: %s", holder, _first_line(error))
+            logger.warning("no inventory from holder %s yet: %s", holder, first_line(error))
             await asyncio.sleep(HEARTBEAT_S)
             if holder in self._fleet.members.up:
                 self._spawn(self._holder_up(job, holder, domain))
@@ -403,7 +335,7 @@ class Coordinator:
             if name in self._jobs:
                 return self._jobs[name]
             job = Job(name)
-            self._feed(job, await asyncio.to_thread(self._ledger(job).recall))
+            self._feed(job, await asyncio.to_thread(self._executor.ledger(job).recall))
             up = self._fleet.members.up
             await asyncio.gather(*(self._holder_up(job, h, domain) for h, domain in up.items()))
             self._jobs[name] = job
@@ -439,36 +371,37 @@ class Coordinator:
                 _log_commit(job, command)
             case m.FlushGivenUp():
                 version = command.version
-                logger.warning("%s not flushed to S3: %s", _tag(job, version), command.reason)
+                logger.warning("%s not flushed to S3: %s", step_tag(job, version), command.reason)
             case m.PolicyMissed():
                 ranks = ", ".join(map(str, command.ranks))
                 logger.warning(
-                    "%s degraded: too few copies of ranks %s", _tag(job, command.version), ranks
+                    "%s degraded: too few copies of ranks %s", step_tag(job, command.version), ranks
                 )
             case m.PolicyMet():
-                tag = _tag(job, command.version)
-                logger.info("%s whole again after %.1f s", tag, command.after_s)
+                logger.info(
+                    "%s whole again after %.1f s", step_tag(job, command.version), command.after_s
+                )
             case m.AnswerSave():
                 pass  # `admit` has returned it
             case m.DropStep():
                 for holder in command.holders:
                     self._tell(holder, "drop_step", job.name, command.version)
             case m.ReadManifests():
-                self._follow(job, self._read_manifests(job, command.versions))
+                self._follow(job, self._executor.read_manifests(job, command.versions))
             case m.ClaimGeneration():
-                self._follow(job, self._claim(job, command.claim))
+                self._follow(job, self._executor.claim(job, command.claim))
             case m.ListDurable():
-                self._follow(job, self._list_durable(job, command.settings))
+                self._follow(job, self._executor.list_durable(job, command.settings))
             case m.FenceHolders():
-                self._follow(job, self._fence(job, command))
+                self._follow(job, self._executor.fence(job, command))
             case m.VerifyShards():
-                self._follow(job, self._verify(job, command))
+                self._follow(job, self._executor.verify(job, command))
             case m.RecordParent():
-                self._follow(job, self._record_parent(job, command))
+                self._follow(job, self._executor.record_parent(job, command))
             case m.UploadShard():
-                self._follow(job, self._upload(job, command))
+                self._follow(job, self._executor.upload(job, command))
             case m.PublishManifest():
-                self._follow(job, self._publish(job, command))
+                self._follow(job, self._executor.publish(job, command))
             case m.FenceNewHolder():
                 self._tell(command.holder, "fence", job.name, command.generation)
             case m.SetBuddies():
@@ -478,7 +411,7 @@ class Coordinator:
             case m.CollectBelow():
                 self._spawn(self._collect(job, command))
             case m.DeleteDurable():
-                self._spawn(self._delete_durable(job, command.versions))
+                self._spawn(self._executor.delete_durable(job, command.versions))
             case _:
                 assert_never(command)
 
@@ -487,147 +420,16 @@ class Coordinator:
         if answer is not None and not answer.done():
             answer.set_result(command.error)
 
-    # -- commands with an outcome ---------------------------------------------------------------
-
-    async def _claim(self, job: Job, claim: m.Claim) -> m.Event:
-        return await asyncio.to_thread(self._ledger(job).claim, claim)
-
-    async def _list_durable(self, job: Job, settings: JobSettings) -> m.Event:
-        try:
-            listing: m.DurableListed = await _within(
-                S3_INDEX_TIMEOUT_S, self._ledger(job).list_durable, settings
-            )
-        except TimeoutError:
-            return m.DurableListed(problem=f"no answer within {S3_INDEX_TIMEOUT_S:g} s")
-        return listing
-
-    async def _fence(self, job: Job, command: m.FenceHolders) -> m.Event:
-        calls = [
-            self._fleet.call(holder, "fence", HEARTBEAT_TIMEOUT_S, job.name, command.generation)
-            for holder in command.holders
-        ]
-        for holder, outcome in zip(
-            command.holders, await asyncio.gather(*calls, return_exceptions=True), strict=True
-        ):
-            if isinstance(outcome, BaseException):
-                logger.warning("holder %s could not be fenced: %s", holder, outcome)
-        return m.HoldersFenced(command.generation)
-
-    async def _verify(self, job: Job, command: m.VerifyShards) -> m.Event:
-        bad: list[tuple[HolderId, ShardKey]] = []
-        unread: list[tuple[HolderId, ShardKey]] = []
-
-        async def check(holder: HolderId, keys: tuple[ShardKey, ...]) -> None:
-            try:
-                found = await self._fleet.call(holder, "verify", VERIFY_TIMEOUT_S, keys)
-                bad.extend((holder, key) for key in found)
-            except Exception as error:  # noqa: BLE001 - what nobody could read does not count now
-                logger.warning("holder %s could not verify: %s", holder, _first_line(error))
-                unread.extend((holder, key) for key in keys)
-
-        await asyncio.gather(*(check(holder, keys) for holder, keys in command.copies))
-        problem, is_transient = "", False
-        if command.needs_manifest or bad or unread:
-            problem, is_transient = await self._load_manifest(job, command.version)
-        return m.ShardsVerified(
-            command.generation,
-            command.version,
-            tuple(bad),
-            job.manifests.get(command.version),
-            problem,
-            is_transient,
-            tuple(unread),
-        )
-
-    async def _load_manifest(self, job: Job, version: Version) -> tuple[str, bool]:
-        """Read a durable step's manifest into the job.
-
-        Returns:
-            What is wrong with it, if anything; and whether that is only that S3 did not answer.
-        """
-        if version not in job.durable or version in job.manifests:
-            return "", False
-        settings = job.begin.claim.settings if job.begin is not None else _settings(job)
-        read = self._ledger(job).manifest
-        try:
-            job.manifests[version] = await _within(S3_INDEX_TIMEOUT_S, read, version, settings)
-        except TimeoutError:
-            return f"no answer within {S3_INDEX_TIMEOUT_S:g} s", True
-        except DurableStoreError as error:
-            return error.problem, True
-        except ValueError as error:
-            return f"its manifest cannot be used: {_first_line(error)}", False
-        return "", False
-
-    async def _record_parent(self, job: Job, command: m.RecordParent) -> m.Event:
-        record = self._ledger(job).record_parent
-        return await asyncio.to_thread(record, command.generation, command.parent, _settings(job))
-
-    async def _read_manifests(self, job: Job, versions: tuple[Version, ...]) -> m.Event:
-        """Read what can be read; retention keeps what it knows nothing of."""
-        for version in versions:
-            problem, _ = await self._load_manifest(job, version)
-            if problem:
-                logger.warning("%s retention cannot read it: %s", _tag(job, version), problem)
-        return m.ManifestsRead({v: job.manifests[v] for v in versions if v in job.manifests})
-
-    async def _upload(self, job: Job, command: m.UploadShard) -> m.Event:
-        version, rank, holder = command.version, command.rank, command.holder
-        store = self._ledger(job).store(_settings(job))
-        key = ShardKey(job.name, version, rank)
-        args = (key, store, register.shard_key(version, rank))
-        copy = job.copies.get(version, {}).get(rank, {}).get(holder)
-        size_bytes = 0 if copy is None else copy.plan.size_bytes
-        timeout_s = upload_timeout_s(size_bytes, store.settings.bandwidth_bytes_per_s)
-        try:
-            await asyncio.to_thread(store.check)  # while S3 is down no holder is bothered
-        except DurableStoreError as error:
-            return m.UploadFailed(version, rank, holder, _first_line(error))
-        try:
-            record = await self._fleet.call(holder, "upload", timeout_s, *args)
-        except Exception as error:  # noqa: BLE001 - the core decides who tries next
-            reason, cause = _first_line(error), getattr(error, "cause", None) or error
-            if isinstance(cause, DurableStoreDownError):
-                store.report(cause.problem)
-            elif reason != self._upload_problem:  # once for each, not for each rank
-                logger.warning("%s rank %d not uploaded: %s", _tag(job, version), rank, reason)
-                self._upload_problem = reason
-            return m.UploadFailed(version, rank, holder, reason)
-        store.report(None)
-        return m.ShardUploaded(version, rank, record)
-
-    async def _publish(self, job: Job, command: m.PublishManifest) -> m.Event:
-        ledger, settings, version = self._ledger(job), _settings(job), command.version
-        try:
-            refused = await asyncio.to_thread(
-                ledger.publish, job.generation, version, command.records, settings
-            )
-        except DurableStoreError as error:
-            return m.PublishFailed(version, str(error), is_final=False)
-        if refused:
-            return m.PublishFailed(version, refused, is_final=True)
-        logger.info("%s durable on %s", _tag(job, version), ledger.store(settings))
-        return m.ManifestPublished(version, command.records)
-
     async def _collect(self, job: Job, command: m.CollectBelow) -> None:
         """Have old steps dropped, if the register still knows no newer generation.
 
         A coordinator that was replaced, and still reaches holders that nobody has fenced yet,
         would take from them what the new generation resumed from.
         """
-        if await asyncio.to_thread(self._ledger(job).newest_generation) == command.generation:
+        if await self._executor.is_newest(job, command.generation):
             order = (command.generation, command.below, command.pinned, command.branch)
             for holder in command.holders:
                 self._tell(holder, "collect", job.name, *order)
-
-    async def _delete_durable(self, job: Job, versions: tuple[Version, ...]) -> None:
-        try:
-            await asyncio.to_thread(self._ledger(job).delete, versions, _settings(job))
-        except DurableStoreError as error:
-            logger.warning("[%s] old steps not deleted from S3: %s", job.name, error)
-
-    def _ledger(self, job: Job) -> Ledger:
-        return self._ledgers.setdefault(job.name, Ledger(job.name))
 
     # -- the shell ------------------------------------------------------------------------------
 
@@ -644,7 +446,7 @@ class Coordinator:
             try:
                 await self._fleet.call(holder, method, CALL_TIMEOUT_S, *args)
             except Exception as error:  # noqa: BLE001 - a lost holder is told again when it joins
-                logger.warning("holder %s did not take %s: %s", holder, method, _first_line(error))
+                logger.warning("holder %s did not take %s: %s", holder, method, first_line(error))
 
         self._spawn(send())
 
@@ -676,46 +478,9 @@ class Coordinator:
             await self._change(min(left_s, HEARTBEAT_S))
 
 
-async def _within(timeout_s: float, call: Any, *args: Any) -> Any:
-    """Run a blocking call in a thread; give up waiting for it after `timeout_s`."""
-    work: Awaitable[Any] = asyncio.to_thread(call, *args)
-    return await asyncio.wait_for(work, timeout_s)
-
-
-def _settings(job: Job) -> JobSettings:
-    """The settings of a job that has begun."""
-    assert job.settings is not None
-    return job.settings
-
-
-def _tag(job: Job, version: Version) -> str:
-    return f"[{job.name} gen={version.generation} step={version.step}]"
-
-
-def _degraded(job: Job) -> tuple[DegradedStep, ...]:
-    now_s = time.monotonic()
-    newest_first = sorted(job.degraded.items(), reverse=True)
-    return tuple(DegradedStep(v.step, d.ranks, now_s - d.since_s) for v, d in newest_first)
-
-
-def _short_without(job: Job, node_id: str) -> str:
-    """Which shards a job would have too few copies of without this host, or nothing."""
-    for version in job.needed_versions():
-        for rank in sorted(job.copies.get(version, {})):
-            held = job.copies_of(version, rank) - {node_id}
-            if len(held) < job.copies_needed:
-                return f"rank {rank} of {version} has {len(held)} copies elsewhere"
-    return ""
-
-
 def _log_commit(job: Job, event: m.StepCommitted) -> None:
     logger.info(
         "%s committed: %.1f MB, %d copies of each shard%s",
-        _tag(job, event.version), event.size_bytes / 1e6, event.copies,
+        step_tag(job, event.version), event.size_bytes / 1e6, event.copies,
         " (degraded: too few hosts for the policy)" if event.is_degraded else "",
     )  # fmt: skip
-
-
-def _first_line(error: BaseException) -> str:
-    cause = getattr(error, "cause", None) or error
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0]

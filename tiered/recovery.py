@@ -13,11 +13,12 @@ from replication.errors import DeadlineError
 from replication.records import Version
 from tiered import cluster, register
 from tiered.config import S3, check_job_name
-from tiered.coordinator import CALL_TIMEOUT_S, SETTLE_TIMEOUT_S, JobStatus
+from tiered.coordinator import CALL_TIMEOUT_S, SETTLE_TIMEOUT_S
 from tiered.errors import ConfigError, StepNotFoundError, WorldSizeError
 from tiered.fetch import ShardReader, tiers_of
 from tiered.history import Candidate, Resolution, ShardSources, latest_consistent_step
 from tiered.ledger import read_manifest
+from tiered.replies import JobStatus
 from tiered.restore import read_state, restore_into
 from tiered.s3 import S3Store
 

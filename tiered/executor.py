@@ -1,0 +1,201 @@
+"""Carrying out those commands of a job's core that have an outcome, on holders, register and S3.
+
+Each method takes the job and the command, and returns the event to feed back; a failure is an
+event, too.
+"""
+
+import asyncio
+import logging
+from typing import Any
+
+from replication.durable import upload_timeout_s
+from replication.fleet import HEARTBEAT_TIMEOUT_S, Fleet
+from replication.records import HolderId, ShardKey, Version
+from tiered import messages as m
+from tiered import register
+from tiered.config import JobSettings
+from tiered.errors import DurableStoreDownError, DurableStoreError
+from tiered.job import Job
+from tiered.ledger import Ledger
+
+logger = logging.getLogger(__name__)
+
+VERIFY_TIMEOUT_S = 60.0
+S3_INDEX_TIMEOUT_S = 15.0
+
+
+class Executor:
+    """One for a coordinator.
+
+    Args:
+        fleet: The holders.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._ledgers: dict[str, Ledger] = {}
+        self._upload_problem = ""
+
+    async def claim(self, job: Job, claim: m.Claim) -> m.Event:
+        """Write a generation down in the register, if it is still free."""
+        return await asyncio.to_thread(self.ledger(job).claim, claim)
+
+    async def list_durable(self, job: Job, settings: JobSettings) -> m.Event:
+        """Have S3 listed, within a deadline."""
+        try:
+            listing: m.DurableListed = await _within(
+                S3_INDEX_TIMEOUT_S, self.ledger(job).list_durable, settings
+            )
+        except TimeoutError:
+            return m.DurableListed(problem=f"no answer within {S3_INDEX_TIMEOUT_S:g} s")
+        return listing
+
+    async def fence(self, job: Job, command: m.FenceHolders) -> m.Event:
+        """Have holders refuse older generations; who does not answer is fenced when it joins."""
+        calls = [
+            self._fleet.call(holder, "fence", HEARTBEAT_TIMEOUT_S, job.name, command.generation)
+            for holder in command.holders
+        ]
+        for holder, outcome in zip(
+            command.holders, await asyncio.gather(*calls, return_exceptions=True), strict=True
+        ):
+            if isinstance(outcome, BaseException):
+                logger.warning("holder %s could not be fenced: %s", holder, outcome)
+        return m.HoldersFenced(command.generation)
+
+    async def verify(self, job: Job, command: m.VerifyShards) -> m.Event:
+        """Have holders read their copies, and read the manifest from S3 if it may be needed."""
+        bad: list[tuple[HolderId, ShardKey]] = []
+        unread: list[tuple[HolderId, ShardKey]] = []
+
+        async def check(holder: HolderId, keys: tuple[ShardKey, ...]) -> None:
+            try:
+                found = await self._fleet.call(holder, "verify", VERIFY_TIMEOUT_S, keys)
+                bad.extend((holder, key) for key in found)
+            except Exception as error:  # noqa: BLE001 - what nobody could read does not count now
+                logger.warning("holder %s could not verify: %s", holder, first_line(error))
+                unread.extend((holder, key) for key in keys)
+
+        await asyncio.gather(*(check(holder, keys) for holder, keys in command.copies))
+        problem, is_transient = "", False
+        if command.needs_manifest or bad or unread:
+            problem, is_transient = await self.load_manifest(job, command.version)
+        return m.ShardsVerified(
+            command.generation,
+            command.version,
+            tuple(bad),
+            job.manifests.get(command.version),
+            problem,
+            is_transient,
+            tuple(unread),
+        )
+
+    async def load_manifest(self, job: Job, version: Version) -> tuple[str, bool]:
+        """Read a durable step's manifest into the job.
+
+        Returns:
+            What is wrong with it, if anything; and whether that is only that S3 did not answer.
+        """
+        if version not in job.durable or version in job.manifests:
+            return "", False
+        settings = job.begin.claim.settings if job.begin is not None else settings_of(job)
+        read = self.ledger(job).manifest
+        try:
+            job.manifests[version] = await _within(S3_INDEX_TIMEOUT_S, read, version, settings)
+        except TimeoutError:
+            return f"no answer within {S3_INDEX_TIMEOUT_S:g} s", True
+        except DurableStoreError as error:
+            return error.problem, True
+        except ValueError as error:
+            return f"its manifest cannot be used: {first_line(error)}", False
+        return "", False
+
+    async def record_parent(self, job: Job, command: m.RecordParent) -> m.Event:
+        """Write down what a generation resumes from; the first writer's word stands."""
+        record = self.ledger(job).record_parent
+        return await asyncio.to_thread(record, command.generation, command.parent, settings_of(job))
+
+    async def read_manifests(self, job: Job, versions: tuple[Version, ...]) -> m.Event:
+        """Read what can be read; retention keeps what it knows nothing of."""
+        for version in versions:
+            problem, _ = await self.load_manifest(job, version)
+            if problem:
+                logger.warning("%s retention cannot read it: %s", step_tag(job, version), problem)
+        return m.ManifestsRead({v: job.manifests[v] for v in versions if v in job.manifests})
+
+    async def upload(self, job: Job, command: m.UploadShard) -> m.Event:
+        """Have one holder upload one shard."""
+        version, rank, holder = command.version, command.rank, command.holder
+        store = self.ledger(job).store(settings_of(job))
+        key = ShardKey(job.name, version, rank)
+        args = (key, store, register.shard_key(version, rank))
+        copy = job.copies.get(version, {}).get(rank, {}).get(holder)
+        size_bytes = 0 if copy is None else copy.plan.size_bytes
+        timeout_s = upload_timeout_s(size_bytes, store.settings.bandwidth_bytes_per_s)
+        try:
+            await asyncio.to_thread(store.check)  # while S3 is down no holder is bothered
+        except DurableStoreError as error:
+            return m.UploadFailed(version, rank, holder, first_line(error))
+        try:
+            record = await self._fleet.call(holder, "upload", timeout_s, *args)
+        except Exception as error:  # noqa: BLE001 - the core decides who tries next
+            reason, cause = first_line(error), getattr(error, "cause", None) or error
+            if isinstance(cause, DurableStoreDownError):
+                store.report(cause.problem)
+            elif reason != self._upload_problem:  # once for each, not for each rank
+                logger.warning("%s rank %d not uploaded: %s", step_tag(job, version), rank, reason)
+                self._upload_problem = reason
+            return m.UploadFailed(version, rank, holder, reason)
+        store.report(None)
+        return m.ShardUploaded(version, rank, record)
+
+    async def publish(self, job: Job, command: m.PublishManifest) -> m.Event:
+        """Write a step's manifest, which makes it durable."""
+        ledger, settings, version = self.ledger(job), settings_of(job), command.version
+        try:
+            refused = await asyncio.to_thread(
+                ledger.publish, job.generation, version, command.records, settings
+            )
+        except DurableStoreError as error:
+            return m.PublishFailed(version, str(error), is_final=False)
+        if refused:
+            return m.PublishFailed(version, refused, is_final=True)
+        logger.info("%s durable on %s", step_tag(job, version), ledger.store(settings))
+        return m.ManifestPublished(version, command.records)
+
+    async def is_newest(self, job: Job, generation: int) -> bool:
+        """Whether the register knows no newer generation of the job."""
+        return await asyncio.to_thread(self.ledger(job).newest_generation) == generation
+
+    async def delete_durable(self, job: Job, versions: tuple[Version, ...]) -> None:
+        """Delete steps from S3, manifests first; what fails is collected as garbage later."""
+        try:
+            await asyncio.to_thread(self.ledger(job).delete, versions, settings_of(job))
+        except DurableStoreError as error:
+            logger.warning("[%s] old steps not deleted from S3: %s", job.name, error)
+
+    def ledger(self, job: Job) -> Ledger:
+        """Where a job's generations and durable steps are written down."""
+        return self._ledgers.setdefault(job.name, Ledger(job.name))
+
+
+async def _within(timeout_s: float, call: Any, *args: Any) -> Any:
+    """Run a blocking call in a thread; give up waiting for it after `timeout_s`."""
+    return await asyncio.wait_for(asyncio.to_thread(call, *args), timeout_s)
+
+
+def settings_of(job: Job) -> JobSettings:
+    """The settings of a job that has begun."""
+    assert job.settings is not None
+    return job.settings
+
+
+def step_tag(job: Job, version: Version) -> str:
+    """What log lines about a step begin with."""
+    return f"[{job.name} gen={version.generation} step={version.step}]"
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line; what a Ray task raised rather than Ray's wrapping."""
+    cause = getattr(error, "cause", None) or error
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]

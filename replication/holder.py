@@ -48,6 +48,7 @@ from replication.records import (
     Version,
     Way,
 )
+from replication.release import RELEASE
 from replication.shared import Place, own_mappings, places_of
 from replication.sink import Sink
 from replication.stream import Tls, tls_like_ray
@@ -77,6 +78,9 @@ class HolderInfo:
     capacity_bytes: int
     used_bytes: int
     endpoint: Endpoint | None = None  # of its data plane
+    release: str = ""
+    sent_bytes: int = 0  # of chunks to other hosts, by its data plane
+    received_bytes: int = 0  # of chunks from other hosts, whichever way
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +133,11 @@ class Holder:
         if not self._tasks:
             self._spawn(self._tick_forever())
             self._spawn(self._report_forever())
-        core = self._core
-        return HolderInfo(core.holder, core.capacity_bytes, core.used_bytes, self._endpoint)
+        core, traffic = self._core, await self.traffic()
+        return HolderInfo(
+            core.holder, core.capacity_bytes, core.used_bytes, self._endpoint,
+            RELEASE, traffic.sent, sum(traffic.received.values()),
+        )  # fmt: skip
 
     # -- called by trainers on this host --------------------------------------------------------
 

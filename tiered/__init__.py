@@ -16,6 +16,8 @@ package that need no torch, whose import takes seconds.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from replication.release import RELEASE
+
 if TYPE_CHECKING:
     from replication.errors import (
         AuthenticationError,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
         PlacementError,
         ProtocolError,
         ProtocolVersionError,
+        ReleaseError,
         ReplicationError,
         ShardNotHeldError,
         TieredError,
@@ -45,7 +48,18 @@ if TYPE_CHECKING:
         WorldSizeError,
     )
     from tiered.handle import SaveHandle
-    from tiered.recovery import Recovered, drain, explain_placement, forget, recover, status
+    from tiered.journal import Entry
+    from tiered.overview import ClusterStatus
+    from tiered.recovery import (
+        Recovered,
+        cluster_status,
+        drain,
+        events,
+        explain_placement,
+        forget,
+        recover,
+        status,
+    )
     from tiered.replies import DegradedStep, JobStatus
     from tiered.retention import KeepBest, KeepEvery, KeepInterval
     from tiered.rng import RngState
@@ -56,11 +70,13 @@ __all__ = [
     "CheckpointError",
     "Checkpointer",
     "ChunkCorruptError",
+    "ClusterStatus",
     "ConfigError",
     "DeadlineError",
     "DegradedStep",
     "DurableStoreDownError",
     "DurableStoreError",
+    "Entry",
     "FencedError",
     "HolderTimeoutError",
     "HolderUnavailableError",
@@ -74,6 +90,7 @@ __all__ = [
     "ProtocolError",
     "ProtocolVersionError",
     "Recovered",
+    "ReleaseError",
     "ReplicationError",
     "Restored",
     "RngState",
@@ -84,7 +101,9 @@ __all__ = [
     "StepNotFoundError",
     "TieredError",
     "WorldSizeError",
+    "cluster_status",
     "drain",
+    "events",
     "explain_placement",
     "forget",
     "recover",
@@ -102,6 +121,7 @@ _HOME = {
     "PlacementError": "replication.errors",
     "ProtocolError": "replication.errors",
     "ProtocolVersionError": "replication.errors",
+    "ReleaseError": "replication.errors",
     "ReplicationError": "replication.errors",
     "ShardNotHeldError": "replication.errors",
     "TieredError": "replication.errors",
@@ -115,7 +135,9 @@ _HOME = {
     "KeepEvery": "tiered.retention",
     "KeepInterval": "tiered.retention",
     "explain_placement": "tiered.recovery",
+    "cluster_status": "tiered.recovery",
     "drain": "tiered.recovery",
+    "events": "tiered.recovery",
     "forget": "tiered.recovery",
     "CheckpointError": "tiered.errors",
     "ConfigError": "tiered.errors",
@@ -126,11 +148,16 @@ _HOME = {
     "StepNotFoundError": "tiered.errors",
     "WorldSizeError": "tiered.errors",
     "SaveHandle": "tiered.handle",
+    "Entry": "tiered.journal",
+    "ClusterStatus": "tiered.overview",
     "Recovered": "tiered.recovery",
     "recover": "tiered.recovery",
     "status": "tiered.recovery",
     "RngState": "tiered.rng",
 }
+
+
+__version__ = RELEASE
 
 
 def __getattr__(name: str) -> Any:

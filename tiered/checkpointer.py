@@ -252,8 +252,16 @@ class Checkpointer:
             passed_over=resolution.passed_over,
         )
         self._log_restored(self.restored)
+        self._report_restored(resolution.version, self.restored)
         self._make_ready(state)
         return resolution.version.step + 1
+
+    def _report_restored(self, version: Version, restored: Restored) -> None:
+        """Tell the coordinator for its journal; nobody waits for that."""
+        facts = (
+            version, self._worker.rank, restored.size_bytes, restored.source, restored.seconds
+        )  # fmt: skip
+        self._coordinator.report_restored.remote(self.job, self._generation, facts)
 
     def _begin(self, step: int | None = None, before: int | None = None) -> Resolution:
         worker = self._worker

@@ -94,6 +94,11 @@ class Job(Catalogue):
         self._repair_free_s: dict[str, float] = {}  # by host: when it may send for repair again
         self._remind_due_s = 0.0
 
+    @property
+    def durable_problem(self) -> str:
+        """Why it is not known what S3 has; empty when it is."""
+        return self._durable_problem or ""
+
     # -- events ------------------------------------------------------------------------------
 
     def handle(self, event: m.Event, now_s: float) -> list[m.Command]:

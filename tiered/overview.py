@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from replication.placement import explain_placement
 from replication.records import HolderId, Version
 from tiered.config import JobSettings
 from tiered.history import is_on_branch
@@ -256,10 +257,12 @@ def job_overview(job: Job, now_s: float, *, with_shards: bool = False) -> JobOve
         s3_every_steps=0 if s3 is None else s3.every_steps,
         s3_problem="" if s3 is None else _s3_problem(job),
         steps=steps,
-        restores=None if choice.version is None else tuple(choice.version),
+        restores=None
+        if choice.version is None
+        else (choice.version.generation, choice.version.step),
         passed_over=choice.passed_over,
         buddies={h.node_id: tuple(b.node_id for b in bs) for h, bs in job.buddies.items()},
-        placement=job.placement_text,
+        placement=_placement(job),
         findings=_sorted(_job_findings(job, steps, choice.version)),
     )
 
@@ -297,7 +300,7 @@ def _step(job: Job, version: Version, now_s: float, *, with_shards: bool) -> Ste
     ranks = job.copies.get(version, {})
     records = {r.key.rank: r for r in job.manifests.get(version, ())}
     for rank, held in ranks.items():
-        records.update({rank: record for record in held.values()})
+        records.update((rank, record) for record in held.values())
     world_size = max((r.plan.world_size for r in records.values()), default=0)
     counts = [len(job.intact(version, rank)) for rank in range(world_size)] if ranks else []
     missing = tuple(rank for rank, count in enumerate(counts) if not count)
@@ -376,6 +379,10 @@ def _policy(settings: JobSettings, replicas: int) -> str:
     if s3 is not None:
         text += f"; S3 every {s3.every_steps} steps, keep {s3.keep or 'all'}"
     return text
+
+
+def _placement(job: Job) -> str:
+    return "" if job.placement is None else explain_placement(job.placement, job.placed_hosts)
 
 
 def _job_findings(

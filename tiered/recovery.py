@@ -17,7 +17,9 @@ from tiered.coordinator import CALL_TIMEOUT_S, SETTLE_TIMEOUT_S
 from tiered.errors import ConfigError, StepNotFoundError, WorldSizeError
 from tiered.fetch import ShardReader, tiers_of
 from tiered.history import Candidate, Resolution, ShardSources, latest_consistent_step
+from tiered.journal import Entry
 from tiered.ledger import read_manifest
+from tiered.overview import ClusterStatus
 from tiered.replies import JobStatus
 from tiered.restore import read_state, restore_into
 from tiered.s3 import S3Store
@@ -171,6 +173,41 @@ def status(job: str) -> JobStatus:
     check_job_name(job)
     cluster.attach()
     answer: JobStatus = cluster.ask(cluster.coordinator(), "status", job, timeout_s=ASK_TIMEOUT_S)
+    return answer
+
+
+def cluster_status(job: str | None = None, *, with_shards: bool = False) -> ClusterStatus:
+    """What the running cluster protects now: hosts, jobs, steps, and what is not as it should be.
+
+    Args:
+        job: Only this one.
+        with_shards: With the copies of each rank of each step.
+
+    Raises:
+        ConfigError: No Ray cluster with checkpoints in its memory is running.
+    """
+    if job is not None:
+        check_job_name(job)
+    actor = cluster.running_coordinator()
+    answer: ClusterStatus = cluster.ask(
+        actor, "overview", job, with_shards=with_shards, timeout_s=ASK_TIMEOUT_S
+    )
+    return answer
+
+
+def events(job: str | None = None, *, after: int = 0) -> list[Entry]:
+    """What happened in the running cluster, in order: losses, recoveries, commits.
+
+    Args:
+        job: Only this one's, and what happened to hosts.
+        after: Only what came after the entry of this number.
+
+    Raises:
+        ConfigError: No Ray cluster with checkpoints in its memory is running.
+    """
+    answer: list[Entry] = cluster.ask(
+        cluster.running_coordinator(), "events", job, after, timeout_s=ASK_TIMEOUT_S
+    )
     return answer
 
 

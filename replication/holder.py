@@ -27,7 +27,7 @@ from typing import Any, assert_never
 
 import ray
 
-from replication import inventory
+from replication import messages
 from replication.buffers import ReceiveBuffers
 from replication.checksum import Digest, digest
 from replication.chunk_server import ChunkServer, ReadChunk
@@ -177,7 +177,7 @@ class Holder:
         self._core.check_write(key, plan)
         if not self._core.has_chunk(key, index):
             self._chunks.setdefault(key, {})[index] = chunk
-        self._feed(inventory.ChunkStaged(key, plan, index))
+        self._feed(messages.ChunkStaged(key, plan, index))
 
     # -- called by other holders, and by whoever restores ---------------------------------------
 
@@ -211,7 +211,7 @@ class Holder:
         """
         self._core.check_copy(key, plan)
         if self._core.has_chunk(key, index):
-            self._feed(inventory.ChunkKnown(key))
+            self._feed(messages.ChunkKnown(key))
             return
         self._trim()
         origin = Source(source.node_id, await self._peer(source), endpoint)
@@ -220,7 +220,7 @@ class Holder:
         chunk = await receive(self._receivers, self._receive, origin, wanted, expected, way)
         self._core.check_copy(key, plan)  # the world may have moved on while bytes did
         self._chunks.setdefault(key, {})[index] = chunk
-        self._feed(inventory.ChunkFetched(key, plan, index, expected))
+        self._feed(messages.ChunkFetched(key, plan, index, expected))
 
     async def read_chunk(self, key: ShardKey, index: int) -> Chunk:
         """Return a chunk that is pinned here; Ray copies it for whoever asked.
@@ -256,15 +256,15 @@ class Holder:
 
     async def fence(self, job: str, generation: int) -> None:
         """Refuse older generations of `job` from now on."""
-        self._feed(inventory.FenceRaised(job, generation))
+        self._feed(messages.FenceRaised(job, generation))
 
     async def set_buddies(self, job: str, buddies: tuple[HolderId, ...]) -> None:
         """Replicate shards of `job` staged here to `buddies`, past ones included."""
-        self._feed(inventory.BuddiesChanged(job, buddies))
+        self._feed(messages.BuddiesChanged(job, buddies))
 
     async def replicate(self, key: ShardKey, to: HolderId) -> None:
         """Make one more copy of a shard, on `to`."""
-        self._feed(inventory.ReplicationRequested(key, to))
+        self._feed(messages.ReplicationRequested(key, to))
 
     async def collect(
         self,
@@ -276,17 +276,17 @@ class Holder:
     ) -> None:
         """Let go of every shard of `job` that is older than `below`, or abandoned, and not pinned.
 
-        See `inventory.WatermarkRaised`.
+        See `messages.WatermarkRaised`.
         """
-        self._feed(inventory.WatermarkRaised(job, generation, below, pinned, branch))
+        self._feed(messages.WatermarkRaised(job, generation, below, pinned, branch))
 
     async def drop_step(self, job: str, version: Version) -> None:
         """Let go of a step of `job` that was never committed."""
-        self._feed(inventory.StepDropped(job, version))
+        self._feed(messages.StepDropped(job, version))
 
     async def forget(self, job: str) -> None:
         """Let go of everything of `job`."""
-        self._feed(inventory.JobForgotten(job))
+        self._feed(messages.JobForgotten(job))
         self._ways.pop(job, None)
 
     async def verify(self, keys: Sequence[ShardKey]) -> list[ShardKey]:
@@ -322,7 +322,7 @@ class Holder:
         if bad is not None:
             error = ChunkCorruptError("this host's memory", str(key), bad)
             logger.error("%s; the copy no longer counts", error)
-            self._feed(inventory.ChunkFoundCorrupt(key))
+            self._feed(messages.ChunkFoundCorrupt(key))
             raise error
         return record
 
@@ -359,24 +359,24 @@ class Holder:
         chunks = self._chunks[record.key]
         return [chunks[i] for i in range(len(record.plan.chunk_sizes))]
 
-    def _feed(self, event: inventory.Event) -> None:
+    def _feed(self, event: messages.Event) -> None:
         for command in self._core.handle(event, time.monotonic()):
             match command:
-                case inventory.HashChunk():
+                case messages.HashChunk():
                     self._spawn(self._hash(command.key, command.index))
-                case inventory.OfferChunk():
+                case messages.OfferChunk():
                     self._spawn(self._offer(command))
-                case inventory.ReportShard():
+                case messages.ReportShard():
                     self._corrupt.discard(command.record.key)
                     self._unreported[command.record.key] = command.record
                     self._has_unreported.set()
-                case inventory.ReportCorrupt():
+                case messages.ReportCorrupt():
                     self._unreported.pop(command.key, None)  # or it would count again
                     self._corrupt.add(command.key)
                     self._has_unreported.set()
-                case inventory.ReadChunk():
+                case messages.ReadChunk():
                     self._spawn(self._reread(command.key, command.index))
-                case inventory.DropShard():
+                case messages.DropShard():
                     self._chunks.pop(command.key, None)
                     self._unreported.pop(command.key, None)
                     self._corrupt.discard(command.key)
@@ -398,18 +398,18 @@ class Holder:
         chunk = self._chunks.get(key, {}).get(index)
         if chunk is not None:
             value = await asyncio.to_thread(digest, chunk)
-            self._feed(inventory.ChunkHashed(key, index, value))
+            self._feed(messages.ChunkHashed(key, index, value))
 
     async def _reread(self, key: ShardKey, index: int) -> None:
         chunk = self._chunks.get(key, {}).get(index)
         value = b"" if chunk is None else await asyncio.to_thread(digest, chunk)
-        self._feed(inventory.ChunkRead(key, index, value))
+        self._feed(messages.ChunkRead(key, index, value))
         shard = self._core.shards.get(key)
         if shard is not None and shard.quarantined:
             error = ChunkCorruptError("this host's memory", str(key), index)
             logger.error("%s; the copy no longer counts", error)
 
-    async def _offer(self, offer: inventory.OfferChunk) -> None:
+    async def _offer(self, offer: messages.OfferChunk) -> None:
         slots = self._offer_slots.setdefault(offer.to, asyncio.Semaphore(OFFERS_AT_ONCE))
         # The buddy's own deadline, and then some for its verification and put.
         timeout_s = fetch_timeout_s(offer.plan.chunk_sizes[offer.index]) * 1.5
@@ -427,9 +427,9 @@ class Holder:
                     offer.key, offer.index, offer.to, error,
                 )  # fmt: skip
                 self._peers.pop(offer.to, None)
-                self._feed(inventory.ChunkNotTaken(offer.to, offer.key, offer.index))
+                self._feed(messages.ChunkNotTaken(offer.to, offer.key, offer.index))
             else:
-                self._feed(inventory.ChunkTaken(offer.to, offer.key, offer.index))
+                self._feed(messages.ChunkTaken(offer.to, offer.key, offer.index))
 
     async def _peer(self, holder: HolderId) -> ActorRef:
         if holder not in self._peers:
@@ -441,7 +441,7 @@ class Holder:
     async def _tick_forever(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self._feed(inventory.Ticked())
+            self._feed(messages.Ticked())
 
     async def _report_forever(self) -> None:
         """Tell the observer of sealed and of corrupt shards, in batches, until it has answered."""

@@ -14,246 +14,45 @@ Rules:
     6. What is pinned is read again now and then (`replication.scrub`). A copy that is found
        corrupt stops counting, the coordinator is told, and told again: a message may be late.
 
-`handle` takes an event and returns commands; it does no I/O, knows no clock but `now_s`, and
-keeps no bytes: the shell (`replication.holder`) pins those and carries the commands out, feeding
-each outcome back as an event.
+`handle` takes an event and returns commands (`replication.messages`); it does no I/O, knows no
+clock but `now_s`, and keeps no bytes: the shell (`replication.holder`) pins those and carries the
+commands out, feeding each outcome back as an event.
 """
 
 from dataclasses import dataclass, field
 from typing import assert_never
 
 from replication.errors import FencedError, MemoryBudgetError, ShardNotHeldError
+from replication.messages import (
+    BuddiesChanged,
+    ChunkFetched,
+    ChunkFoundCorrupt,
+    ChunkHashed,
+    ChunkKnown,
+    ChunkNotTaken,
+    ChunkRead,
+    ChunkStaged,
+    ChunkTaken,
+    Command,
+    DropShard,
+    Event,
+    FenceRaised,
+    HashChunk,
+    JobForgotten,
+    OfferChunk,
+    ReadChunk,
+    ReplicationRequested,
+    ReportCorrupt,
+    ReportShard,
+    StepDropped,
+    Ticked,
+    WatermarkRaised,
+)
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
 from replication.scrub import Scrub
 
 OFFER_BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 REMIND_S = 15.0  # a corrupt copy that is still here is reported again
-
-
-# --- events -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkStaged:
-    """A trainer on this host put a chunk, and the shell has pinned it."""
-
-    key: ShardKey
-    plan: ShardPlan
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkHashed:
-    """The checksum of a chunk staged here is known."""
-
-    key: ShardKey
-    index: int
-    digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkFetched:
-    """A chunk that a peer offered is here, verified against `digest`, and pinned."""
-
-    key: ShardKey
-    plan: ShardPlan
-    index: int
-    digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkTaken:
-    """A peer has verified and pinned a chunk that was offered to it."""
-
-    peer: HolderId
-    key: ShardKey
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkNotTaken:
-    """An offer failed, or its answer did not come in time; it will be repeated."""
-
-    peer: HolderId
-    key: ShardKey
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class BuddiesChanged:
-    """From now on shards of `job` staged here are replicated to `buddies`."""
-
-    job: str
-    buddies: tuple[HolderId, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicationRequested:
-    """The coordinator wants one more copy of a shard, whoever staged it (repair)."""
-
-    key: ShardKey
-    to: HolderId
-
-
-@dataclass(frozen=True, slots=True)
-class FenceRaised:
-    """Generation `generation` of `job` has begun; older ones write no more."""
-
-    job: str
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class WatermarkRaised:
-    """Generation `generation` of `job` says that nothing below `below` is needed any more.
-
-    Attributes:
-        job: The job.
-        generation: Who says so.
-        below: The watermark.
-        pinned: Versions below it that are still needed (they are being flushed). A version is
-            pinned when it is the newest one and released later, never pinned again, so that the
-            order in which these messages arrive does not matter.
-        branch: The last step of each older generation that this one descends from: what those
-            have beyond is abandoned, and goes too. None where that is not known.
-    """
-
-    job: str
-    generation: int
-    below: Version
-    pinned: tuple[Version, ...] = ()
-    branch: tuple[Version, ...] | None = None
-
-    def is_needed(self, version: Version) -> bool:
-        """Whether a version is to be kept."""
-        if version in self.pinned:
-            return True
-        if self.branch is None or version.generation >= self.generation:
-            return version >= self.below
-        last = {end.generation: end.step for end in self.branch}
-        return version >= self.below and version.step <= last.get(version.generation, -1)
-
-
-@dataclass(frozen=True, slots=True)
-class StepDropped:
-    """A step that was never committed is not wanted any more; late chunks of it neither.
-
-    Only while its generation is the newest: a later one may have resumed from this very step.
-    """
-
-    job: str
-    version: Version
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkFoundCorrupt:
-    """A re-read chunk does not have its checksum: the whole copy stops counting."""
-
-    key: ShardKey
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkRead:
-    """A chunk that was to be read again has this checksum; empty if it is not here any more."""
-
-    key: ShardKey
-    index: int
-    digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkKnown:
-    """A peer offers a chunk that is here: whoever asked for that copy does not know of this one."""
-
-    key: ShardKey
-
-
-@dataclass(frozen=True, slots=True)
-class JobForgotten:
-    """Everything of a job goes."""
-
-    job: str
-
-
-@dataclass(frozen=True, slots=True)
-class Ticked:
-    """Time passed; offers whose pause is over are repeated, and a chunk may be due for reading."""
-
-
-Event = (
-    ChunkStaged
-    | ChunkHashed
-    | ChunkFetched
-    | ChunkTaken
-    | ChunkNotTaken
-    | BuddiesChanged
-    | ReplicationRequested
-    | FenceRaised
-    | WatermarkRaised
-    | StepDropped
-    | ChunkFoundCorrupt
-    | ChunkRead
-    | ChunkKnown
-    | JobForgotten
-    | Ticked
-)
-
-
-# --- commands -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class HashChunk:
-    """Compute a chunk's checksum; answer with ChunkHashed."""
-
-    key: ShardKey
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class OfferChunk:
-    """Ask `to` to fetch a chunk from here; answer with ChunkTaken or ChunkNotTaken."""
-
-    to: HolderId
-    key: ShardKey
-    plan: ShardPlan
-    index: int
-    digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class ReportShard:
-    """Tell the coordinator that this shard is held here, whole and verified."""
-
-    record: ShardRecord
-
-
-@dataclass(frozen=True, slots=True)
-class ReportCorrupt:
-    """Tell the coordinator that the copy here is corrupt, and must not count."""
-
-    key: ShardKey
-
-
-@dataclass(frozen=True, slots=True)
-class ReadChunk:
-    """Read a pinned chunk again, in the background; answer with ChunkRead."""
-
-    key: ShardKey
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class DropShard:
-    """Let go of a shard's bytes."""
-
-    key: ShardKey
-
-
-Command = HashChunk | OfferChunk | ReportShard | ReportCorrupt | ReadChunk | DropShard
-
-
-# --- state --------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ package that need no torch, whose import takes seconds.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from replication.release import RELEASE
+import replication.release
 
 if TYPE_CHECKING:
     from replication.errors import (
@@ -47,12 +47,14 @@ if TYPE_CHECKING:
         StepNotFoundError,
         WorldSizeError,
     )
+    from tiered.garbage import Deletion, GarbagePlan
     from tiered.handle import SaveHandle
     from tiered.journal import Entry
     from tiered.overview import ClusterStatus
     from tiered.recovery import (
         Recovered,
         cluster_status,
+        collect_garbage,
         drain,
         events,
         explain_placement,
@@ -74,10 +76,12 @@ __all__ = [
     "ConfigError",
     "DeadlineError",
     "DegradedStep",
+    "Deletion",
     "DurableStoreDownError",
     "DurableStoreError",
     "Entry",
     "FencedError",
+    "GarbagePlan",
     "HolderTimeoutError",
     "HolderUnavailableError",
     "JobStatus",
@@ -102,6 +106,7 @@ __all__ = [
     "TieredError",
     "WorldSizeError",
     "cluster_status",
+    "collect_garbage",
     "drain",
     "events",
     "explain_placement",
@@ -147,9 +152,12 @@ _HOME = {
     "StateError": "tiered.errors",
     "StepNotFoundError": "tiered.errors",
     "WorldSizeError": "tiered.errors",
+    "Deletion": "tiered.garbage",
+    "GarbagePlan": "tiered.garbage",
     "SaveHandle": "tiered.handle",
     "Entry": "tiered.journal",
     "ClusterStatus": "tiered.overview",
+    "collect_garbage": "tiered.recovery",
     "Recovered": "tiered.recovery",
     "recover": "tiered.recovery",
     "status": "tiered.recovery",
@@ -157,7 +165,7 @@ _HOME = {
 }
 
 
-__version__ = RELEASE
+__version__ = replication.release.RELEASE
 
 
 def __getattr__(name: str) -> Any:

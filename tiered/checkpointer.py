@@ -24,9 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import ray
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from replication.errors import (
     DeadlineError,
@@ -35,10 +33,8 @@ from replication.errors import (
     MemoryBudgetError,
     TieredError,
 )
-from replication.holder import NAMESPACE, holder_name
-from replication.inventory import Reservation
 from replication.pinning import put
-from replication.records import ActorRef, HolderId, ShardKey, ShardPlan, Version
+from replication.records import ShardKey, ShardPlan, Version
 from replication.transport import fetch_timeout_s
 from tiered import cluster
 from tiered.admission import Admission
@@ -60,19 +56,19 @@ from tiered.handle import SaveHandle
 from tiered.history import Resolution
 from tiered.image import Layout, chunk_sizes, front, lay_out
 from tiered.messages import Level
-from tiered.replies import DegradedStep, News, Progress
+from tiered.own_holder import OwnHolder
+from tiered.replies import DegradedStep
 from tiered.restore import restore_into
 from tiered.s3 import S3Store
 from tiered.staging import Stager
 from tiered.state import CaptureCache, Captured, capture
+from tiered.watcher import Watcher, log_tag
 from tiered.worker import find_worker, new_life
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 5.0  # how long one question for news stays open
-HOLDER_TIMEOUT_S = 10.0
-FLUSHES = 2  # steps on their way to S3 that memory keeps beside the others: one, and one waiting
 ADMIT_TIMEOUT_S = 5.0
+REPORT_TIMEOUT_S = 10.0
 MAX_METRICS = 64
 
 
@@ -139,25 +135,21 @@ class Checkpointer:
         self._worker = find_worker(rank, world_size)
         self._allow_pickle = allow_pickle
         self._is_local = cluster.connect()
-        self._node_id: str = ray.get_runtime_context().get_node_id()
         self._coordinator = cluster.coordinator()
-        self._holder: ActorRef = self._find_holder()
+        self._silence = cluster.Silence()
+        self._holder = OwnHolder(
+            self._coordinator, self.job, self.settings, self._worker, self._silence
+        )
+        self._watcher = Watcher(self._coordinator, self.job, self._worker.rank, self._prepare)
         self._generation = 0
         self._layout: Layout | None = None
         self._cache: CaptureCache = {}
         self._stager = Stager(self.settings.memory.chunk_bytes)
         self._is_saving = threading.Lock()
-        self._declared_bytes = 0
-        self._handles: dict[int, SaveHandle] = {}
         self._last: SaveHandle | None = None
         self._fenced: FencedError | None = None
-        self._news = threading.Condition()
-        self._silence = cluster.Silence()
         self._skipped = 0
         self._is_skipping = False
-        self._degraded: tuple[DegradedStep, ...] = ()
-        self._closing = False
-        self._watcher: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -171,7 +163,7 @@ class Checkpointer:
         if kind is None:
             self.close()
         else:  # what is in memory is needed now: leave everything as it is
-            self._stop_watching()
+            self._stop()
 
     @property
     def skipped(self) -> int:
@@ -181,7 +173,7 @@ class Checkpointer:
     @property
     def degraded(self) -> tuple[DegradedStep, ...]:
         """Steps with fewer copies than the policy asks for, as of the last news; newest first."""
-        return self._degraded
+        return self._watcher.degraded
 
     # -- restore --------------------------------------------------------------------------------
 
@@ -219,6 +211,7 @@ class Checkpointer:
         resolution = self._begin(step, before)
         if resolution.version is None:
             self.restored = None
+            self._log_passed_over(resolution.passed_over)
             logger.info("%s fresh start", self._tag())
             self._make_ready(state)
             return 0
@@ -230,7 +223,7 @@ class Checkpointer:
         s3 = self.settings.s3
         store = S3Store(s3, self.job) if s3 is not None else None
         way = self.settings.memory.transport
-        reader = ShardReader(sources, tiers_of(sources, self._node_id, store, way))
+        reader = ShardReader(sources, tiers_of(sources, self._holder.node_id, store, way))
         with contextlib.closing(store) if store is not None else contextlib.nullcontext():
             try:
                 restore_into(state, reader, allow_pickle=self._allow_pickle)
@@ -239,7 +232,7 @@ class Checkpointer:
                     cluster.ask(
                         self._coordinator, "report_unreadable",
                         self.job, resolution.version, self._worker.rank,
-                        timeout_s=HOLDER_TIMEOUT_S,
+                        timeout_s=REPORT_TIMEOUT_S,
                     )  # fmt: skip
                 raise
         self.restored = Restored(
@@ -271,11 +264,10 @@ class Checkpointer:
             self.job, life, worker.rank, worker.world_size, self.settings, step, before,
             timeout_s=BEGIN_TIMEOUT_S + START_TIMEOUT_S,
         )  # fmt: skip
-        with self._news:
-            self._generation = resolution.generation
-            self._handles.clear()
-            self._fenced = None
-        self._declared_bytes = 0
+        self._generation = resolution.generation
+        self._watcher.begin(resolution.generation)
+        self._fenced = None
+        self._holder.declared_bytes = 0
         replicas = self.settings.memory.replicas
         if resolution.copies < 1 + (1 if replicas is None else replicas):
             logger.warning(
@@ -336,7 +328,7 @@ class Checkpointer:
             handle.stall_s = time.monotonic() - began_s
             return handle
         for replaced in admission.instead_of:
-            self._holder.drop_step.remote(self.job, Version(self._generation, replaced))
+            self._holder.drop_step(Version(self._generation, replaced))
         captured = capture(state, allow_pickle=self._allow_pickle, cache=self._cache)
         try:
             with self._is_saving:
@@ -351,7 +343,7 @@ class Checkpointer:
             logger.warning("%s not saved: %s", self._tag(step), error)
         else:
             handle._reach("staged")
-            self._watch(handle)
+            self._watcher.watch(handle)
             self._prepare()
             if self._is_skipping:
                 logger.warning("%s saving again, %d skipped", self._tag(step), self._skipped)
@@ -363,7 +355,9 @@ class Checkpointer:
         """Ask the coordinator; while it is silent, this rank decides by what it knows itself."""
         memory = self.settings.memory
         is_patient = is_forced or memory.backpressure == "wait"
-        room_s = fetch_timeout_s(memory.in_flight * self._declared_bytes) if is_patient else 0.0
+        room_s = (
+            fetch_timeout_s(memory.in_flight * self._holder.declared_bytes) if is_patient else 0.0
+        )
         if not self._silence.is_silent(COORDINATOR_NAME):
             try:
                 answer: Admission = cluster.ask(
@@ -378,8 +372,7 @@ class Checkpointer:
                 raise
             else:
                 return answer
-        with self._news:
-            behind = self._unreplicated()
+        behind = self._watcher.unreplicated()
         if len(behind) < memory.in_flight:
             return Admission(is_admitted=True)
         reason = f"skipped: steps {behind} are not replicated, and the coordinator is silent"
@@ -396,15 +389,14 @@ class Checkpointer:
         self, handle: SaveHandle, captured: Captured, metrics: tuple[tuple[str, float], ...]
     ) -> None:
         """Put the state's image into the object store, chunk by chunk, and have it pinned."""
-        if self._silence.is_silent(self._node_id):
-            raise HolderUnavailableError(self._node_id, "it has not answered since it was silent")
+        self._holder.check_heard()
         worker = self._worker
         key = ShardKey(self.job, Version(self._generation, handle.step), worker.rank)
         layout, first = self._plan(key, captured)
         sizes = chunk_sizes(layout, len(first), self.settings.memory.chunk_bytes)
         plan = ShardPlan(worker.world_size, sizes, time.time(), metrics)
         handle.size_bytes = plan.size_bytes
-        self._declare(plan.size_bytes)
+        self._holder.declare(self._generation, plan.size_bytes)
         slots = self._stager.take(layout)
         pending = []
         for index in range(len(sizes)):
@@ -412,9 +404,9 @@ class Checkpointer:
                 reference = put([np.frombuffer(first, dtype=np.uint8)])
             else:
                 reference = self._stager.stage(layout, captured.tensors, index - 1, slots)
-            pending.append(self._holder.stage_chunk.remote(key, plan, index, reference))
+            pending.append(self._holder.stage_chunk(key, plan, index, reference))
         try:
-            self._answers(pending)
+            self._holder.settle(pending)
         except MemoryBudgetError as error:  # the policy fits, just not now: training goes on
             raise SaveError(handle.step, str(error)) from error
 
@@ -433,7 +425,7 @@ class Checkpointer:
         key = ShardKey(self.job, Version(self._generation, 0), self._worker.rank)
         layout, first = self._plan(key, captured)
         try:
-            self._declare(len(first) + layout.data_bytes)
+            self._holder.declare(self._generation, len(first) + layout.data_bytes)
         except HolderUnavailableError as error:
             logger.warning("%s memory not declared yet: %s", self._tag(), error)
         self._prepare()
@@ -444,62 +436,11 @@ class Checkpointer:
         if not memory.prepare or layout is None or not self._is_saving.acquire(blocking=False):
             return
         try:
-            with self._news:
-                has_room = len(self._unreplicated()) < memory.in_flight and not self._closing
-            if has_room:
+            has_room = len(self._watcher.unreplicated()) < memory.in_flight
+            if has_room and not self._watcher.is_closing:
                 self._stager.prepare(layout)
         finally:
             self._is_saving.release()
-
-    def _declare(self, shard_bytes: int) -> None:
-        """Before the first byte moves: does what the policy asks for fit this host's memory?"""
-        if shard_bytes <= self._declared_bytes:
-            return
-        memory = self.settings.memory
-        replicas = 1 if memory.replicas is None else memory.replicas
-        has_s3 = self.settings.s3 is not None
-        steps = memory.steps_held + (FLUSHES if has_s3 else 0)
-        flushing = f", {FLUSHES} on their way to S3" if has_s3 else ""
-        more = memory.steps_held - memory.keep - memory.in_flight
-        kept = f" and {more} by also_keep" if more else ""
-        detail = (
-            f"{steps} steps: keep={memory.keep}{kept}, in_flight={memory.in_flight}{flushing}; "
-            f"times {1 + replicas} copies of {shard_bytes:,} bytes for rank {self._worker.rank}"
-        )
-        need = steps * (1 + replicas) * shard_bytes
-        reservation = Reservation(self._generation, need, detail)
-        rank, way = self._worker.rank, memory.transport
-        answer = self._holder.reserve.remote(self.job, rank, reservation, way)
-        self._answers([answer])
-        self._declared_bytes = shard_bytes
-
-    def _answers(self, pending: list[Any]) -> None:
-        """Wait until this host's holder has answered; find its successor if it died."""
-        try:
-            ray.get(pending, timeout=HOLDER_TIMEOUT_S)
-        except RayTaskError as error:
-            if isinstance(error.cause, TieredError):
-                raise error.cause from None
-            raise
-        except GetTimeoutError:
-            self._silence.note(self._node_id, self._holder.hello)
-            reason = f"silent for {HOLDER_TIMEOUT_S:g} s"
-            raise HolderUnavailableError(self._node_id, reason) from None
-        except RayActorError as error:
-            self._holder = self._find_holder()
-            self._declared_bytes = 0
-            reason = f"it died ({type(error).__name__})"
-            raise HolderUnavailableError(self._node_id, reason) from error
-
-    def _find_holder(self) -> ActorRef:
-        holder: HolderId = cluster.ask(
-            self._coordinator, "ensure_holder", self._node_id, timeout_s=2 * START_TIMEOUT_S
-        )
-        handle: ActorRef = ray.get_actor(holder_name(holder.node_id), NAMESPACE)
-        return handle
-
-    def _unreplicated(self) -> list[int]:
-        return [s for s, h in self._handles.items() if "replicated" not in h.levels and not h.error]
 
     # -- wait and close -------------------------------------------------------------------------
 
@@ -515,8 +456,7 @@ class Checkpointer:
         if step is None:
             handle = self._last
         else:
-            with self._news:
-                handle = self._handles.get(step)
+            handle = self._watcher.handle(step)
             if handle is None and self._last is not None and self._last.step == step:
                 handle = self._last
             if handle is None:
@@ -532,9 +472,7 @@ class Checkpointer:
         closed.
         """
         deadline = time.monotonic() + timeout_s
-        with self._news:
-            pending = [h for h in self._handles.values() if not h.is_final]
-        for handle in pending:
+        for handle in self._watcher.pending().values():
             level: Level = "durable" if handle._is_due_for_s3 else "replicated"
             try:
                 handle.wait(level, max(0.0, deadline - time.monotonic()))
@@ -542,104 +480,29 @@ class Checkpointer:
                 logger.warning("%s %s", self._tag(handle.step), error)
             except TieredError:
                 continue  # it was logged when it happened
-        self._stop_watching()
-        self._holder.release.remote(self.job, self._worker.rank)
+        self._stop()
+        self._holder.release()
         if self._is_local:
             if self._worker.world_size > 1 and dist.is_initialized():
                 dist.barrier()  # nobody else still needs the cluster
             if self._worker.rank == 0:
                 cluster.stop_local()
 
-    # -- news from the coordinator --------------------------------------------------------------
-
-    def _watch(self, handle: SaveHandle) -> None:
-        with self._news:
-            finished = [s for s, h in self._handles.items() if h.is_final]
-            for step in finished:
-                del self._handles[step]
-            self._handles[handle.step] = handle
-            self._news.notify_all()
-        if self._watcher is None:
-            self._watcher = threading.Thread(
-                target=self._watch_forever, name="tiered-watch", daemon=True
-            )
-            self._watcher.start()
-
-    def _stop_watching(self) -> None:
-        with self._news:
-            self._closing = True
-            self._news.notify_all()
+    def _stop(self) -> None:
+        self._watcher.stop()
         self._stager.release()
-        if self._watcher is not None:
-            self._watcher.join(timeout=2 * POLL_S)
-
-    def _watch_forever(self) -> None:
-        known: Progress = {}
-        while True:
-            with self._news:
-                self._news.wait_for(lambda: self._closing or self._pending(), POLL_S)
-                if self._closing:
-                    return
-                generation, pending = self._generation, self._pending()
-                known = {step: known.get(step, (None, "")) for step in pending}
-            if not known:
-                continue
-            try:
-                news: News = cluster.ask(
-                    self._coordinator, "progress", self.job, generation, known, POLL_S / 5,
-                    timeout_s=POLL_S,
-                )  # fmt: skip
-            except DeadlineError as error:
-                logger.warning("%s no news of saves: %s", self._tag(), error)
-                continue
-            known.update(news.progress)
-            self._tell(news.progress, pending)
-            self._prepare()
-            self._note_degraded(news.degraded)
-
-    def _pending(self) -> dict[int, SaveHandle]:
-        return {step: h for step, h in self._handles.items() if not h.is_final}
-
-    def _tell(self, news: Progress, pending: Mapping[int, SaveHandle]) -> None:
-        for step, (level, problem) in sorted(news.items()):
-            handle = pending[step]
-            if level is not None:
-                handle._reach(level)
-                self._log_level(handle, level)
-            if problem and not handle.is_final:
-                handle._fail(problem)
-                logger.warning("%s %s", self._tag(step), problem)
-        with self._news:
-            self._news.notify_all()
-
-    def _note_degraded(self, degraded: tuple[DegradedStep, ...]) -> None:
-        if self._worker.rank == 0 and not degraded and self._degraded:
-            logger.info("%s every step has its copies again", self._tag())
-        if self._worker.rank == 0 and degraded and not self._degraded:
-            worst = degraded[0]
-            logger.warning(
-                "%s below its policy: too few copies of ranks %s of step %d, for %.0f s now",
-                self._tag(), ", ".join(map(str, worst.ranks)), worst.step, worst.for_s,
-            )  # fmt: skip
-        self._degraded = degraded
 
     # -- logging --------------------------------------------------------------------------------
 
     def _tag(self, step: int | None = None) -> str:
-        tail = "" if step is None else f" step={step}"
-        return f"[{self.job} gen={self._generation} rank={self._worker.rank}{tail}]"
+        return log_tag(self.job, self._generation, self._worker.rank, step)
 
-    def _log_level(self, handle: SaveHandle, level: Level) -> None:
-        seconds = handle.levels[level]
-        logger.info(
-            "%s %s: %.1f MB in %.3f s, %.2f GB/s",
-            self._tag(handle.step), level, handle.size_bytes / 1e6, seconds,
-            handle.size_bytes / max(seconds, 1e-9) / 1e9,
-        )  # fmt: skip
+    def _log_passed_over(self, lines: tuple[str, ...]) -> None:
+        for line in lines:
+            logger.warning("%s passed over: %s", self._tag(), line)
 
     def _log_restored(self, restored: Restored) -> None:
-        for line in restored.passed_over:
-            logger.warning("%s passed over: %s", self._tag(), line)
+        self._log_passed_over(restored.passed_over)
         logger.info(
             "%s restored step %d from %s: %.1f MB in %.3f s",
             self._tag(), restored.step, restored.source, restored.size_bytes / 1e6,

@@ -1,6 +1,7 @@
 """The shell around `tiered.garbage`: looks at what is on S3, and deletes what was decided.
 
-`look` first, then `plan_garbage` with what it found, then, if somebody wants it, `collect`.
+`look` first, then `plan_garbage` with what it found (`find_garbage` does both), then, if somebody
+wants it, `collect`.
 """
 
 import re
@@ -9,10 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from replication.records import Version
+from replication.records import ShardRecord, Version
 from tiered import register
-from tiered.garbage import GarbagePlan, StoredObject, StoredStep, UnfinishedUpload
+from tiered.errors import DurableStoreError
+from tiered.garbage import (
+    GRACE_S,
+    GarbagePlan,
+    StoredObject,
+    StoredStep,
+    UnfinishedUpload,
+    plan_garbage,
+)
 from tiered.history import is_on_branch
+from tiered.messages import DurableListed
+from tiered.retention import Retention, SavedStep, kept_by
 from tiered.s3 import S3Store
 
 _DATA = re.compile(r"data/([0-9]{8,18})-([0-9]{12,18})/.+")
@@ -28,6 +39,7 @@ class Survey:
         newest_generation: The newest that S3 knows of, 0 if none.
         now: By the store's clock, before the first listing.
         foreign: Keys below the data prefix that are none of ours; they are left alone.
+        retained: Steps of the branch that the retention policies keep.
     """
 
     steps: tuple[StoredStep, ...]
@@ -35,9 +47,12 @@ class Survey:
     newest_generation: int
     now: datetime
     foreign: tuple[str, ...]
+    retained: frozenset[Version] = frozenset()
 
 
-def look(store: S3Store, job: str, *, keep: int | None = None) -> Survey:
+def look(
+    store: S3Store, job: str, *, keep: int | None = None, also_keep: Sequence[Retention] = ()
+) -> Survey:
     """List what is there: three LIST requests, one more for each unfinished upload, some manifests.
 
     The data is listed before the index, so that a step that is published meanwhile has its
@@ -48,6 +63,8 @@ def look(store: S3Store, job: str, *, keep: int | None = None) -> Survey:
         job: Its name.
         keep: As many complete steps of the branch are looked for, newest first, by reading their
             manifests; older ones need not be. None: one.
+        also_keep: Policies; some must know more of a step than its number, and then every manifest
+            is read.
 
     Raises:
         DurableStoreError: S3 did not answer, or does not say what time it is.
@@ -70,7 +87,11 @@ def look(store: S3Store, job: str, *, keep: int | None = None) -> Survey:
         else:
             foreign.append(upload.key)
     sizes = {found.key: found.size_bytes for found in objects}
-    problems = _problems(store, job, listing.versions, listing.parents, sizes, keep or 1)
+    needs_facts = any(policy.needs_facts for policy in also_keep)
+    enough = len(listing.versions) if needs_facts else keep or 1
+    problems, read = _read_manifests(store, job, listing, sizes, enough)
+    on_branch = [v for v in listing.versions if is_on_branch(v, listing.parents)]
+    retained = kept_by(also_keep, [_saved_step(v, read.get(v, ())) for v in on_branch])
     steps = tuple(
         StoredStep(
             version,
@@ -82,7 +103,51 @@ def look(store: S3Store, job: str, *, keep: int | None = None) -> Survey:
         for version in sorted({*listing.versions, *shards, *unfinished})
     )
     newest = listing.newest_generation
-    return Survey(steps, dict(listing.parents), newest, now, tuple(foreign))
+    return Survey(steps, dict(listing.parents), newest, now, tuple(foreign), retained)
+
+
+def find_garbage(
+    store: S3Store,
+    job: str,
+    *,
+    keep: int | None,
+    also_keep: Sequence[Retention] = (),
+    grace_s: float = GRACE_S,
+) -> GarbagePlan:
+    """Look at what is on S3, and say what may go; deletes nothing. See `look`, `plan_garbage`."""
+    survey = look(store, job, keep=keep, also_keep=also_keep)
+    return plan_garbage(
+        survey.steps,
+        survey.parents,
+        known_generation=survey.newest_generation,
+        now=survey.now,
+        keep=keep,
+        retained=survey.retained,
+        grace_s=grace_s,
+    )
+
+
+def retention_of(store: S3Store) -> tuple[int | None, tuple[Retention, ...]]:
+    """What the job's newest generation said to keep on S3: `S3.keep` and `S3.also_keep`.
+
+    Returns:
+        (None, ()) when there is no generation: nothing is known, so nothing old may go.
+
+    Raises:
+        DurableStoreError: S3 did not answer, or this release cannot read what it says.
+    """
+    listing = register.read_listing(store.keys("index/generation/"))
+    for generation in range(listing.newest_generation, 0, -1):
+        key = register.claim_key(generation)
+        if (data := store.get(key)) is None:
+            continue
+        try:
+            s3 = register.decode_claim(data).settings.s3
+        except (ValueError, TypeError) as error:
+            problem = f"it does not say what to keep: {error}"
+            raise DurableStoreError(repr(store), f"reading {key}", problem) from error
+        return (None, ()) if s3 is None else (s3.keep, s3.also_keep)
+    return None, ()
 
 
 def collect(store: S3Store, plan: GarbagePlan) -> None:
@@ -109,26 +174,33 @@ def _version_of(key: str) -> Version | None:
     return version if is_ours else None
 
 
-def _problems(
-    store: S3Store,
-    job: str,
-    versions: Sequence[Version],
-    parents: Mapping[int, Version | None],
-    sizes: Mapping[str, int],
-    keep: int,
-) -> dict[Version, str]:
-    """What is wrong with the newest steps, until enough are found with which nothing is."""
+def _read_manifests(
+    store: S3Store, job: str, listing: DurableListed, sizes: Mapping[str, int], enough: int
+) -> tuple[dict[Version, str], dict[Version, tuple[ShardRecord, ...]]]:
+    """Read the newest manifests, until enough complete steps are found.
+
+    Returns:
+        What is wrong with each that was read, and what each says that can be.
+    """
     problems: dict[Version, str] = {}
+    found: dict[Version, tuple[ShardRecord, ...]] = {}
     complete = 0
-    for version in reversed(versions):
-        if complete >= keep:
+    for version in reversed(listing.versions):
+        if complete >= enough:
             break
         data = store.get(register.manifest_key(version))
         try:
-            records = register.decode_manifest(job, version, data or b"")
+            found[version] = register.decode_manifest(job, version, data or b"")
         except ValueError as error:
             problems[version] = f"its manifest cannot be used: {error}"
         else:
-            problems[version] = register.explain_missing(records, sizes)
-        complete += not problems[version] and is_on_branch(version, parents)
-    return problems
+            problems[version] = register.explain_missing(found[version], sizes)
+        complete += not problems[version] and is_on_branch(version, listing.parents)
+    return problems, found
+
+
+def _saved_step(version: Version, records: Sequence[ShardRecord]) -> SavedStep:
+    if not records:
+        return SavedStep(version, saved_s=None, metrics=None)
+    plan = records[0].plan
+    return SavedStep(version, plan.saved_s, dict(plan.metrics))

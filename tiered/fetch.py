@@ -1,10 +1,12 @@
 """Reading a shard back: own host's memory first, then a buddy's, then S3; every chunk verified."""
 
+import bisect
+import itertools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -23,7 +25,7 @@ from replication.errors import (
     TieredError,
 )
 from replication.holder import NAMESPACE, holder_name
-from replication.records import ActorRef, ByteRange, Chunk, ChunkId, HolderId, Way
+from replication.records import ActorRef, Buffer, ByteRange, Chunk, ChunkId, HolderId, Way
 from replication.shared import SharedMemoryTransport
 from replication.sink import Sink
 from replication.stream import tls_like_ray
@@ -197,6 +199,24 @@ def tiers_of(
     return tiers
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes that are wanted, and where they go.
+
+    Attributes:
+        start: The first byte, counted from the start of the image's tensor data, as `Span`s are.
+        into: Writable, contiguous memory for them, [n] uint8; the caller's.
+    """
+
+    start: int
+    into: Buffer
+
+    @property
+    def stop(self) -> int:
+        """The byte after the last one."""
+        return self.start + self.into.nbytes
+
+
 @dataclass(slots=True)
 class ShardReader:
     """Reads one shard chunk by chunk; a chunk that is corrupt or late comes from the next tier.
@@ -247,34 +267,47 @@ class ShardReader:
 
         return self._first_intact(index, read)
 
-    def fill(self, places: Callable[[int], Sequence[memoryview]], indices: Sequence[int]) -> None:
-        """Read chunks straight to where their bytes belong, `AT_ONCE` at a time; verified.
+    def fill(self, pieces: Sequence[Piece]) -> None:
+        """Read ranges of the tensor data straight to where they belong, verified.
+
+        A checksum is of a whole chunk: chunks of which nothing is wanted are not read, of others
+        what nobody wants is read into memory that is used again. `AT_ONCE` chunks at a time.
 
         Args:
-            places: The memory that takes a chunk's bytes, in order. Other chunks' may be next to
-                it; none overlap.
-            indices: Which chunks.
+            pieces: What is wanted, in order, without overlaps.
 
         Raises:
             StepNotFoundError: No tier had an intact copy of a chunk. What the memory holds then is
                 undefined, unlike what `chunks` hands out.
         """
         began_s = time.monotonic()
+        pieces = [piece for piece in pieces if piece.stop > piece.start]
+        _check_order(pieces)
+        stops = list(itertools.accumulate(self.sources.record.plan.chunk_sizes[1:]))
+        wanted: dict[int, None] = {}  # chunks, in order
+        for piece in pieces:
+            first = bisect.bisect_right(stops, piece.start)
+            wanted.update(dict.fromkeys(range(first, bisect.bisect_left(stops, piece.stop) + 1)))
+        starts = [piece.start for piece in pieces]
+        scratch = threading.local()
 
         def one(index: int) -> None:
-            into = places(index)
+            size_bytes = self.sources.record.plan.chunk_sizes[1 + index]
+            start = stops[index] - size_bytes
+            first = max(0, bisect.bisect_right(starts, start) - 1)
+            near = itertools.islice(pieces, first, bisect.bisect_left(starts, stops[index]))
+            into = _scattered(near, start, stops[index], scratch)
 
             def read(tier: Tier) -> tuple[bytes, None]:
                 checksum = Digest()
-                size_bytes = self.sources.record.plan.chunk_sizes[index]
                 sink = Sink([ByteRange(0, size_bytes)], into, checksum.update)
-                tier.read_into(index, sink)
+                tier.read_into(1 + index, sink)
                 return checksum.digest(), None
 
-            self._first_intact(index, read)
+            self._first_intact(1 + index, read)
 
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="tiered-fill") as pool:
-            jobs = [pool.submit(one, index) for index in indices]
+            jobs = [pool.submit(one, index) for index in wanted]
             try:
                 for job in jobs:
                     job.result()
@@ -315,3 +348,38 @@ class ShardReader:
         key = record.key
         wanted = f"rank {key.rank} of {key.version}"
         raise StepNotFoundError(key.job, wanted, tuple(problems))
+
+
+def _check_order(pieces: Sequence[Piece]) -> None:
+    for one, other in itertools.pairwise(pieces):
+        if other.start < one.stop:
+            raise ValueError(f"bytes from {other.start} are wanted after those up to {one.stop}")
+
+
+def _scattered(
+    pieces: Iterable[Piece], start: int, stop: int, scratch: threading.local
+) -> list[memoryview]:
+    """Where bytes `start` to `stop` of the tensor data go; what nobody wants, into scratch memory.
+
+    Each byte of a chunk has a place of its own there: it is hashed after it arrived, perhaps
+    together with the next ones.
+    """
+    places: list[memoryview] = []
+
+    def skip(low: int, high: int) -> None:
+        if getattr(scratch, "memory", np.empty(0)).nbytes < stop - start:
+            scratch.memory = np.empty(stop - start, dtype=np.uint8)
+        places.append(scratch.memory[low - start : high - start].data)
+
+    at = start
+    for piece in pieces:
+        low, high = max(start, piece.start), min(stop, piece.stop)
+        if low >= high:
+            continue
+        if at < low:
+            skip(at, low)
+        places.append(piece.into[low - piece.start : high - piece.start].data)
+        at = high
+    if at < stop:
+        skip(at, stop)
+    return places

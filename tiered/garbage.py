@@ -9,13 +9,14 @@ The rules, in the order in which they are asked:
    now: a local clock that is wrong deletes nothing.
 3. Unfinished uploads of a step that has its manifest go after the grace period, too.
 4. The newest complete step stays, whatever else holds, and so do the `keep` newest complete ones of
-   the branch. What is older than those goes, on the branch or not, manifest first. While a life
-   begins (its generation has no parent yet) no step goes: it may resume from an old one on purpose.
+   the branch. What is older than those goes, on the branch or not, manifest first, unless a
+   retention policy keeps it. While a life begins (its generation has no parent yet) no step goes:
+   it may resume from an old one on purpose.
 5. A step whose manifest does not fit what is there counts for nothing, and is deleted only with the
    old ones: a person may want to see it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
@@ -125,6 +126,7 @@ def plan_garbage(
     known_generation: int,
     now: datetime,
     keep: int | None,
+    retained: Collection[Version] = (),
     grace_s: float = GRACE_S,
 ) -> GarbagePlan:
     """Decide what may go; see the rules above.
@@ -135,6 +137,7 @@ def plan_garbage(
         known_generation: The newest generation that the caller knows of.
         now: By the store's clock.
         keep: Complete steps of the branch to keep; None: old steps stay, only orphans go.
+        retained: What policies keep besides.
         grace_s: How long something unfinished must have been left alone.
     """
     ordered = sorted(steps, key=lambda step: step.version)
@@ -155,7 +158,7 @@ def plan_garbage(
                 deletions += _all_of(step, reason)
             else:
                 spared.append(f"{version}: no manifest, but it changed {age_s / 3600:.1f} h ago")
-        elif mark is not None and version < mark and version != newest:
+        elif mark is not None and version < mark and version != newest and version not in retained:
             deletions += _all_of(step, f"{keep} newer complete steps are kept, from {mark} on")
         else:
             if step.problem:

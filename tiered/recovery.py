@@ -1,6 +1,7 @@
 """`tiered.recover`: the newest consistent step of a job, from outside of any trainer."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ import ray
 
 from replication.errors import DeadlineError
 from replication.records import Version
-from tiered import cluster, register
+from tiered import cluster, collection, register
 from tiered.config import S3, check_job_name
 from tiered.coordinator import CALL_TIMEOUT_S, SETTLE_TIMEOUT_S
 from tiered.errors import ConfigError, StepNotFoundError, WorldSizeError
 from tiered.fetch import ShardReader, tiers_of
+from tiered.garbage import GRACE_S, GarbagePlan
 from tiered.history import Candidate, Resolution, ShardSources, latest_consistent_step
 from tiered.journal import Entry
 from tiered.ledger import read_manifest
@@ -258,6 +260,58 @@ def forget(job: str) -> None:
     """
     check_job_name(job)
     cluster.ask(cluster.running_coordinator(), "forget", job, timeout_s=ASK_TIMEOUT_S)
+
+
+def collect_garbage(
+    job: str,
+    *,
+    s3: S3 | None = None,
+    keep: int | None = None,
+    grace_s: float = GRACE_S,
+    dry_run: bool = False,
+) -> GarbagePlan:
+    """Delete what a job has on S3 and nobody needs; with `dry_run` only say what that is.
+
+    Orphans (shards without a manifest, multipart uploads that were never completed) once they were
+    left alone for `grace_s`, and steps older than those to keep, manifest first. Never the newest
+    complete step, nor anything of a generation that is about to begin. The rules stand at the head
+    of `tiered.garbage`. The job may be running; it need not.
+
+    Args:
+        job: Its name.
+        s3: Where it is; None: as the running cluster knows it.
+        keep: Complete steps to keep; None: as many as the job said when it began (`S3.keep`), and
+            if it said nothing or None, all. What `S3.also_keep` names stays as well.
+        grace_s: How long, in seconds by S3's clock, an orphan must have been left alone. Longer
+            than any flush takes.
+        dry_run: Delete nothing.
+
+    Returns:
+        What went, or would go: `deletions`, each with its size and the reason; `size_bytes` in all;
+        and `spared`, a line for each step that stays although it looks like garbage.
+
+    Raises:
+        ConfigError: No `s3` was given, and no cluster is running or the job has none.
+        DurableStoreError: S3 did not answer or refused; what is left may be asked for again.
+    """
+    check_job_name(job)
+    if keep is not None and (type(keep) is not int or keep < 1):
+        raise ConfigError(f"keep={keep!r} must be a whole number of at least 1, or None")
+    if not 0 <= grace_s < math.inf:
+        raise ConfigError(f"grace_s={grace_s!r} must be a finite number of seconds of at least 0")
+    if s3 is None:
+        actor = cluster.running_coordinator()
+        s3 = cluster.ask(actor, "durable_settings", job, timeout_s=ASK_TIMEOUT_S)
+    if s3 is None:
+        raise ConfigError(f"job {job!r} has no S3 tier that the cluster knows of; give s3=...")
+    with contextlib.closing(S3Store(s3, job)) as store:
+        said, also_keep = collection.retention_of(store)
+        plan = collection.find_garbage(
+            store, job, keep=said if keep is None else keep, also_keep=also_keep, grace_s=grace_s
+        )
+        if not dry_run:
+            collection.collect(store, plan)
+    return plan
 
 
 def _resolve_on_s3(job: str, store: S3Store, step: int | None, before: int | None) -> Resolution:

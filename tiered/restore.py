@@ -1,8 +1,7 @@
 """Filling a state from a shard: checked as a whole first, then in place, chunk by chunk."""
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import closing
 from typing import Any
 
@@ -10,10 +9,9 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from replication.records import Buffer
 from tiered.errors import StateError
-from tiered.fetch import ShardReader
-from tiered.image import Front, Span, bytes_of, overlapping, read_front
+from tiered.fetch import Piece, ShardReader
+from tiered.image import Front, bytes_of, read_front
 from tiered.state import (
     Array,
     TensorRef,
@@ -192,40 +190,18 @@ def _read_tensors(
     spans = tuple(span for span in front.spans if span.name in refs)
     if absent := refs.keys() - {span.name for span in spans}:
         raise StateError(min(absent), "the shard's tree names it, its image does not have it")
-    tensors, views = {}, {}
+    tensors, pieces = {}, []
     for span in spans:
         ref = refs[span.name]
         size = math.prod(ref.shape) * ref.torch_dtype.itemsize
         if size != span.stop - span.start:
             raise StateError(span.name, f"{span.stop - span.start} bytes saved, {size} needed")
         tensors[span.name] = tensor = _destination(ref, targets.get(span.name, []))
-        views[span.name] = bytes_of(tensor)
-    sizes = reader.sources.record.plan.chunk_sizes[1:]  # the first one was the front
-    stops = list(itertools.accumulate(sizes))
-
-    def places(index: int) -> list[memoryview]:
-        return _places(spans, views, stops[index - 1] - sizes[index - 1], stops[index - 1])
-
-    reader.fill(places, range(1, 1 + len(sizes)))
+        pieces.append(Piece(span.start, bytes_of(tensor)))
+    reader.fill(pieces)
     for name, copies in targets.items():
         tensors[name] = _copied(tensors[name], copies)
     return tensors
-
-
-def _places(
-    spans: Sequence[Span], views: Mapping[str, Buffer], start: int, stop: int
-) -> list[memoryview]:
-    """Where bytes `start` to `stop` of the tensor data go; what no tensor has goes nowhere."""
-    places, at = [], start
-    for span in overlapping(spans, start, stop):
-        low, high = max(start, span.start), min(stop, span.stop)
-        if at < low:
-            places.append(memoryview(bytearray(low - at)))
-        places.append(views[span.name][low - span.start : high - span.start].data)
-        at = high
-    if at < stop:
-        places.append(memoryview(bytearray(stop - at)))
-    return places
 
 
 def _destination(ref: TensorRef, targets: list[torch.Tensor]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tiered
 from chaos.s3_faults import Fault
 from chaos.s3_proxy import FaultProxy
 from replication.checksum import digest
@@ -16,9 +17,10 @@ from tests.contract.conftest import SHARED_BUCKET
 from tiered import register
 from tiered.collection import Survey, collect, look
 from tiered.config import S3, JobSettings, Memory
-from tiered.errors import DurableStoreError
+from tiered.errors import ConfigError, DurableStoreError
 from tiered.garbage import GRACE_S, GarbagePlan, plan_garbage
 from tiered.messages import Claim
+from tiered.retention import KeepBest, KeepEvery
 from tiered.s3 import S3Store
 
 pytestmark = pytest.mark.usefixtures("pauses")
@@ -34,16 +36,25 @@ def store(proxy: FaultProxy, root: str) -> Iterator[S3Store]:
     store.close()
 
 
-def begin(store: S3Store, generation: int, parent: Version | None) -> None:
-    claim = Claim(generation, Life("life"), RANKS, JobSettings(Memory(), store.settings))
+def begin(store: S3Store, generation: int, parent: Version | None, **said: Any) -> None:
+    settings = replace(store.settings, **said)
+    claim = Claim(generation, Life("life"), RANKS, JobSettings(Memory(), settings))
     store.create(register.claim_key(generation), register.encode_claim(claim))
     store.create(register.parent_key(generation, parent), b"")
 
 
-def flush(store: S3Store, version: Version, *, ranks: int = RANKS, manifest: bool = True) -> None:
+def flush(
+    store: S3Store,
+    version: Version,
+    *,
+    ranks: int = RANKS,
+    manifest: bool = True,
+    loss: float | None = None,
+) -> None:
     records = []
+    metrics = () if loss is None else (("loss", loss),)
     for rank in range(RANKS):
-        plan = ShardPlan(RANKS, (len(SHARD),))
+        plan = ShardPlan(RANKS, (len(SHARD),), metrics=metrics)
         records.append(ShardRecord(ShardKey(store.root, version, rank), plan, (digest([SHARD]),)))
         if rank < ranks:
             store.upload(register.shard_key(version, rank), [[SHARD]])
@@ -145,6 +156,50 @@ def test_a_step_that_is_published_after_the_plan_is_left_alone(store: S3Store) -
     collect(store, garbage)
     assert [s.version.step for s in look(store, store.root).steps] == [10, 20]
     assert len(store.keys("data/")) == 2 * RANKS
+
+
+def steps_of(store: S3Store) -> list[int]:
+    return [s.version.step for s in look(store, store.root).steps]
+
+
+def test_the_garbage_of_a_job_is_told_then_deleted_by_the_jobs_own_retention(
+    store: S3Store,
+) -> None:
+    begin(store, 1, None, keep=2, also_keep=(KeepEvery(20), KeepBest("loss")))
+    for number, loss in ((10, 0.9), (20, 0.8), (30, 0.1), (40, 0.7), (50, 0.6), (60, 0.5)):
+        flush(store, Version(1, number), loss=loss)
+    flush(store, Version(1, 70), manifest=False)
+    begin_upload(store, Version(1, 70), 777)
+    told = tiered.collect_garbage(store.root, s3=store.settings, dry_run=True)
+    assert {d.version.step for d in told.deletions} == {10}
+    assert told.size_bytes > RANKS * len(SHARD)
+    assert "step 70 (generation 1): no manifest, but it changed 0.0 h ago" in told.spared
+    assert steps_of(store) == [10, 20, 30, 40, 50, 60, 70]
+
+    assert tiered.collect_garbage(store.root, s3=store.settings) == told
+    assert steps_of(store) == [20, 30, 40, 50, 60, 70]
+    tiered.collect_garbage(store.root, s3=store.settings, keep=1)
+    assert steps_of(store) == [20, 30, 40, 60, 70]
+
+
+def test_what_a_job_says_of_retention_is_needed_for_old_steps_and_not_for_orphans(
+    store: S3Store,
+) -> None:
+    for number in range(10, 80, 10):
+        flush(store, Version(1, number))
+    assert tiered.collect_garbage(store.root, s3=store.settings).deletions == ()
+    begin(store, 1, None, keep=None)
+    assert tiered.collect_garbage(store.root, s3=store.settings).deletions == ()
+    store.create(register.claim_key(2), b"of a later release")
+    with pytest.raises(DurableStoreError, match="it does not say what to keep"):
+        tiered.collect_garbage(store.root, s3=store.settings)
+    assert len(steps_of(store)) == 7
+
+
+@pytest.mark.parametrize("wrong", [{"keep": 0}, {"keep": True}, {"grace_s": -1.0}])
+def test_collecting_with_a_wrong_setting_is_refused(store: S3Store, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="must be"):
+        tiered.collect_garbage(store.root, s3=store.settings, **wrong)
 
 
 def test_the_clock_is_the_stores(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import assert_never
 
-from replication import inventory, membership
+from replication import membership, messages
 from tests.golden.notation import write_holder, write_holders, write_shard, write_versions
 from tests.golden.notation import write_version as v
 from tiered import messages as m
@@ -85,20 +85,20 @@ def sources(shard: ShardSources) -> str:
     return " or ".join(places) or "nowhere"
 
 
-def of_holder(command: inventory.Command) -> Iterator[str]:
+def of_holder(command: messages.Command) -> Iterator[str]:
     match command:
-        case inventory.HashChunk(key, index):
+        case messages.HashChunk(key, index):
             yield f"hash {write_shard(key)}#{index}"
-        case inventory.OfferChunk(to, key, _, index):
+        case messages.OfferChunk(to, key, _, index):
             yield f"offer {write_shard(key)}#{index} to {write_holder(to)}"
-        case inventory.ReportShard(record):
+        case messages.ReportShard(record):
             replica = ", a replica" if record.is_replica else ""
             yield f"report {write_shard(record.key)}{replica}"
-        case inventory.ReportCorrupt(key):
+        case messages.ReportCorrupt(key):
             yield f"report that {write_shard(key)} is corrupt"
-        case inventory.ReadChunk(key, index):
+        case messages.ReadChunk(key, index):
             yield f"read {write_shard(key)}#{index} again"
-        case inventory.DropShard(key):
+        case messages.DropShard(key):
             yield f"drop {write_shard(key)}"
         case _:
             assert_never(command)

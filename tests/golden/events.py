@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from replication import inventory, membership
-from replication.records import Life, ShardKey, ShardPlan, Version
+from replication import membership, messages
+from replication.records import HolderId, Life, ShardKey, ShardPlan, Version
 from tests.golden import notation as n
 from tests.golden.notation import JOB, read_chunk, read_holder, read_shard, read_version
 from tiered import messages as m
@@ -105,7 +105,7 @@ def _verified(w: Words) -> m.ShardsVerified:
     """`verified g1s10 for=g2 bad=A:r0,B:r1 unread=C:r0 problem="..." transient manifest`"""
     version = read_version(w.names[0])
 
-    def copies(name: str) -> tuple[tuple[inventory.HolderId, ShardKey], ...]:
+    def copies(name: str) -> tuple[tuple[HolderId, ShardKey], ...]:
         pairs = (text.split(":r") for text in w.many(name))
         return tuple((read_holder(h), ShardKey(JOB, version, int(r))) for h, r in pairs)
 
@@ -189,30 +189,30 @@ OF_JOB: dict[str, Callable[[Words], m.Event]] = {
     "tick": lambda w: m.Ticked(),
 }  # fmt: skip
 
-OF_HOLDER: dict[str, Callable[[Words], inventory.Event]] = {
-    "staged": lambda w: inventory.ChunkStaged(*w.chunk()),
-    "hashed": lambda w: inventory.ChunkHashed(*_digested(w)),
-    "fetched": lambda w: inventory.ChunkFetched(*w.chunk(), _digested(w)[2]),
-    "taken": lambda w: inventory.ChunkTaken(read_holder(w.one("by")), *read_chunk(w.names[0])),
-    "refused": lambda w: inventory.ChunkNotTaken(read_holder(w.one("by")), *read_chunk(w.names[0])),
-    "buddies": lambda w: inventory.BuddiesChanged(JOB, tuple(map(read_holder, w.names))),
-    "copy": lambda w: inventory.ReplicationRequested(
+OF_HOLDER: dict[str, Callable[[Words], messages.Event]] = {
+    "staged": lambda w: messages.ChunkStaged(*w.chunk()),
+    "hashed": lambda w: messages.ChunkHashed(*_digested(w)),
+    "fetched": lambda w: messages.ChunkFetched(*w.chunk(), _digested(w)[2]),
+    "taken": lambda w: messages.ChunkTaken(read_holder(w.one("by")), *read_chunk(w.names[0])),
+    "refused": lambda w: messages.ChunkNotTaken(read_holder(w.one("by")), *read_chunk(w.names[0])),
+    "buddies": lambda w: messages.BuddiesChanged(JOB, tuple(map(read_holder, w.names))),
+    "copy": lambda w: messages.ReplicationRequested(
         read_shard(w.names[0]), read_holder(w.one("to"))
     ),
-    "fence": lambda w: inventory.FenceRaised(JOB, _generation(w.names[0])),
-    "collect": lambda w: inventory.WatermarkRaised(
+    "fence": lambda w: messages.FenceRaised(JOB, _generation(w.names[0])),
+    "collect": lambda w: messages.WatermarkRaised(
         JOB, _generation(w.one("by")), read_version(w.names[0]),
         tuple(map(read_version, w.many("not"))),
         tuple(map(read_version, w.many("beyond"))) if "beyond" in w.options else None,
     ),
-    "drop": lambda w: inventory.StepDropped(JOB, read_version(w.names[0])),
-    "corrupt": lambda w: inventory.ChunkFoundCorrupt(read_shard(w.names[0])),
-    "known": lambda w: inventory.ChunkKnown(read_shard(w.names[0])),
-    "read": lambda w: inventory.ChunkRead(
+    "drop": lambda w: messages.StepDropped(JOB, read_version(w.names[0])),
+    "corrupt": lambda w: messages.ChunkFoundCorrupt(read_shard(w.names[0])),
+    "known": lambda w: messages.ChunkKnown(read_shard(w.names[0])),
+    "read": lambda w: messages.ChunkRead(
         *read_chunk(w.names[0]), b"" if w.has("bad") else _digested(w)[2]
     ),
-    "forget": lambda w: inventory.JobForgotten(JOB),
-    "tick": lambda w: inventory.Ticked(),
+    "forget": lambda w: messages.JobForgotten(JOB),
+    "tick": lambda w: messages.Ticked(),
 }  # fmt: skip
 
 

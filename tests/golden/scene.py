@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from replication import inventory
+from replication import messages
 from replication.errors import TieredError
 from replication.inventory import Inventory
 from replication.membership import Membership
@@ -103,9 +103,9 @@ class Scene:
         event = events.OF_HOLDER[words[0]](self._words(words[1:]))
         try:
             match event:  # what the shell asks before any byte is pinned
-                case inventory.ChunkStaged():
+                case messages.ChunkStaged():
                     core.check_write(event.key, event.plan)
-                case inventory.ChunkFetched():
+                case messages.ChunkFetched():
                     core.check_copy(event.key, event.plan)
             for command in core.handle(event, self.now_s):
                 yield from commands.of_holder(command)

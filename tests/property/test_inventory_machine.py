@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from replication import inventory
+from replication import messages
 from replication.errors import FencedError, MemoryBudgetError
 from replication.inventory import Inventory
 from replication.records import HolderId, ShardKey, ShardPlan, Version
@@ -42,11 +42,11 @@ class InventoryLife(RuleBasedStateMachine):
         self.dropped: set[Version] = set()
         self.ordered: set[tuple[HolderId, ShardKey]] = set()
 
-    def feed(self, event: inventory.Event) -> list[inventory.Command]:
+    def feed(self, event: messages.Event) -> list[messages.Command]:
         """Handle an event; and again, which must change and ask for nothing more."""
         commands = self.core.handle(event, self.now_s)
         for command in commands:
-            if isinstance(command, inventory.DropShard):
+            if isinstance(command, messages.DropShard):
                 self.pinned.pop(command.key, None)
                 self.verified.pop(command.key, None)
                 self.corrupt.discard(command.key)
@@ -79,21 +79,21 @@ class InventoryLife(RuleBasedStateMachine):
             return
         assert key.version.generation >= self.fence
         is_new = not self.core.has_chunk(key, index) and key not in self.corrupt
-        commands = self.feed(inventory.ChunkStaged(key, PLAN, index))
+        commands = self.feed(messages.ChunkStaged(key, PLAN, index))
         if self.is_gone(key):
-            assert commands == [inventory.DropShard(key)]
+            assert commands == [messages.DropShard(key)]
             return
         self.fence = max(self.fence, key.version.generation)
         if key not in self.corrupt:
             self.pinned.setdefault(key, set()).add(index)
-            assert commands == ([inventory.HashChunk(key, index)] if is_new else [])
+            assert commands == ([messages.HashChunk(key, index)] if is_new else [])
 
     @precondition(lambda self: self.pinned)
     @rule(data=st.data())
     def hash(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(sorted(self.pinned)))
         index = data.draw(st.sampled_from(sorted(self.pinned[key])))
-        self.feed(inventory.ChunkHashed(key, index, digest(key, index)))
+        self.feed(messages.ChunkHashed(key, index, digest(key, index)))
         if key not in self.corrupt:
             self.verified.setdefault(key, set()).add(index)
 
@@ -101,7 +101,7 @@ class InventoryLife(RuleBasedStateMachine):
     def hash_late(self, key: ShardKey, index: int) -> None:
         """A checksum whose chunk is gone, or was never here, makes nothing count."""
         if index not in self.pinned.get(key, ()):
-            self.feed(inventory.ChunkHashed(key, index, digest(key, index)))
+            self.feed(messages.ChunkHashed(key, index, digest(key, index)))
 
     @rule(key=KEYS, index=INDEX)
     def fetch(self, key: ShardKey, index: int) -> None:
@@ -110,9 +110,9 @@ class InventoryLife(RuleBasedStateMachine):
         except MemoryBudgetError:
             assert key not in self.pinned
             return
-        commands = self.feed(inventory.ChunkFetched(key, PLAN, index, digest(key, index)))
+        commands = self.feed(messages.ChunkFetched(key, PLAN, index, digest(key, index)))
         if self.is_gone(key):
-            assert commands == [inventory.DropShard(key)]
+            assert commands == [messages.DropShard(key)]
             return
         self.fence = max(self.fence, key.version.generation)
         if key in self.corrupt:  # a good copy takes its place, chunk by chunk
@@ -126,35 +126,35 @@ class InventoryLife(RuleBasedStateMachine):
     def find_corrupt(self, data: st.DataObject) -> None:
         sealed = sorted(k for k, v in self.verified.items() if len(v) == CHUNKS)
         key = data.draw(st.sampled_from(sealed))
-        assert self.feed(inventory.ChunkFoundCorrupt(key)) == [inventory.ReportCorrupt(key)]
+        assert self.feed(messages.ChunkFoundCorrupt(key)) == [messages.ReportCorrupt(key)]
         self.corrupt.add(key)
 
     @rule(is_well=st.booleans())
     def read_again(self, is_well: bool) -> None:
         """The scrub: one chunk, that was verified, and is found as it was or not."""
         self.now_s += SCRUB_PERIOD_S
-        commands = self.core.handle(inventory.Ticked(), self.now_s)
-        reads = [c for c in commands if isinstance(c, inventory.ReadChunk)]
+        commands = self.core.handle(messages.Ticked(), self.now_s)
+        reads = [c for c in commands if isinstance(c, messages.ReadChunk)]
         assert len(reads) <= 1
         for key, index in ((c.key, c.index) for c in reads):
             assert index in self.verified[key]
             value = digest(key, index) if is_well else b"?" * 16
-            answers = self.core.handle(inventory.ChunkRead(key, index, value), self.now_s)
-            told = [c for c in answers if isinstance(c, inventory.ReportCorrupt)]
-            assert told == ([] if is_well else [inventory.ReportCorrupt(key)])
+            answers = self.core.handle(messages.ChunkRead(key, index, value), self.now_s)
+            told = [c for c in answers if isinstance(c, messages.ReportCorrupt)]
+            assert told == ([] if is_well else [messages.ReportCorrupt(key)])
             if not is_well:
                 self.corrupt.add(key)
 
     @rule(key=KEYS)
     def be_offered_what_is_here(self, key: ShardKey) -> None:
         """Whoever offers does not know of this copy: it is reported, if it counts."""
-        commands = self.core.handle(inventory.ChunkKnown(key), self.now_s)
+        commands = self.core.handle(messages.ChunkKnown(key), self.now_s)
         is_sealed = key not in self.corrupt and len(self.verified.get(key, ())) == CHUNKS
-        assert [type(c) for c in commands] == [inventory.ReportShard] * is_sealed
+        assert [type(c) for c in commands] == [messages.ReportShard] * is_sealed
 
     @rule(generation=st.integers(1, 2))
     def raise_fence(self, generation: int) -> None:
-        self.feed(inventory.FenceRaised(JOB, generation))
+        self.feed(messages.FenceRaised(JOB, generation))
         self.fence = max(self.fence, generation)
 
     @rule(
@@ -168,7 +168,7 @@ class InventoryLife(RuleBasedStateMachine):
     ) -> None:
         """`last` is the step of generation 1 from which generation 2 continued, -1 if none."""
         branch = None if last is None else (Version(1, last),) if last >= 0 else ()
-        event = inventory.WatermarkRaised(JOB, generation, below, tuple(sorted(pinned)), branch)
+        event = messages.WatermarkRaised(JOB, generation, below, tuple(sorted(pinned)), branch)
         held = set(self.pinned)
         try:
             commands = self.feed(event)
@@ -183,12 +183,12 @@ class InventoryLife(RuleBasedStateMachine):
             if k.version not in pinned
             and (k.version < below or (k.version.generation == 1 and k.version.step > beyond))
         }
-        assert {c.key for c in commands if isinstance(c, inventory.DropShard)} == gone
+        assert {c.key for c in commands if isinstance(c, messages.DropShard)} == gone
         self.mark = max(self.mark, below)
 
     @rule(version=VERSIONS)
     def drop_step(self, version: Version) -> None:
-        commands = self.feed(inventory.StepDropped(JOB, version))
+        commands = self.feed(messages.StepDropped(JOB, version))
         if version.generation < self.fence:  # a newer generation may have resumed from it
             assert commands == []
         else:
@@ -196,34 +196,34 @@ class InventoryLife(RuleBasedStateMachine):
 
     @rule(buddies=st.lists(st.sampled_from(PEERS), unique=True, max_size=2))
     def set_buddies(self, buddies: list[HolderId]) -> None:
-        self.check_offers(self.feed(inventory.BuddiesChanged(JOB, tuple(buddies))))
+        self.check_offers(self.feed(messages.BuddiesChanged(JOB, tuple(buddies))))
 
     @rule(key=KEYS, to=st.sampled_from(PEERS))
     def ask_for_a_copy(self, key: ShardKey, to: HolderId) -> None:
-        commands = self.feed(inventory.ReplicationRequested(key, to))
+        commands = self.feed(messages.ReplicationRequested(key, to))
         is_sealed = key not in self.corrupt and len(self.verified.get(key, ())) == CHUNKS
-        offers = [c for c in commands if isinstance(c, inventory.OfferChunk) and c.to == to]
+        offers = [c for c in commands if isinstance(c, messages.OfferChunk) and c.to == to]
         assert len(offers) == (CHUNKS if is_sealed else 0)
         self.check_offers(commands)
 
     @rule(key=KEYS, index=INDEX, to=st.sampled_from(PEERS), is_taken=st.booleans())
     def answer(self, key: ShardKey, index: int, to: HolderId, is_taken: bool) -> None:
-        kind = inventory.ChunkTaken if is_taken else inventory.ChunkNotTaken
+        kind = messages.ChunkTaken if is_taken else messages.ChunkNotTaken
         assert self.core.handle(kind(to, key, index), self.now_s) == []
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 10.0]))
     def tick(self, seconds: float) -> None:
         self.now_s += seconds
-        commands = self.core.handle(inventory.Ticked(), self.now_s)
-        reminders = {c.key for c in commands if isinstance(c, inventory.ReportCorrupt)}
+        commands = self.core.handle(messages.Ticked(), self.now_s)
+        reminders = {c.key for c in commands if isinstance(c, messages.ReportCorrupt)}
         assert reminders in (set(), self.corrupt)
-        self.check_offers([c for c in commands if isinstance(c, inventory.OfferChunk)])
-        assert self.core.handle(inventory.Ticked(), self.now_s) == []
+        self.check_offers([c for c in commands if isinstance(c, messages.OfferChunk)])
+        assert self.core.handle(messages.Ticked(), self.now_s) == []
 
-    def check_offers(self, commands: list[inventory.Command]) -> None:
+    def check_offers(self, commands: list[messages.Command]) -> None:
         """Only what was verified is offered."""
         for offer in commands:
-            assert isinstance(offer, inventory.OfferChunk)
+            assert isinstance(offer, messages.OfferChunk)
             assert offer.index in self.verified[offer.key]
             assert offer.digest == digest(offer.key, offer.index)
 
@@ -243,14 +243,14 @@ class InventoryLife(RuleBasedStateMachine):
         assert self.core.fences.get(JOB, 0) == self.fence
 
 
-def _is_said_again(event: inventory.Event, command: inventory.Command) -> bool:
+def _is_said_again(event: messages.Event, command: messages.Command) -> bool:
     """What came too late is let go each time; a peer may have lost what it once took."""
     match event, command:
-        case inventory.ChunkFoundCorrupt(), inventory.ReportCorrupt():
+        case messages.ChunkFoundCorrupt(), messages.ReportCorrupt():
             return True
-        case inventory.ChunkStaged() | inventory.ChunkFetched(), inventory.DropShard():
+        case messages.ChunkStaged() | messages.ChunkFetched(), messages.DropShard():
             return True
-        case inventory.ReplicationRequested(), inventory.OfferChunk():
+        case messages.ReplicationRequested(), messages.OfferChunk():
             return True
     return False
 

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from replication import inventory
+from replication import messages
 from replication.inventory import HeldShard, Inventory
 from replication.records import ShardKey, ShardPlan, ShardRecord, Version
 from tests.property.protocol.cluster import Cluster, Cores, Setup
@@ -32,6 +32,7 @@ from tests.sim import mutants
 from tiered import messages as m
 from tiered.config import JobSettings, Memory
 from tiered.job import Job
+from tiered.repair import Repair
 
 PICKS = st.lists(st.integers(0, 50), min_size=1, max_size=8)
 HOST = st.integers(0, 3)
@@ -211,25 +212,25 @@ class NoBudget(Inventory):
 class SealsEarly(Inventory):
     """A shard counts when its first chunk is verified."""
 
-    def _seal(self, key: ShardKey, shard: HeldShard) -> list[inventory.Command]:
+    def _seal(self, key: ShardKey, shard: HeldShard) -> list[messages.Command]:
         first = next(iter(shard.digests.values()))
         digests = tuple(shard.digests.get(i, first) for i in range(len(shard.plan.chunk_sizes)))
-        return [inventory.ReportShard(ShardRecord(key, shard.plan, digests))]
+        return [messages.ReportShard(ShardRecord(key, shard.plan, digests))]
 
 
 class CommitsAtOneCopy(Job):
     """The policy's number of copies is not waited for."""
 
-    def _is_replicated(self, version: Version) -> bool:
+    def is_replicated(self, version: Version) -> bool:
         ranks = self.copies.get(version, {})
         world = {record.plan.world_size for held in ranks.values() for record in held.values()}
         return bool(world) and all(self.copies_of(version, rank) for rank in range(max(world)))
 
 
-class NeverRepairs(Job):
+class NeverRepairs(Repair):
     """A lost copy stays lost."""
 
-    def _repair(self, now_s: float) -> list[m.Command]:
+    def repair(self, now_s: float) -> list[m.Command]:
         return []
 
 
@@ -241,7 +242,7 @@ BROKEN = {
     "no_budget": (Cores(inventory=NoBudget), "I7"),
     "seals_early": (Cores(inventory=SealsEarly), "I2|I6|KeyError"),
     "commits_at_one_copy": (Cores(job=CommitsAtOneCopy), "I6"),
-    "never_repairs": (Cores(job=NeverRepairs), "L3"),
+    "never_repairs": (mutants.with_part("repair", NeverRepairs), "L3"),
 }
 
 

@@ -7,7 +7,7 @@ order of checks and events is the real shell's.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, assert_never
 
-from replication import inventory
+from replication import messages
 from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
 from replication.scrub import Scrub
@@ -59,16 +59,16 @@ class Holder(Process):
         self.world.oracle.staged(self.id, key, self.fence_seen)
         if not self.core.has_chunk(key, index):
             self.chunks.setdefault(key, {})[index] = content
-        self.feed(inventory.ChunkStaged(key, plan, index))
+        self.feed(messages.ChunkStaged(key, plan, index))
         self.world.oracle.pinned(self.id, self.chunks)
 
     # -- called by other holders, and by whoever restores ---------------------------------------
 
-    def take_chunk(self, offer: inventory.OfferChunk, source: HolderId, reply: Reply) -> None:
+    def take_chunk(self, offer: messages.OfferChunk, source: HolderId, reply: Reply) -> None:
         """Fetch a chunk, verify it, keep a copy."""
         self.check_take(offer)
         if self.core.has_chunk(offer.key, offer.index):
-            self.feed(inventory.ChunkKnown(offer.key))
+            self.feed(messages.ChunkKnown(offer.key))
             reply(None)
             return
 
@@ -86,18 +86,18 @@ class Holder(Process):
             lambda answer: answer(peer.read_chunk(offer.key, offer.index)), got,
         )  # fmt: skip
 
-    def check_take(self, offer: inventory.OfferChunk) -> None:
+    def check_take(self, offer: messages.OfferChunk) -> None:
         """Refuse a chunk before it moves."""
         self.core.check_copy(offer.key, offer.plan)
 
-    def _keep(self, offer: inventory.OfferChunk, source: HolderId, outcome: Outcome) -> None:
+    def _keep(self, offer: messages.OfferChunk, source: HolderId, outcome: Outcome) -> None:
         if isinstance(outcome, Exception):
             raise outcome
         if not self.world.cores.is_same(digest(outcome), offer.digest):
             raise ChunkCorruptError(source.node_id, str(offer.key), offer.index)
         self.check_take(offer)
         self.chunks.setdefault(offer.key, {})[offer.index] = outcome
-        self.feed(inventory.ChunkFetched(offer.key, offer.plan, offer.index, offer.digest))
+        self.feed(messages.ChunkFetched(offer.key, offer.plan, offer.index, offer.digest))
         self.world.oracle.pinned(self.id, self.chunks)
         if (shard := self.core.shards.get(offer.key)) is not None and shard.is_sealed:
             self.world.oracle.sealed(self.id, offer.key, self.chunks)
@@ -114,15 +114,15 @@ class Holder(Process):
     def fence(self, generation: int) -> None:
         """Refuse older generations."""
         self.fence_seen = max(self.fence_seen, generation)
-        self.feed(inventory.FenceRaised(self.world.job_name, generation))
+        self.feed(messages.FenceRaised(self.world.job_name, generation))
 
     def set_buddies(self, buddies: tuple[HolderId, ...]) -> None:
         """Replicate to these."""
-        self.feed(inventory.BuddiesChanged(self.world.job_name, buddies))
+        self.feed(messages.BuddiesChanged(self.world.job_name, buddies))
 
     def replicate(self, key: ShardKey, to: HolderId) -> None:
         """Make one more copy."""
-        self.feed(inventory.ReplicationRequested(key, to))
+        self.feed(messages.ReplicationRequested(key, to))
 
     def collect(
         self,
@@ -133,11 +133,11 @@ class Holder(Process):
     ) -> None:
         """Let go of what is older, or abandoned."""
         job = self.world.job_name
-        self.feed(inventory.WatermarkRaised(job, generation, below, pinned, branch))
+        self.feed(messages.WatermarkRaised(job, generation, below, pinned, branch))
 
     def drop_step(self, version: Version) -> None:
         """Let go of a step that was never committed."""
-        self.feed(inventory.StepDropped(self.world.job_name, version))
+        self.feed(messages.StepDropped(self.world.job_name, version))
 
     def verify(self, keys: Sequence[ShardKey]) -> list[ShardKey]:
         """Read every byte of these shards; return those that are missing or corrupt here."""
@@ -153,7 +153,7 @@ class Holder(Process):
             if not all(
                 i in chunks and is_same(digest(chunks[i]), d) for i, d in enumerate(record.digests)
             ):
-                self.feed(inventory.ChunkFoundCorrupt(key))
+                self.feed(messages.ChunkFoundCorrupt(key))
                 bad.append(key)
         return bad
 
@@ -179,28 +179,28 @@ class Holder(Process):
 
     # -- the shell ------------------------------------------------------------------------------
 
-    def feed(self, event: inventory.Event) -> None:
+    def feed(self, event: messages.Event) -> None:
         """Give the core an event; carry out what it asks for."""
         world = self.world
         for command in self.core.handle(event, world.kernel.now_s):
             match command:
-                case inventory.HashChunk():
+                case messages.HashChunk():
                     delay_s = world.kernel.uniform(0.001, 0.02)
                     world.kernel.after(delay_s, self._hash, command.key, command.index)
-                case inventory.OfferChunk():
+                case messages.OfferChunk():
                     self._offer(command)
-                case inventory.ReportShard():
+                case messages.ReportShard():
                     world.oracle.sealed(self.id, command.record.key, self.chunks)
                     self._corrupt.discard(command.record.key)
                     self._unreported[command.record.key] = command.record
                     self._report()
-                case inventory.ReportCorrupt():
+                case messages.ReportCorrupt():
                     self._unreported.pop(command.key, None)  # or it would count again
                     self._corrupt.add(command.key)
                     self._report()
-                case inventory.ReadChunk():
+                case messages.ReadChunk():
                     world.kernel.after(READ_S, self._reread, command.key, command.index)
-                case inventory.DropShard():
+                case messages.DropShard():
                     world.oracle.dropped(self.id, command.key)
                     self.chunks.pop(command.key, None)
                     self._unreported.pop(command.key, None)
@@ -216,24 +216,24 @@ class Holder(Process):
             return
         content = self.chunks.get(key, {}).get(index)
         if content is not None:
-            self.feed(inventory.ChunkHashed(key, index, digest(content)))
+            self.feed(messages.ChunkHashed(key, index, digest(content)))
 
     def _reread(self, key: ShardKey, index: int) -> None:
         if self.is_alive:
             content = self.chunks.get(key, {}).get(index)
             value = b"" if content is None else self.world.cores.read(content)
-            self.feed(inventory.ChunkRead(key, index, value))
+            self.feed(messages.ChunkRead(key, index, value))
 
-    def _offer(self, offer: inventory.OfferChunk) -> None:
+    def _offer(self, offer: messages.OfferChunk) -> None:
         peer = self.world.holder_on(offer.to.node_id)
 
         def answered(outcome: Outcome) -> None:
             if isinstance(outcome, Exception):
-                self.feed(inventory.ChunkNotTaken(offer.to, offer.key, offer.index))
+                self.feed(messages.ChunkNotTaken(offer.to, offer.key, offer.index))
                 for delay_s in TICKS_AFTER_S:
                     self.world.kernel.after(delay_s, self._tick)
             else:
-                self.feed(inventory.ChunkTaken(offer.to, offer.key, offer.index))
+                self.feed(messages.ChunkTaken(offer.to, offer.key, offer.index))
 
         self.world.network.call(
             "take", self, peer, OFFER_TIMEOUT_S,
@@ -242,13 +242,13 @@ class Holder(Process):
 
     def _tick(self) -> None:
         if self.is_alive:
-            self.feed(inventory.Ticked())
+            self.feed(messages.Ticked())
 
     def _tick_forever(self) -> None:
         if not self.is_alive:
             return
         if self.host.hung_until_s <= self.world.kernel.now_s:
-            self.feed(inventory.Ticked())
+            self.feed(messages.Ticked())
         self.world.kernel.after(HOLDER_TICK_S, self._tick_forever)
 
     def _report(self) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from replication import inventory
+from replication import messages
 from replication.inventory import Inventory
 from replication.records import HolderId, Life, ShardKey, Version
 from tests.property.protocol.coordinator import Coordinator, Register
@@ -181,7 +181,7 @@ class Cluster:
 
     def drop_step(self, holder: Holder, version: Version) -> None:
         if holder.is_alive:
-            holder.feed(inventory.StepDropped(self.name, version))
+            holder.feed(messages.StepDropped(self.name, version))
 
     # -- once faults stop -----------------------------------------------------------------------
 

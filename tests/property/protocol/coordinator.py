@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, assert_never
 
-from replication import inventory
+from replication import messages
 from replication.errors import FencedError, HolderUnavailableError, TieredError
 from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
 from tests.property.protocol.network import HEAD, REGISTER, Message
@@ -162,20 +162,20 @@ class Coordinator:
             case m.FenceNewHolder(generation, holder):
                 self._tell("fence", holder, lambda h: h.fence(generation))
             case m.SetBuddies(holder, buddies):
-                event = inventory.BuddiesChanged(cluster.name, buddies)
+                event = messages.BuddiesChanged(cluster.name, buddies)
                 self._tell("buddies", holder, lambda h: h.feed(event))
             case m.ReplicateShard(source, key, to):
-                wanted = inventory.ReplicationRequested(key, to)
+                wanted = messages.ReplicationRequested(key, to)
                 self._tell(f"copy {key} to {to}", source, lambda h: h.feed(wanted))
             case m.CollectBelow(generation, below, holders, pinned, branch):
                 if cluster.register.newest == generation:
-                    order = inventory.WatermarkRaised(
+                    order = messages.WatermarkRaised(
                         cluster.name, generation, below, pinned, branch
                     )
                     for holder in holders:
                         self._tell(f"collect {below}", holder, lambda h: h.feed(order))
             case m.DropStep(version, holders):
-                dropped = inventory.StepDropped(cluster.name, version)
+                dropped = messages.StepDropped(cluster.name, version)
                 for holder in holders:
                     self._tell(f"drop {version}", holder, lambda h: h.feed(dropped))
             case m.PolicyMissed() | m.PolicyMet() | m.AnswerSave():

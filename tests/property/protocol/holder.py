@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, assert_never
 
-from replication import inventory
+from replication import messages
 from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord
 from tests.property.protocol.network import HEAD, Message
@@ -42,13 +42,13 @@ class Holder:
         self.cluster.model.staged(self, key)
         if not self.core.has_chunk(key, index):
             self.chunks.setdefault(key, {})[index] = content
-        self.feed(inventory.ChunkStaged(key, plan, index))
+        self.feed(messages.ChunkStaged(key, plan, index))
 
-    def take(self, offer: inventory.OfferChunk, source: "Holder") -> None:
+    def take(self, offer: messages.OfferChunk, source: "Holder") -> None:
         self.check_alive()
         self.core.check_copy(offer.key, offer.plan)
         if self.core.has_chunk(offer.key, offer.index):
-            self.feed(inventory.ChunkKnown(offer.key))
+            self.feed(messages.ChunkKnown(offer.key))
             return
         source.check_alive()
         content = source.chunks.get(offer.key, {}).get(offer.index)
@@ -57,12 +57,12 @@ class Holder:
         if not self.cluster.cores.is_same(digest(content), offer.digest):
             raise ChunkCorruptError(source.host, str(offer.key), offer.index)
         self.chunks.setdefault(offer.key, {})[offer.index] = content
-        self.feed(inventory.ChunkFetched(offer.key, offer.plan, offer.index, offer.digest))
+        self.feed(messages.ChunkFetched(offer.key, offer.plan, offer.index, offer.digest))
 
     def fence(self, generation: int) -> None:
         self.check_alive()
         self.fence_seen = max(self.fence_seen, generation)
-        self.feed(inventory.FenceRaised(self.cluster.name, generation))
+        self.feed(messages.FenceRaised(self.cluster.name, generation))
 
     def verify(self, keys: Sequence[ShardKey]) -> list[ShardKey]:
         """Read every byte; return what is missing or corrupt."""
@@ -76,32 +76,32 @@ class Holder:
                 continue
             chunks = self.chunks.get(key, {})
             if any(digest(chunks[index]) != want for index, want in enumerate(digests)):
-                self.feed(inventory.ChunkFoundCorrupt(key))
+                self.feed(messages.ChunkFoundCorrupt(key))
                 bad.append(key)
         return bad
 
     # -- the shell ------------------------------------------------------------------------------
 
-    def feed(self, event: inventory.Event) -> None:
+    def feed(self, event: messages.Event) -> None:
         self.check_alive()
         for command in self.core.handle(event, self.cluster.now_s):
             match command:
-                case inventory.HashChunk(key, index):
+                case messages.HashChunk(key, index):
                     self._later("hash", lambda k=key, i=index: self._hash(k, i))
-                case inventory.OfferChunk():
+                case messages.OfferChunk():
                     self._offer(command)
-                case inventory.ReadChunk(key, index):
+                case messages.ReadChunk(key, index):
                     self._later("read", lambda k=key, i=index: self._read(k, i))
-                case inventory.ReportShard(record):
+                case messages.ReportShard(record):
                     self.cluster.model.sealed(self, record)
                     self.corrupt.discard(record.key)
                     self.unreported[record.key] = record
                     self.report(record)
-                case inventory.ReportCorrupt(key):
+                case messages.ReportCorrupt(key):
                     self.unreported.pop(key, None)  # or it would count again
                     self.corrupt.add(key)
                     self.report_corrupt(key)
-                case inventory.DropShard(key):
+                case messages.DropShard(key):
                     self.chunks.pop(key, None)
                     self.unreported.pop(key, None)
                     self.corrupt.discard(key)
@@ -109,7 +109,7 @@ class Holder:
                     assert_never(command)
 
     def tick(self) -> None:
-        self.feed(inventory.Ticked())
+        self.feed(messages.Ticked())
         for record in list(self.unreported.values()):
             self.report(record)
         for key in sorted(self.corrupt):
@@ -121,26 +121,26 @@ class Holder:
     def _hash(self, key: ShardKey, index: int) -> None:
         content = self.chunks.get(key, {}).get(index)
         if self.is_alive and content is not None:
-            self.feed(inventory.ChunkHashed(key, index, digest(content)))
+            self.feed(messages.ChunkHashed(key, index, digest(content)))
 
     def _read(self, key: ShardKey, index: int) -> None:
         if self.is_alive:
             content = self.chunks.get(key, {}).get(index)
             value = b"" if content is None else digest(content)
-            self.feed(inventory.ChunkRead(key, index, value))
+            self.feed(messages.ChunkRead(key, index, value))
 
-    def _offer(self, offer: inventory.OfferChunk) -> None:
+    def _offer(self, offer: messages.OfferChunk) -> None:
         peer = self.cluster.holders.get(offer.to.node_id)
 
-        def answered(event: inventory.Event) -> None:
+        def answered(event: messages.Event) -> None:
             if self.is_alive:
                 self.feed(event)
 
         def failed() -> None:
-            answered(inventory.ChunkNotTaken(offer.to, offer.key, offer.index))
+            answered(messages.ChunkNotTaken(offer.to, offer.key, offer.index))
 
         def done() -> None:
-            answered(inventory.ChunkTaken(offer.to, offer.key, offer.index))
+            answered(messages.ChunkTaken(offer.to, offer.key, offer.index))
 
         def run() -> None:
             if peer is None:

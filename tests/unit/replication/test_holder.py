@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from replication import inventory
+from replication import messages
 from replication.checksum import digest
 from replication.holder import Holder
 from replication.inventory import Inventory
@@ -50,7 +50,7 @@ def holder_with_a_shard(period_s: float = 600.0) -> Holder:
     holder = Holder("node", 100, "observer", Secret(bytes(32)))
     holder._core = Inventory(HolderId("node", "1"), 100, Scrub(period_s))
     holder._chunks[KEY] = {0: chunk(1, 2, 3)}
-    holder._feed(inventory.ChunkFetched(KEY, PLAN, 0, digest(chunk(1, 2, 3))))
+    holder._feed(messages.ChunkFetched(KEY, PLAN, 0, digest(chunk(1, 2, 3))))
     return holder
 
 
@@ -86,7 +86,7 @@ def test_a_corrupt_copy_is_reported_until_the_observer_answers(observer: Observe
 
     async def run() -> None:
         holder = holder_with_a_shard()
-        holder._feed(inventory.ChunkFoundCorrupt(KEY))
+        holder._feed(messages.ChunkFoundCorrupt(KEY))
         await holder.hello()
         await until_told(observer, "corrupt")
 
@@ -97,8 +97,8 @@ def test_a_corrupt_copy_is_reported_until_the_observer_answers(observer: Observe
 def test_a_good_copy_in_the_place_of_a_corrupt_one_is_what_is_told(observer: Observer) -> None:
     async def run() -> None:
         holder = holder_with_a_shard()
-        holder._feed(inventory.ChunkFoundCorrupt(KEY))
-        holder._feed(inventory.ChunkFetched(KEY, PLAN, 0, digest(chunk(1, 2, 3))))
+        holder._feed(messages.ChunkFoundCorrupt(KEY))
+        holder._feed(messages.ChunkFetched(KEY, PLAN, 0, digest(chunk(1, 2, 3))))
         await holder.hello()
         await until_told(observer, "shards")
 

@@ -3,7 +3,8 @@
 import pytest
 
 from replication.errors import FencedError, MemoryBudgetError
-from replication.inventory import (
+from replication.inventory import Inventory, Reservation
+from replication.messages import (
     BuddiesChanged,
     ChunkFetched,
     ChunkFoundCorrupt,
@@ -14,12 +15,10 @@ from replication.inventory import (
     ChunkStaged,
     DropShard,
     FenceRaised,
-    Inventory,
     JobForgotten,
     ReadChunk,
     ReportCorrupt,
     ReportShard,
-    Reservation,
     StepDropped,
     Ticked,
     WatermarkRaised,

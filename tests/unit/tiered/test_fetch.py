@@ -3,6 +3,7 @@
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -24,7 +25,16 @@ from tests.contract.fake_store import FakeStore
 from tests.unit.tiered.fake_shard import MemoryTier, Shard
 from tiered import fetch, register
 from tiered.errors import DurableStoreError, StepNotFoundError
-from tiered.fetch import BUDDY, DURABLE, FORMER_HOST, OWN_HOST, DurableTier, HolderTier, tiers_of
+from tiered.fetch import (
+    BUDDY,
+    DURABLE,
+    FORMER_HOST,
+    OWN_HOST,
+    DurableTier,
+    HolderTier,
+    Piece,
+    tiers_of,
+)
 from tiered.history import ShardSources
 from tiered.restore import restore_into
 
@@ -325,28 +335,71 @@ def test_whatever_fails_at_a_holder_the_next_copy_is_read(
     assert len(transport.calls) == 2
 
 
+def data_of(shard: Shard) -> bytes:
+    """The image without its first chunk: all tensors' bytes."""
+    return shard.image[shard.record.plan.chunk_sizes[0] :]
+
+
 def test_a_chunk_fills_memory_from_the_first_tier_that_has_it_intact(shard: Shard) -> None:
     own, buddy, _ = three_tiers(shard)
     own.corrupt = {2}
     reader = shard.reader(own, buddy)
-    sizes = shard.record.plan.chunk_sizes
-    memory = [bytearray(size) for size in sizes]
-    reader.fill(lambda index: [memoryview(memory[index])], range(len(sizes)))
-    assert b"".join(memory) == shard.image
-    assert sum(reader.bytes_by_label.values()) == shard.record.plan.size_bytes
-    assert reader.bytes_by_label["buddy"] >= sizes[2]
+    data = data_of(shard)
+    memory = np.empty(len(data), dtype=np.uint8)
+    reader.fill([Piece(0, memory)])
+    assert memory.tobytes() == data
+    assert sum(reader.bytes_by_label.values()) == len(data)
+    assert reader.bytes_by_label["buddy"] >= shard.record.plan.chunk_sizes[2]
     assert reader.seconds > 0
     reader.close()
     assert (own.closed, buddy.closed) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("ranges", "chunks"),
+    [
+        ([(0, 1)], [1]),
+        ([(4095, 4097)], [1, 2]),
+        ([(4096, 8192)], [2]),
+        ([(10, 20), (20, 30), (40, 40), (8000, 8001), (19_999, 20_000)], [1, 2, 5]),
+        ([(100, 19_000)], [1, 2, 3, 4, 5]),
+        ([(7, 7)], []),
+        ([], []),
+    ],
+)
+def test_of_ranges_only_their_chunks_are_read(
+    shard: Shard, ranges: list[tuple[int, int]], chunks: list[int]
+) -> None:
+    (tier, _, _) = three_tiers(shard)
+    pieces = [Piece(low, np.zeros(high - low, dtype=np.uint8)) for low, high in ranges]
+    shard.reader(tier).fill(pieces)
+    found = [piece.into.tobytes() for piece in pieces]
+    assert found == [data_of(shard)[low:high] for low, high in ranges]
+    assert sorted(tier.asked) == chunks
+
+
+def test_a_range_is_not_believed_where_the_rest_of_its_chunk_is_damaged(shard: Shard) -> None:
+    own, buddy, _ = three_tiers(shard)
+    own.corrupt = {1}  # its last byte, which nobody wants
+    piece = Piece(5, np.zeros(10, dtype=np.uint8))
+    reader = shard.reader(own, buddy)
+    reader.fill([piece])
+    assert set(reader.bytes_by_label) == {"buddy"}
+    assert piece.into.tobytes() == data_of(shard)[5:15]
+
+
+def test_ranges_that_overlap_or_go_back_are_refused(shard: Shard) -> None:
+    memory = np.zeros(10, dtype=np.uint8)
+    for second in (5, 0):
+        with pytest.raises(ValueError, match="are wanted after"):
+            shard.reader().fill([Piece(1, memory), Piece(second, memory)])
+
+
 def test_what_no_tier_has_intact_ends_the_filling(shard: Shard) -> None:
     tier = MemoryTier(shard.chunks)
     tier.corrupt = {1}
-    reader = shard.reader(tier)
-    sizes = shard.record.plan.chunk_sizes
     with pytest.raises(StepNotFoundError, match="chunk 1 of"):
-        reader.fill(lambda index: [memoryview(bytearray(sizes[index]))], range(len(sizes)))
+        shard.reader(tier).fill([Piece(0, np.empty(20_000, dtype=np.uint8))])
 
 
 class FrozenTier(MemoryTier):

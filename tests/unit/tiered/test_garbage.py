@@ -48,6 +48,12 @@ def plan(*steps: StoredStep, **more: Any) -> GarbagePlan:
     return plan_garbage(steps, **given)
 
 
+def test_what_a_policy_keeps_stays_and_its_neighbours_go() -> None:
+    retained = {Version(1, 10), Version(1, 40)}
+    found = plan(*(step(n) for n in (10, 20, 30, 40)), retained=retained)
+    assert {d.version for d in found.deletions} == {Version(1, 20)}
+
+
 def test_old_steps_go_manifest_first_and_the_newest_stay() -> None:
     found = plan(*(step(n) for n in (10, 20, 30, 40)))
     assert [(d.kind, d.key) for d in found.deletions] == [

@@ -1,0 +1,123 @@
+"""A rank's own holder: finding it, declaring memory to it, waiting for its answers."""
+
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from replication.errors import HolderUnavailableError, TieredError
+from replication.holder import NAMESPACE, holder_name
+from replication.inventory import Reservation
+from replication.records import ActorRef, HolderId, ShardKey, ShardPlan, Version
+from tiered import cluster
+from tiered.config import JobSettings
+from tiered.coordinator import START_TIMEOUT_S
+from tiered.worker import Worker
+
+HOLDER_TIMEOUT_S = 10.0
+FLUSHES = 2  # steps on their way to S3 that memory keeps beside the others: one, and one waiting
+
+
+class OwnHolder:
+    """The holder of this host, as one rank uses it. A holder that died is succeeded by another.
+
+    Args:
+        coordinator: The actor that knows the holders.
+        job: Name of the job.
+        settings: What memory has to hold.
+        worker: Which rank this is.
+        silence: Who has not answered in time; a holder in it is not waited for again.
+
+    Raises:
+        HolderUnavailableError, DeadlineError: It does not start.
+    """
+
+    def __init__(
+        self,
+        coordinator: ActorRef,
+        job: str,
+        settings: JobSettings,
+        worker: Worker,
+        silence: cluster.Silence,
+    ) -> None:
+        self.node_id: str = ray.get_runtime_context().get_node_id()
+        self.declared_bytes = 0  # of one shard, of which the policy is known to fit
+        self._coordinator = coordinator
+        self._job = job
+        self._settings = settings
+        self._worker = worker
+        self._silence = silence
+        self._actor = self._find()
+
+    def check_heard(self) -> None:
+        """Raise HolderUnavailableError if the holder was silent and has not answered since."""
+        if self._silence.is_silent(self.node_id):
+            raise HolderUnavailableError(self.node_id, "it has not answered since it was silent")
+
+    def stage_chunk(self, key: ShardKey, plan: ShardPlan, index: int, reference: Any) -> Any:
+        """Have a chunk pinned; returns at once with what `settle` waits for."""
+        return self._actor.stage_chunk.remote(key, plan, index, reference)
+
+    def drop_step(self, version: Version) -> None:
+        """Have a step that another replaces let go of; does not wait."""
+        self._actor.drop_step.remote(self._job, version)
+
+    def release(self) -> None:
+        """Give back the declared memory; does not wait."""
+        self._actor.release.remote(self._job, self._worker.rank)
+
+    def declare(self, generation: int, shard_bytes: int) -> None:
+        """Before the first byte moves: does what the policy asks for fit this host's memory?
+
+        Raises:
+            MemoryBudgetError: It does not; says what to change.
+            HolderUnavailableError: As `settle`.
+        """
+        if shard_bytes <= self.declared_bytes:
+            return
+        memory = self._settings.memory
+        replicas = 1 if memory.replicas is None else memory.replicas
+        has_s3 = self._settings.s3 is not None
+        steps = memory.steps_held + (FLUSHES if has_s3 else 0)
+        flushing = f", {FLUSHES} on their way to S3" if has_s3 else ""
+        more = memory.steps_held - memory.keep - memory.in_flight
+        kept = f" and {more} by also_keep" if more else ""
+        detail = (
+            f"{steps} steps: keep={memory.keep}{kept}, in_flight={memory.in_flight}{flushing}; "
+            f"times {1 + replicas} copies of {shard_bytes:,} bytes for rank {self._worker.rank}"
+        )
+        need = steps * (1 + replicas) * shard_bytes
+        reservation = Reservation(generation, need, detail)
+        rank, way = self._worker.rank, memory.transport
+        self.settle([self._actor.reserve.remote(self._job, rank, reservation, way)])
+        self.declared_bytes = shard_bytes
+
+    def settle(self, pending: list[Any]) -> None:
+        """Wait until the holder has answered; find its successor if it died.
+
+        Raises:
+            TieredError: What the holder raised.
+            HolderUnavailableError: It died, or was silent for `HOLDER_TIMEOUT_S`.
+        """
+        try:
+            ray.get(pending, timeout=HOLDER_TIMEOUT_S)
+        except RayTaskError as error:
+            if isinstance(error.cause, TieredError):
+                raise error.cause from None
+            raise
+        except GetTimeoutError:
+            self._silence.note(self.node_id, self._actor.hello)
+            reason = f"silent for {HOLDER_TIMEOUT_S:g} s"
+            raise HolderUnavailableError(self.node_id, reason) from None
+        except RayActorError as error:
+            self._actor = self._find()
+            self.declared_bytes = 0
+            reason = f"it died ({type(error).__name__})"
+            raise HolderUnavailableError(self.node_id, reason) from error
+
+    def _find(self) -> ActorRef:
+        holder: HolderId = cluster.ask(
+            self._coordinator, "ensure_holder", self.node_id, timeout_s=2 * START_TIMEOUT_S
+        )
+        actor: ActorRef = ray.get_actor(holder_name(holder.node_id), NAMESPACE)
+        return actor

@@ -314,6 +314,29 @@ def collect_garbage(
     return plan
 
 
+def verify_durable(job: str, s3: S3, version: Version) -> list[str]:
+    """Read a step from S3 alone, every byte; returns what is wrong with it, a line a rank.
+
+    Raises:
+        DurableStoreError: S3 did not answer.
+    """
+    problems = []
+    with contextlib.closing(S3Store(s3, job)) as store:
+        problem, shards = _read_manifest(job, store, version)
+        if problem:
+            return [problem]
+        for sources in shards:
+            reader = ShardReader(sources, tiers_of(sources, None, store))
+            try:
+                for _ in reader.chunks():
+                    pass
+            except StepNotFoundError as error:
+                problems.append(f"rank {sources.record.key.rank}: {'; '.join(error.reasons)}")
+            finally:
+                reader.close()
+    return problems
+
+
 def _resolve_on_s3(job: str, store: S3Store, step: int | None, before: int | None) -> Resolution:
     """The same decision as the coordinator's, over S3 alone: one LIST, one manifest."""
     listing = register.read_listing(store.keys("index/"))

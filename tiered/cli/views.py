@@ -74,9 +74,8 @@ def steps_view(job: JobOverview, status: ClusterStatus) -> RenderableType:
 def step_view(job: JobOverview, step: StepStatus, status: ClusterStatus) -> RenderableType:
     """`tiered show`: the shards of a step x the hosts that have them x S3."""
     names = status.host_names()
-    hosts = sorted(
-        {n for shard in step.shards for n in (*shard.own, *shard.replicas)}, key=names.get
-    )  # type: ignore[arg-type]
+    held = {n for shard in step.shards for n in (*shard.own, *shard.replicas)}
+    hosts = sorted(held, key=lambda node_id: (names.get(node_id, ""), node_id))
     title = f"job {job.name}, step {step.step} of generation {step.generation}"
     table = _table(title, "rank", "size", *(names.get(n, n[:8]) for n in hosts), "S3", "copies")
     for shard in step.shards[:RANKS_SHOWN]:
@@ -272,11 +271,8 @@ def _copies(step: StepStatus, job: JobOverview, what: str = "") -> Text:
     if not step.memory:
         return Text("·", style="dim")
     is_short = step.min_copies < job.copies_wanted
-    text = Text(
-        f"{step.min_copies} of {job.copies_wanted} {what}".strip(),
-        style="yellow" if is_short else "green",
-    )
-    return text
+    text = f"{step.min_copies} of {job.copies_wanted} {what}".strip()
+    return Text(text, style="yellow" if is_short else "green")
 
 
 def _durable(step: StepStatus, job: JobOverview) -> Text:

@@ -32,7 +32,7 @@ class Entry:
 
     Attributes:
         number: Its place in the order; stays when the entry grows.
-        at_s: When it began, in seconds since the epoch by the coordinator's clock.
+        at_s: When it was noted, in seconds since the epoch by the coordinator's clock.
         kind: One word, such as "host_lost"; see docs/OPERATIONS.md.
         weight: How bad it is.
         text: For a person.
@@ -95,13 +95,12 @@ class Journal:
         generation: int = 0,
         took_s: float = 0.0,
     ) -> Entry:
-        """Add an entry; `now_s` is when it was over, `took_s` seconds after it began."""
+        """Add an entry of what was over at `now_s`, and had begun `took_s` seconds before."""
         if version is not None:
             generation = version.generation
         step = None if version is None else version.step
         number = next(self._numbers)
-        at_s = now_s - took_s
-        entry = Entry(number, at_s, kind, weight, text, job, generation, step, took_s)
+        entry = Entry(number, now_s, kind, weight, text, job, generation, step, took_s)
         self._ring(kind).append(entry)
         self.counts[job, kind] = self.counts.get((job, kind), 0) + 1
         self.is_changed = True
@@ -137,7 +136,7 @@ class Journal:
                     now_s, "whole_again", text, job=job, version=said.version, took_s=said.after_s
                 )
             case m.ReplicateShard():
-                text = "copying to host {}: ranks {}"
+                text = "copied again to host {}: ranks {}"
                 part = {said.to.node_id[:8]: {said.key.rank}}
                 return self._grow(now_s, "repair", text, job, said.key.version, part)
             case m.CopyFoundCorrupt():
@@ -164,9 +163,9 @@ class Journal:
     def _s3_trouble(
         self, job: str, said: m.UploadFailed | m.PublishFailed, now_s: float
     ) -> Entry | None:
-        """Note why S3 cannot be used, once for each reason until a step is durable again."""
+        """Note why S3 cannot be used, once until a step is durable again."""
         story = self._stories.setdefault(job, _Story())
-        if said.reason == story.s3_problem:
+        if story.s3_problem:
             return None
         story.s3_problem = said.reason
         return self._warn(now_s, "s3_trouble", f"not on S3 yet: {said.reason}", job, said.version)
@@ -225,9 +224,7 @@ class Journal:
             text += f"; passed over: {'; '.join(passed[:NAMED_REASONS])}{more}"
         took_s = now_s - story.began_s if story.began_s else 0.0
         story.part_s = 0.0
-        return self.note(
-            now_s, "chosen", text, job=job, version=version, generation=generation, took_s=took_s
-        )
+        return self.note(now_s, "chosen", text, job=job, generation=generation, took_s=took_s)
 
     def restored(
         self,

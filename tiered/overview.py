@@ -363,8 +363,8 @@ def _flush(job: Job, version: Version) -> str:
     if flushes.waiting is not None and flushes.waiting.version == version:
         return "waits for the upload before it"
     if (now := flushes.current) is not None and now.version == version:
-        done = f"{len(now.uploaded)} of {len(now.ranks)} shards uploaded"
-        return f"{done}; last problem: {now.last_problem}" if now.last_problem else done
+        tries = ", trying again" if now.last_problem else ""
+        return f"{len(now.uploaded)} of {len(now.ranks)} shards uploaded{tries}"
     return flushes.given_up.get(version, "")
 
 
@@ -414,7 +414,7 @@ def _degraded(job: Job, step: StepStatus) -> Finding:
     what = f"step {step.step} has {have} of {want} copies for {ranks}, {step.degraded_s:.0f} s long"
     severity: Severity = "critical" if have <= 1 and job.replicas else "warning"
     if job.hosts < want:
-        remedy = f"{job.hosts} hosts live and the policy needs {want}: add a host"
+        remedy = f"hosts that stay: {job.hosts}, hosts that the policy needs: {want}; add some"
         return Finding(severity, what, remedy)
     remedy = "copies are being made on other hosts; if it lasts, see `tiered events`"
     return Finding(severity, what, remedy)

@@ -41,7 +41,7 @@ def verify(job: JobOverview, step: int | None, *, with_s3: bool) -> int:
         TransferSpeedColumn(),
     )
     bad: list[str] = []
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("reading", total=total or None)
         for of, shard, node_id in copies:
             progress.update(task, description=f"step {of.step} rank {shard.rank} on {node_id[:8]}")

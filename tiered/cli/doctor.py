@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
@@ -121,9 +121,10 @@ def examine(s3: S3 | None, *, with_network: bool) -> list[Check]:
                 where = f"host {node['NodeID'][:8]} ({node['NodeManagerAddress']})"
                 problem = f"runs no task: {type(error).__name__}"
                 checks.append(Check("problem", where, problem, "look at its raylet's log"))
-    for host in facts:
-        checks += judge_host(host)
+    checks += merged({host.address: judge_host(host) for host in facts})
     checks += judge_agreement(facts)
+    if (detection_s := _detection_s()) is not None:
+        checks.append(judge_detection(detection_s))
     if with_network and len(facts) > 1:
         with err.status("measuring the network"):
             checks += [_speed(a, b) for a, b in zip(facts, [*facts[1:], facts[0]], strict=True)]
@@ -169,18 +170,31 @@ def judge_cluster(hosts: int, labels: Iterable[Mapping[str, str]]) -> list[Check
     return checks
 
 
+def merged(by_host: Mapping[str, list[Check]]) -> list[Check]:
+    """What was found on several hosts is said once, with their addresses."""
+    hosts_of: dict[Check, list[str]] = {}
+    for address, checks in by_host.items():
+        for check in checks:
+            hosts_of.setdefault(check, []).append(address)
+    said = []
+    for check, hosts in hosts_of.items():
+        where = "every host" if len(hosts) == len(by_host) > 1 else ", ".join(hosts)
+        said.append(replace(check, subject=f"{check.subject} on {where}"))
+    return said
+
+
 def judge_host(host: HostFacts) -> list[Check]:
     """Object store, shared memory, clock, ports, open files, and Ray's settings of one host."""
-    where = f"host {host.node_id[:8]} ({host.address})"
     return [
-        _judge_store(where, host),
-        _judge_clock(where, host),
-        *_judge_process(where, host),
-        *_judge_settings(where, host),
+        _judge_store(host),
+        _judge_clock(host),
+        *_judge_process(host),
+        *_judge_settings(host),
     ]
 
 
-def _judge_store(where: str, host: HostFacts) -> Check:
+def _judge_store(host: HostFacts) -> Check:
+    where = "memory"
     usable = size_text(STORE_SHARE * host.store_bytes)
     result = f"object store {size_text(host.store_bytes)}, of which {usable} for checkpoints"
     if host.store_bytes > host.shm_bytes:
@@ -194,43 +208,48 @@ def _judge_store(where: str, host: HostFacts) -> Check:
     return Check("ok", where, result)
 
 
-def _judge_clock(where: str, host: HostFacts) -> Check:
+def _judge_clock(host: HostFacts) -> Check:
+    where = "clock"
     if abs(host.clock_s) - host.clock_error_s > CLOCK_LIMIT_S:
-        what = f"its clock is {host.clock_s:+.1f} s off"
+        what = f"{host.clock_s:+.1f} s off"
         return Check(
             "problem", where, what, "run chrony or another NTP client: S3 refuses wrong clocks"
         )
-    return Check("ok", where, f"clock within {abs(host.clock_s) + host.clock_error_s:.2f} s")
+    return Check("ok", where, f"within {CLOCK_LIMIT_S:g} s of this host's")
 
 
-def _judge_process(where: str, host: HostFacts) -> list[Check]:
+def _judge_process(host: HostFacts) -> list[Check]:
     checks = []
     if host.port_problem:
-        what = f"no port can be opened on {host.address}: {host.port_problem}"
+        what = f"none can be opened: {host.port_problem}"
         remedy = "allow processes there to listen; else set Memory(transport='ray')"
-        checks.append(Check("problem", where, what, remedy))
+        checks.append(Check("problem", "ports", what, remedy))
     if host.descriptors < DESCRIPTORS:
-        what = f"a process may open {host.descriptors} files"
-        checks.append(Check("note", where, what, f"ulimit -n {DESCRIPTORS} before `ray start`"))
-    return checks
-
-
-def _judge_settings(where: str, host: HostFacts) -> list[Check]:
-    checks = []
-    env = host.environment
-    if env.get("RAY_preallocate_plasma_memory") != "1":
-        remedy = "RAY_preallocate_plasma_memory=1 at `ray start`: first touch is 5-10 times slower"
-        checks.append(Check("note", where, "the object store's memory is not preallocated", remedy))
-    period = float(env.get("RAY_health_check_period_ms", 3000))
-    limit = float(env.get("RAY_health_check_failure_threshold", 5))
-    if period * limit / 1000 >= DETECTION_LIMIT_S:
-        what = f"Ray takes about {period * limit / 1000:.0f} s to see that a host is lost"
-        remedy = (
-            "on the head: RAY_health_check_period_ms=1000, RAY_health_check_failure_threshold=3 "
-            "(training resumes sooner; copies are safe either way)"
+        what = f"at most {host.descriptors} a process"
+        checks.append(
+            Check("note", "open files", what, f"ulimit -n {DESCRIPTORS} before `ray start`")
         )
-        checks.append(Check("note", where, what, remedy))
     return checks
+
+
+def _judge_settings(host: HostFacts) -> list[Check]:
+    if host.environment.get("RAY_preallocate_plasma_memory") == "1":
+        return []
+    what = "the object store's is not preallocated: first touch is 5-10 times slower"
+    remedy = "RAY_preallocate_plasma_memory=1 in the environment of `ray start`"
+    return [Check("note", "memory", what, remedy)]
+
+
+def judge_detection(seconds: float) -> Check:
+    """How soon does Ray see that a host is lost?"""
+    what = f"{seconds:.0f} s without an answer until Ray takes a host for lost"
+    if seconds < DETECTION_LIMIT_S:
+        return Check("ok", "loss of a host", what)
+    remedy = (
+        "on the head: RAY_health_check_period_ms=1000, RAY_health_check_failure_threshold=3 "
+        "(training resumes sooner; copies are safe either way)"
+    )
+    return Check("note", "loss of a host", what, remedy)
 
 
 def judge_agreement(hosts: Iterable[HostFacts]) -> list[Check]:
@@ -306,6 +325,14 @@ def _refuses_twice(store: S3Store, key: str) -> bool:
 # -- asking --------------------------------------------------------------------------------------
 
 
+def _detection_s() -> float | None:
+    """How long Ray waits for a host, as this cluster is set; there is no public call for it."""
+    config = getattr(ray._raylet, "Config", None)
+    if config is None:
+        return None
+    return float(config.health_check_period_ms() * config.health_check_failure_threshold() / 1000)
+
+
 def _on(node_id: str) -> dict[str, Any]:
     affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return {"num_cpus": 0, "scheduling_strategy": affinity, "max_retries": 0}
@@ -347,9 +374,7 @@ def _facts() -> dict[str, Any]:
         "shm_bytes": shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0,
         "descriptors": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         "port_problem": port_problem,
-        "environment": {
-            k: v for k, v in os.environ.items() if k.startswith(("RAY_health", "RAY_pre"))
-        },
+        "environment": {k: v for k, v in os.environ.items() if k.startswith("RAY_pre")},
         "time_s": time.time(),
     }
 

@@ -280,7 +280,7 @@ def _durable(step: StepStatus, job: JobOverview) -> Text:
         return Text("yes", style="green")
     if step.flush:
         return Text(
-            step.flush, style="yellow" if "problem" in step.flush or "not" in step.flush else "cyan"
+            step.flush, style="yellow" if "again" in step.flush or "not" in step.flush else "cyan"
         )
     return Text("·" if job.s3 else "", style="dim")
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tiered.errors import (
         CheckpointError,
         ConfigError,
+        DurableObjectError,
         DurableStoreDownError,
         DurableStoreError,
         SaveError,
@@ -51,8 +52,8 @@ if TYPE_CHECKING:
     from tiered.handle import SaveHandle
     from tiered.journal import Entry
     from tiered.overview import ClusterStatus
+    from tiered.recovered import Recovered, TensorInfo
     from tiered.recovery import (
-        Recovered,
         cluster_status,
         collect_garbage,
         drain,
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     )
     from tiered.replies import DegradedStep, JobStatus
     from tiered.retention import KeepBest, KeepEvery, KeepInterval
-    from tiered.rng import RngState
+    from tiered.rng import PerRank, RngState
 
 __all__ = [
     "S3",
@@ -77,6 +78,7 @@ __all__ = [
     "DeadlineError",
     "DegradedStep",
     "Deletion",
+    "DurableObjectError",
     "DurableStoreDownError",
     "DurableStoreError",
     "Entry",
@@ -90,6 +92,7 @@ __all__ = [
     "KeepInterval",
     "Memory",
     "MemoryBudgetError",
+    "PerRank",
     "PlacementError",
     "ProtocolError",
     "ProtocolVersionError",
@@ -103,6 +106,7 @@ __all__ = [
     "ShardNotHeldError",
     "StateError",
     "StepNotFoundError",
+    "TensorInfo",
     "TieredError",
     "WorldSizeError",
     "cluster_status",
@@ -146,6 +150,7 @@ _HOME = {
     "forget": "tiered.recovery",
     "CheckpointError": "tiered.errors",
     "ConfigError": "tiered.errors",
+    "DurableObjectError": "tiered.errors",
     "DurableStoreDownError": "tiered.errors",
     "DurableStoreError": "tiered.errors",
     "SaveError": "tiered.errors",
@@ -158,9 +163,11 @@ _HOME = {
     "Entry": "tiered.journal",
     "ClusterStatus": "tiered.overview",
     "collect_garbage": "tiered.recovery",
-    "Recovered": "tiered.recovery",
+    "Recovered": "tiered.recovered",
     "recover": "tiered.recovery",
     "status": "tiered.recovery",
+    "PerRank": "tiered.rng",
+    "TensorInfo": "tiered.recovered",
     "RngState": "tiered.rng",
 }
 

@@ -196,6 +196,12 @@ class Catalogue:
         plan = records[0].plan
         return SavedStep(version, plan.saved_s, dict(plan.metrics))
 
+    def stored_before(self, version: Version, rank: int) -> ShardRecord | None:
+        """A rank's shard of the newest other step on S3, as far as its manifest is known."""
+        known = [v for v in self.durable if v != version and v in self.manifests]
+        records = self.manifests[max(known)] if known else ()
+        return records[rank] if rank < len(records) else None
+
     def candidates(self) -> list[Candidate]:
         """Everything that any tier knows of."""
         found = []

@@ -8,7 +8,9 @@ Rules:
        released, once.
     3. What older generations left beyond the step that this one resumed from is on no branch any
        more: half steps go at once, whole ones when this generation has committed a step of its own.
-    4. On S3 the same, with its own `keep`, for what has a manifest.
+    4. On S3 the same, with its own `keep`, for what has a manifest. What has none, and nobody will
+       finish, is looked for after the first publication and then now and then; not where `keep` is
+       None: there the job deletes nothing.
 """
 
 from replication.records import HolderId, Version
@@ -17,6 +19,8 @@ from tiered.catalogue import Catalogue
 from tiered.config import Memory
 from tiered.history import branch_ends, is_on_branch
 from tiered.retention import kept_by
+
+ORPHANS_EVERY_S = 6 * 3600.0  # what they cost is little, and so is the LIST that finds them
 
 
 class Eviction:
@@ -27,6 +31,7 @@ class Eviction:
         self._spared: set[Version] = set()  # abandoned, and whole
         self._ordered_by = 0  # the generation that last ordered a collection
         self._facts_asked: set[Version] = set()
+        self._orphans_due_s = 0.0
 
     @property
     def is_ordered(self) -> bool:
@@ -89,6 +94,14 @@ class Eviction:
             and is_on_branch(c.version, known.parents)
         ]
         return kept_by(memory.also_keep, [known.saved_step(v) for v in whole])
+
+    def collect_orphans(self, now_s: float) -> list[m.Command]:
+        """Have orphans on S3 looked for, if that is due."""
+        s3 = None if self.known.settings is None else self.known.settings.s3
+        if s3 is None or s3.keep is None or now_s < self._orphans_due_s:
+            return []
+        self._orphans_due_s = now_s + ORPHANS_EVERY_S
+        return [m.CollectOrphans()]
 
     def collect_durable(self) -> list[m.Command]:
         """On S3, too, what is older than the `keep`-th newest step of the branch goes.

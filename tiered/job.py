@@ -63,7 +63,9 @@ class Job(Catalogue):
                 return self._holder_up(event, now_s)
             case m.HolderDown():
                 self.holders.pop(event.holder, None)
-                return [*self._rearrange(), *self._review(now_s)]
+                commands = [*self._rearrange(), *self._review(now_s)]
+                is_expected = event.holder.node_id in self.leaving
+                return commands if is_expected else [*commands, *self._flush_newest(now_s)]
             case m.BeginAsked():
                 return self.generations.asked(event)
             case m.GenerationClaimed():
@@ -161,17 +163,23 @@ class Job(Catalogue):
         return tuple((staying[first:] + staying[:first])[: self.copies_needed])
 
     def _leaving(self, event: m.HostLeaving, now_s: float) -> list[m.Command]:
-        """Copy what a host has to others, and flush the newest step: more may go at once."""
+        """Copy what a host has to others, and flush the newest step."""
         if event.node_id in self.leaving:
             return []
         self.leaving.add(event.node_id)
         commands = [*self._rearrange(), *self._review(now_s)]
+        return [*commands, *self._flush_newest(now_s)]
+
+    def _flush_newest(self, now_s: float) -> list[m.Command]:
+        """Flush the newest committed step, due or not: where one host goes, more may go at once."""
         newest = max((v for v in self.commits if v.generation == self.generation), default=None)
         s3 = None if self.settings is None else self.settings.s3
         if newest is None or s3 is None or newest in {*self.durable, *self.flushes.versions}:
-            return commands
+            return []
+        if newest in self.flushes.given_up or not self.is_whole(newest):
+            return []
         ranks = range(len(self.copies[newest]))
-        return [*commands, *self.flushes.add(newest, ranks, now_s, self.holders_of)]
+        return self.flushes.add(newest, ranks, now_s, self.holders_of)
 
     # -- begin, admit, commit, collect, flush ------------------------------------------------
 
@@ -264,7 +272,7 @@ class Job(Catalogue):
         if isinstance(event, m.ManifestPublished):
             self.durable.add(event.version)
             self.manifests[event.version] = event.records
-            commands += self._collect_durable()
+            commands += [*self._collect_durable(), *self.eviction.collect_orphans(now_s)]
         elif isinstance(event, m.PublishFailed):  # it may be there although nobody said so
             self.durable_problem = event.reason
         commands += self.flushes.handle(event, now_s, self.holders_of)

@@ -56,6 +56,7 @@ from tiered.history import Resolution
 from tiered.image import Layout, chunk_sizes, front, lay_out
 from tiered.messages import Level
 from tiered.own_holder import OwnHolder
+from tiered.ray_metrics import TrainerMetrics
 from tiered.replies import DegradedStep
 from tiered.restore import restore_into
 from tiered.s3 import S3Store
@@ -147,6 +148,7 @@ class Checkpointer:
         self._allow_pickle = allow_pickle
         self._is_local = cluster.connect()
         self._coordinator = cluster.coordinator()
+        self._metrics = TrainerMetrics(job)
         self._silence = cluster.Silence()
         self._holder = OwnHolder(
             self._coordinator, self.job, self.settings, self._worker, self._silence
@@ -261,6 +263,7 @@ class Checkpointer:
         )
         self._log_restored(self.restored)
         self._report_restored(resolution.version, self.restored)
+        self._metrics.restored(self.restored.seconds, self.restored.source)
         self._make_ready(state)
         return resolution.version.step + 1
 
@@ -379,6 +382,7 @@ class Checkpointer:
                 logger.warning("%s saving again, %d skipped", self._tag(step), self._skipped)
             self._is_skipping = False
         handle.stall_s = time.monotonic() - began_s
+        self._metrics.stalled(handle.stall_s)
         return handle
 
     def _admit(self, step: int, *, is_forced: bool) -> Admission:

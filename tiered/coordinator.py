@@ -287,9 +287,15 @@ class Coordinator:
         jobs = [await self._job(n) for n in names if job_name in (None, n)]
         for job in jobs:
             self._find_durable(job)
-        known = [job for job in jobs if self._forgotten.get(job.name) != job.generation]
+        known = [job for job in self._remembered if job in jobs]
         await self._monitor.look()
         return self._monitor.overview(known, self._leaving, with_shards=with_shards)
+
+    @property
+    def _remembered(self) -> list[Job]:
+        """Jobs that nobody had let go of since they last began."""
+        jobs = sorted(self._jobs.values(), key=lambda job: job.name)
+        return [job for job in jobs if self._forgotten.get(job.name) != job.generation]
 
     async def events(self, job_name: str | None, after: int) -> list[Entry]:
         """What happened, in order, after an entry's number."""
@@ -328,6 +334,7 @@ class Coordinator:
         while True:
             await self._beat()
             await self._monitor.keep()
+            await self._monitor.record(self._remembered, self._leaving)
             for job in list(self._jobs.values()):
                 self._feed(job, m.Ticked())
             await asyncio.sleep(HEARTBEAT_S)

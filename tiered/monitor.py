@@ -20,10 +20,13 @@ from tiered import messages as m
 from tiered import register
 from tiered.job import Job
 from tiered.journal import Entry, Journal
+from tiered.metrics import samples
 from tiered.overview import ClusterStatus, HostState, HostStatus, host_findings, job_overview
+from tiered.ray_metrics import ClusterMetrics
 
 logger = logging.getLogger(__name__)
 
+RECORD_S = 5.0
 LOST_FOR_S = 3600.0  # a lost host is shown for so long
 LOST_AT_MOST = 64
 _LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO}
@@ -42,6 +45,8 @@ class Monitor:
         self._since_s = time.time()
         self._lost: dict[str, float] = {}
         self._nodes: dict[str, dict[str, Any]] = {}
+        self._metrics: ClusterMetrics | None = None
+        self._recorded_s = 0.0
 
     async def start(self) -> None:
         """Go on with the journal of the coordinator before this one, if there was one."""
@@ -61,6 +66,15 @@ class Monitor:
         """Write the journal to the GCS if it has changed."""
         if self.journal.is_changed:
             await asyncio.to_thread(register.write_journal, self.journal.pack())
+
+    async def record(self, jobs: Iterable[Job], leaving: Iterable[str]) -> None:
+        """Hand metrics to Ray, every few seconds."""
+        if time.monotonic() - self._recorded_s < RECORD_S:
+            return
+        self._recorded_s = time.monotonic()
+        self._metrics = self._metrics or ClusterMetrics()
+        await self.look()
+        self._metrics.record(samples(self.overview(jobs, leaving, with_shards=False)))
 
     def heard(self, job: Job, said: m.Event | m.Command) -> None:
         """A job's core was told something, or asks for something."""
@@ -137,6 +151,7 @@ class Monitor:
             hosts=hosts,
             jobs=tuple(job_overview(job, now_s, with_shards=with_shards) for job in jobs),
             findings=host_findings(hosts),
+            events=tuple((j, kind, n) for (j, kind), n in sorted(self.journal.counts.items())),
         )
 
     def _hosts(self, leaving: frozenset[str]) -> Iterable[HostStatus]:

@@ -203,6 +203,7 @@ class ClusterStatus:
         hosts: Each host that has or ought to have a holder, and those lost lately.
         jobs: Each job that anything is known of.
         findings: About hosts; each job has its own.
+        events: How many entries of each job and kind the journal got since the coordinator started.
     """
 
     release: str
@@ -211,6 +212,7 @@ class ClusterStatus:
     hosts: tuple[HostStatus, ...]
     jobs: tuple[JobOverview, ...]
     findings: tuple[Finding, ...]
+    events: tuple[tuple[str, str, int], ...] = ()
 
     @property
     def worst(self) -> Severity:

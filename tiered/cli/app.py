@@ -200,6 +200,26 @@ def doctor(
         raise typer.Exit(Exit.FINDING)
 
 
+@app.command()
+def web(
+    host: Annotated[str, typer.Option(help="Any but loopback asks for Ray's token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8270,
+) -> None:
+    """Serve a live, read-only page of the cluster, and its metrics for Prometheus at /metrics."""
+    try:
+        from tiered.web import server
+    except ImportError as error:
+        fail(f"{error.name} is missing; pip install 'tiered[web]'", Exit.USAGE)
+    with speaking():
+        token = server.token_for(host)
+        tiered.cluster_status()  # or say now why there is nothing to show
+        page = server.make_app(
+            lambda: tiered.cluster_status(with_shards=True), tiered.events, token
+        )
+        out.print(f"http://{host}:{port}/", "(?token=<Ray token>)" if token else "", markup=False)
+        server.serve(page, host, port)
+
+
 # -- acting --------------------------------------------------------------------------------------
 
 

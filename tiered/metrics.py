@@ -1,8 +1,8 @@
 """The project's metrics: their names, what they mean, and their values in one picture.
 
 A table and a function without I/O; `tiered.monitor` hands the values to Ray's metrics, `tiered.web`
-to a Prometheus that scrapes it. Ray puts `ray_` before the names, and the page's `/metrics` does the
-same: one dashboard and one set of alert rules (docs/monitoring) fit both. What only a trainer knows
+to a Prometheus that scrapes it. Ray puts `ray_` before the names, and the page's `/metrics` does,
+too: one dashboard and one set of alert rules (docs/monitoring) fit both. What only a trainer knows
 (`TRAINER_METRICS`) is recorded by the trainer, through Ray.
 """
 

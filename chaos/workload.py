@@ -176,7 +176,7 @@ class Rank:
         state: dict[str, Any],
         step: int,
     ) -> None:
-        if not checkpointer.settings.is_due(step):
+        if not checkpointer.is_due(step):
             return
         who = {"life": self._life, "rank": self._rank, "step": step}
         name = history.invoke("save", **who, digest=digest(state))

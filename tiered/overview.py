@@ -146,7 +146,6 @@ class JobOverview:
         policy: Memory and S3 settings in a line.
         copies_wanted: Copies of each shard that the policy asks for, its own host's included.
         copies_needed: Copies that commit a step with the hosts that live.
-        every_steps: Cadence of the memory tier.
         s3: Where durable steps go; empty without S3.
         s3_every_steps: Their cadence; 0 without S3.
         s3_problem: Why S3 could not be used lately; empty when it could.
@@ -165,7 +164,6 @@ class JobOverview:
     policy: str
     copies_wanted: int
     copies_needed: int
-    every_steps: int
     s3: str
     s3_every_steps: int
     s3_problem: str
@@ -254,7 +252,6 @@ def job_overview(job: Job, now_s: float, *, with_shards: bool = False) -> JobOve
         policy="" if settings is None else _policy(settings, job.replicas),
         copies_wanted=1 + job.replicas,
         copies_needed=job.copies_needed,
-        every_steps=0 if settings is None else settings.memory.every_steps,
         s3="" if s3 is None else s3.uri,
         s3_every_steps=0 if s3 is None else s3.every_steps,
         s3_problem="" if s3 is None else _s3_problem(job),

@@ -344,6 +344,9 @@ class Coordinator:
     async def _start(self) -> None:
         await self._monitor.start()
         self._spawn(self._beat_forever())
+        self._spawn(
+            self._monitor.run(lambda: self._monitor.record(self._remembered, self._leaving))
+        )
         await self._until(lambda: self._fleet.members.is_settled, SETTLE_TIMEOUT_S)
         for name in await asyncio.to_thread(register.known_jobs):
             await self._job(name)
@@ -351,8 +354,6 @@ class Coordinator:
     async def _beat_forever(self) -> None:
         while True:
             await self._beat()
-            await self._monitor.keep()
-            await self._monitor.record(self._remembered, self._leaving)
             for job in list(self._jobs.values()):
                 self._feed(job, m.Ticked())
             await asyncio.sleep(HEARTBEAT_S)

@@ -8,12 +8,12 @@ survive depends on it.
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 import ray
 
-from replication.fleet import Fleet
+from replication.fleet import HEARTBEAT_S, Fleet
 from replication.records import HolderId, Version
 from replication.release import RELEASE
 from tiered import messages as m
@@ -46,7 +46,6 @@ class Monitor:
         self._lost: dict[str, float] = {}
         self._nodes: dict[str, dict[str, Any]] = {}
         self._metrics: ClusterMetrics | None = None
-        self._recorded_s = 0.0
 
     async def start(self) -> None:
         """Go on with the journal of the coordinator before this one, if there was one."""
@@ -65,13 +64,32 @@ class Monitor:
     async def keep(self) -> None:
         """Write the journal to the GCS if it has changed."""
         if self.journal.is_changed:
-            await asyncio.to_thread(register.write_journal, self.journal.pack())
+            data = self.journal.pack()
+            try:
+                await asyncio.to_thread(register.write_journal, data)
+            except BaseException:
+                self.journal.is_changed = True
+                raise
+
+    async def run(self, record: Callable[[], Awaitable[None]]) -> None:
+        """Keep the journal and hand on metrics for ever, apart from heartbeats: neither may wait.
+
+        Args:
+            record: Calls `record` with what there is then.
+        """
+        recorded_s = 0.0
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            try:
+                await self.keep()
+                if time.monotonic() - recorded_s >= RECORD_S:
+                    recorded_s = time.monotonic()
+                    await record()
+            except Exception as error:  # noqa: BLE001 - the GCS may be away; it is tried again
+                logger.warning("journal or metrics not kept: %s", error)
 
     async def record(self, jobs: Iterable[Job], leaving: Iterable[str]) -> None:
-        """Hand metrics to Ray, every few seconds."""
-        if time.monotonic() - self._recorded_s < RECORD_S:
-            return
-        self._recorded_s = time.monotonic()
+        """Hand metrics to Ray."""
         self._metrics = self._metrics or ClusterMetrics()
         await self.look()
         self._metrics.record(samples(self.overview(jobs, leaving, with_shards=False)))

@@ -49,7 +49,8 @@ from replication.records import (
     Way,
 )
 from replication.release import RELEASE
-from replication.shared import Place, own_mappings, places_of
+from replication.reports import Reports
+from replication.shared import Place, Places
 from replication.sink import Sink
 from replication.stream import Tls, tls_like_ray
 from replication.transport import Source, fetch_timeout_s
@@ -60,7 +61,6 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "tiered"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 TICK_S = 0.2
-REPORT_TIMEOUT_S = 10.0
 OFFERS_AT_ONCE = 2  # per peer, as many as it has connections: no pause between two chunks
 RECEIVERS = 16  # threads; one that waits for a hung peer must not keep others from theirs
 
@@ -115,7 +115,6 @@ class Holder:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)  # this process is ours
         logging.getLogger("botocore").setLevel(logging.WARNING)
         self._core = Inventory(HolderId(node_id, uuid.uuid4().hex), capacity_bytes)
-        self._observer = observer
         self._chunks: dict[ShardKey, dict[int, Chunk]] = {}
         self._secret = secret
         tls = tls_like_ray(os.environ)
@@ -123,11 +122,10 @@ class Holder:
         self._transports = open_transports(secret, tls)
         self._ways: dict[str, Way] = {}
         self._buffers = ReceiveBuffers()
+        self._places = Places()
         self._spared_bytes = 0
         self._receivers = ThreadPoolExecutor(RECEIVERS, thread_name_prefix="tiered-receive")
-        self._unreported: dict[ShardKey, ShardRecord] = {}
-        self._corrupt: set[ShardKey] = set()  # of which the observer was not told yet
-        self._has_unreported = asyncio.Event()
+        self._reports = Reports(observer, NAMESPACE)
         self._offer_slots: dict[HolderId, asyncio.Semaphore] = {}
         self._peers: dict[HolderId, ActorRef] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -136,7 +134,7 @@ class Holder:
         """Answer that this holder is alive; the first call starts its background work."""
         if not self._tasks:
             self._spawn(self._tick_forever())
-            self._spawn(self._report_forever())
+            self._spawn(self._reports.send_forever(self._core.holder))
         core, traffic = self._core, await self.traffic()
         return HolderInfo(
             core.holder, core.capacity_bytes, core.used_bytes, core.shared_bytes,
@@ -251,7 +249,7 @@ class Holder:
         Raises:
             ShardNotHeldError: It is not here.
         """
-        return places_of(self._pinned(key, index), own_mappings())
+        return self._places.of(self._pinned(key, index))
 
     async def access(self) -> Access:
         """Tell how to read from here by TCP; who may call actors may know the secret."""
@@ -418,19 +416,14 @@ class Holder:
                 case messages.OfferChunk():
                     self._spawn(self._offer(command))
                 case messages.ReportShard():
-                    self._corrupt.discard(command.record.key)
-                    self._unreported[command.record.key] = command.record
-                    self._has_unreported.set()
+                    self._reports.whole(command.record)
                 case messages.ReportCorrupt():
-                    self._unreported.pop(command.key, None)  # or it would count again
-                    self._corrupt.add(command.key)
-                    self._has_unreported.set()
+                    self._reports.corrupt(command.key)
                 case messages.ReadChunk():
                     self._spawn(self._reread(command.key, command.index))
                 case messages.DropShard():
                     self._chunks.pop(command.key, None)
-                    self._unreported.pop(command.key, None)
-                    self._corrupt.discard(command.key)
+                    self._reports.gone(command.key)
                     self._trim()
                 case _:
                     assert_never(command)
@@ -498,37 +491,6 @@ class Holder:
         while True:
             await asyncio.sleep(TICK_S)
             self._feed(messages.Ticked())
-
-    async def _report_forever(self) -> None:
-        """Tell the observer of sealed and of corrupt shards, in batches, until it has answered."""
-        pause_s = TICK_S
-        while True:
-            await self._has_unreported.wait()
-            self._has_unreported.clear()
-            batch, corrupt = list(self._unreported.values()), sorted(self._corrupt)
-            if not batch and not corrupt:
-                continue
-            try:
-                observer: ActorRef
-                observer = await asyncio.to_thread(ray.get_actor, self._observer, NAMESPACE)
-                holder, timeout_s = self._core.holder, REPORT_TIMEOUT_S
-                if corrupt:
-                    answer = observer.report_corrupt.remote(holder, corrupt)
-                    await asyncio.wait_for(answer, timeout_s)
-                    self._corrupt.difference_update(corrupt)
-                if batch:
-                    answer = observer.report_shards.remote(holder, batch)
-                    await asyncio.wait_for(answer, timeout_s)
-            except Exception as error:  # noqa: BLE001 - it may be restarting: ask again, for ever
-                logger.warning("cannot report to %s yet: %s", self._observer, error)
-                self._has_unreported.set()
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, 5.0)
-                continue
-            pause_s = TICK_S
-            for record in batch:
-                if self._unreported.get(record.key) is record:
-                    del self._unreported[record.key]
 
 
 def _serve(read: ReadChunk, secret: Secret, tls: Tls | None) -> ChunkServer | None:

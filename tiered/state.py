@@ -358,7 +358,9 @@ def place_of(value: DTensor) -> tuple[int, ...]:
 
 def is_stateful(value: Any) -> bool:
     """Whether it is an object with a state of its own; a class is not."""
-    return isinstance(value, Stateful) and not isinstance(value, type)
+    # as isinstance(value, Stateful) says, which takes 5 us for each tensor
+    has_state = hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+    return has_state and not isinstance(value, type)
 
 
 def unwrapped(value: Any) -> Any:

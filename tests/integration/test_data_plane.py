@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def traffic(hosts: list[str]) -> list[Traffic]:
     return [ask(host, "traffic") for host in hosts]
 
 
-def begin(actors: list[Any], job: str, memory: tiered.Memory = EVERY) -> list[Any]:
-    settings = {"memory": memory, "state_bytes": STATE_BYTES}
+def begin(actors: list[Any], job: str, memory: tiered.Memory = EVERY, **shape: int) -> list[Any]:
+    settings = {"memory": memory, "state_bytes": STATE_BYTES, **shape}
     calls = [a.start.remote(job, dict(settings), 1000 + r) for r, a in enumerate(actors)]
     return ray.get(calls, timeout=120)
 
@@ -55,6 +56,41 @@ def stop_serving(host: str) -> None:
     """Close a holder's port behind its back."""
     holder = ray.get_actor(holder_name(host), NAMESPACE)
     ray.get(holder.__ray_call__.remote(lambda self: self._server.close()), timeout=30)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s
+
+
+def test_frozen_layers_are_kept_once_and_sent_once(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    frozen, hosts = 8, cluster.hosts[:2]
+    actors = start_trainers(hosts, port)
+    begin(actors, job, state_bytes=MIB, frozen=frozen)
+    save(actors, 1)
+    first = traffic(hosts)
+    save(actors, 2)
+    for one, other in zip(first, traffic(hosts), strict=True):
+        moved = sum(other.received[way] - one.received[way] for way in ("tcp", "ray"))
+        assert 0 < moved < 2 * MIB
+        assert other.spared - one.spared == frozen * MIB
+    for host in hosts:  # two steps of its own rank, and two of its buddy's
+        wait_until(lambda h=host: ask(h, "hello").shared_bytes == 2 * frozen * MIB)
+
+    for step in (3, 4):  # the step that brought the frozen bytes goes
+        save(actors, step)
+    for host in hosts:
+        wait_until(lambda h=host: {r.key.version.step for r in ask(h, "list_shards")} == {3, 4})
+    end(cluster, actors)
+    again = start_trainers(hosts[::-1], port + 1)  # each rank on its buddy's host
+    for start, restored in begin(again, job, state_bytes=MIB, frozen=frozen):
+        assert (start, restored.step, restored.source) == (5, 4, "a buddy's RAM")
+    seen = [a.has.remote(40 + rank) for rank, a in enumerate(again)]
+    assert ray.get(seen, timeout=60) == [True, True]
+    end(cluster, again)
 
 
 def test_copies_come_by_tcp_and_without_it_by_ray(

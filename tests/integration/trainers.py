@@ -12,14 +12,21 @@ import tiered
 MIB = 1 << 20
 
 
-def make_state(seed: int, size_bytes: int = 3 * MIB) -> dict[str, Any]:
-    """Tensors of several dtypes and some values, different for each seed."""
+def make_state(seed: int, size_bytes: int = 3 * MIB, frozen: int = 0) -> dict[str, Any]:
+    """Tensors of several dtypes and some values, different for each seed.
+
+    Beside them, as a base model whose adapter trains, `frozen` layers of a MiB that never change.
+    """
+    base = {
+        f"layers.{i}": torch.full((MIB // 2,), i / 8, dtype=torch.bfloat16) for i in range(frozen)
+    }
     generator = torch.Generator().manual_seed(seed)
     floats = size_bytes // 8
     return {
         "weight": torch.randn(floats, generator=generator),
         "half": torch.randn(floats // 2, 2, generator=generator).to(torch.bfloat16),
         "count": torch.tensor(seed),
+        **({"base": base} if base else {}),
         "nested": {"lr": seed / 3, "name": f"seed {seed}", "betas": (0.9, [seed])},
     }
 
@@ -58,9 +65,8 @@ class Trainer:
         self, job: str, settings: dict[str, Any], seed: int, **wanted: Any
     ) -> tuple[int, tiered.Restored | None]:
         """Make a checkpointer and restore; returns what restore did."""
-        state_bytes = settings.pop("state_bytes", 3 * MIB)
-        self.state_bytes = state_bytes
-        self.state = make_state(seed, state_bytes)
+        self.shape = (settings.pop("state_bytes", 3 * MIB), settings.pop("frozen", 0))
+        self.state = make_state(seed, *self.shape)
         self.checkpointer = tiered.Checkpointer(
             job, rank=self.rank, world_size=self.world_size, **settings
         )
@@ -68,7 +74,7 @@ class Trainer:
 
     def save(self, step: int, seed: int, level: str | None = "replicated") -> dict[str, float]:
         """Save the state of `seed` as `step`; returns the levels reached."""
-        self.state = make_state(seed, self.state_bytes)
+        self.state = make_state(seed, *self.shape)
         handle = self.checkpointer.save(step, self.state, force=True)
         assert handle is not None
         self.handles[step] = handle
@@ -78,7 +84,7 @@ class Trainer:
 
     def try_save(self, step: int, seed: int, **options: Any) -> tuple[str, float]:
         """Save if due; returns why it gets no safer, if that is known at once, and the stall."""
-        self.state = make_state(seed, self.state_bytes)
+        self.state = make_state(seed, *self.shape)
         handle = self.checkpointer.save(step, self.state, **options)
         assert handle is not None
         self.handles[step] = handle
@@ -104,7 +110,7 @@ class Trainer:
 
     def has(self, seed: int) -> bool:
         """Whether the state is now that of `seed`."""
-        return is_same(self.state, make_state(seed, self.state_bytes))
+        return is_same(self.state, make_state(seed, *self.shape))
 
     def close(self) -> None:
         self.checkpointer.close()

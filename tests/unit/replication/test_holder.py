@@ -67,6 +67,7 @@ def observer(monkeypatch: pytest.MonkeyPatch) -> Observer:
     observer = Observer()
     monkeypatch.setattr("replication.holder.ray.get_actor", lambda name, namespace: observer)
     monkeypatch.setattr("replication.holder.TICK_S", 0.001)
+    monkeypatch.setattr("replication.reports.PAUSE_S", 0.001)
     return observer
 
 

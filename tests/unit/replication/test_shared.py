@@ -16,6 +16,7 @@ from replication.records import ByteRange, Chunk, ChunkId, ShardKey, Version
 from replication.shared import (
     Mapping,
     Place,
+    Places,
     SharedMemoryTransport,
     mappings,
     own_mappings,
@@ -136,6 +137,46 @@ def test_a_read_goes_on_where_another_one_stopped(
     transport.read(Source("node", FakeHolder(places)), ChunkId(KEY, 0, SIZE), sink, 1.0)
     assert bytes(memory) == store[:SIZE].tobytes()
     assert transport.bytes_read == SIZE - 1000
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often the system was asked for this process' mappings."""
+    asked: list[int] = []
+
+    def ask() -> list[Mapping]:
+        asked.append(1)
+        return own_mappings()
+
+    monkeypatch.setattr(shared, "own_mappings", ask)
+    return asked
+
+
+def test_the_system_is_asked_for_a_mapping_once(
+    store: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, places = counted(monkeypatch), Places()
+    for start in (0, 4096, 1 << 20):
+        chunk = [store[start : start + SIZE]]
+        assert places.of(chunk) == places_of(chunk, own_mappings())
+    assert len(asked) == 1
+    assert places.of([np.zeros(100_000, dtype=np.uint8)]) is None
+    assert len(asked) == 2
+
+
+def test_where_the_sentinel_lies_is_read_without_asking_again(
+    store: np.ndarray[Any, Any],
+    transport: SharedMemoryTransport,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = counted(monkeypatch)
+    monkeypatch.setattr(shared, "pin", lambda chunk: [store[4 << 20 : 5 << 20]])
+    places = places_of([store[:SIZE]], own_mappings())
+    for _ in range(3):
+        assert read(transport, places) == store[:SIZE].tobytes()
+    assert len(asked) == 1
+    transport.close()  # the sentinel goes, and with it what is known of its mapping
+    assert read(transport, places) == store[:SIZE].tobytes()
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ TieredError
 │   └── ProtocolError           the other end of a connection does not speak as agreed
 │       ├── ProtocolVersionError    it speaks another version
 │       └── AuthenticationError     it does not know the cluster's secret
+├── ReleaseError                a process of the cluster runs another release of Tiered
 ├── DeadlineError               a wait ended without its condition
 └── (tiered.errors)             steps, states, configuration, S3
 
@@ -177,6 +178,23 @@ class AuthenticationError(ProtocolError):
 
     def __str__(self) -> str:
         return f"{self.peer} does not know the secret of this cluster; nothing was sent to it"
+
+
+class ReleaseError(TieredError):
+    """A process of the cluster runs another release; their messages do not mix."""
+
+    def __init__(self, what: str, theirs: str, ours: str) -> None:
+        super().__init__(what, theirs, ours)
+        self.what = what
+        self.theirs = theirs
+        self.ours = ours
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} runs Tiered release {self.theirs}, this process {self.ours}; use one "
+            "release everywhere: when no job needs what is in memory, `tiered down`, then "
+            "`tiered up`"
+        )
 
 
 class DeadlineError(TieredError):

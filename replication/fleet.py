@@ -15,9 +15,11 @@ from ray.exceptions import ActorDiedError, ActorUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from replication import membership
+from replication.errors import ReleaseError
 from replication.holder import NAMESPACE, Holder, HolderInfo, holder_name
 from replication.membership import Membership, Node
 from replication.records import ActorRef, HolderId
+from replication.release import RELEASE, release_of
 from replication.wire import Secret
 
 logger = logging.getLogger(__name__)
@@ -115,6 +117,17 @@ class Fleet:
         self._handles: dict[str, ActorRef] = {}
         self._also: set[str] = set()
         self._draining: frozenset[str] = frozenset()
+        self.infos: dict[str, HolderInfo] = {}  # by host: what its holder said last
+        self.refused: dict[str, str] = {}  # hosts whose holder is of another release: of which
+
+    def check_release(self, node_id: str) -> None:
+        """See that the holder of a host, if it has answered, is of this release.
+
+        Raises:
+            ReleaseError: It is of another.
+        """
+        if (release := self.refused.get(node_id)) is not None:
+            raise ReleaseError(f"the holder on host {node_id[:8]}", release, RELEASE)
 
     def require(self, node_id: str) -> None:
         """Have a holder on this host even if it has neither CPUs nor GPUs."""
@@ -145,11 +158,26 @@ class Fleet:
         event: membership.Event
         try:
             info: HolderInfo = await asyncio.wait_for(handle.hello.remote(), HEARTBEAT_TIMEOUT_S)
+            if (release := release_of(info)) != RELEASE:
+                self._refuse(node_id, release)
+                return
+            self.refused.pop(node_id, None)
+            self.infos[node_id] = info
             event = membership.Answered(info.holder)
         except Exception as error:  # noqa: BLE001 - whatever it is, the holder did not answer
             is_dead = isinstance(error, ActorDiedError | ActorUnschedulableError)
             event = membership.Missed(node_id, is_dead)
         await self._handle(event)
+
+    def _refuse(self, node_id: str, release: str) -> None:
+        """Leave a holder of another release alone: it keeps what it has, and nothing here counts.
+
+        It is neither used nor replaced, for what it has in memory would be lost.
+        """
+        if self.refused.get(node_id) != release:
+            self.refused[node_id] = release
+            where = f"the holder on host {node_id[:8]}"
+            logger.error("%s", ReleaseError(where, release, RELEASE))
 
     async def _handle(self, event: membership.Event) -> None:
         starting = []

@@ -48,6 +48,7 @@ from replication.records import (
     Version,
     Way,
 )
+from replication.release import RELEASE
 from replication.reports import Reports
 from replication.shared import Place, Places
 from replication.sink import Sink
@@ -78,6 +79,9 @@ class HolderInfo:
     used_bytes: int
     shared_bytes: int = 0  # of those, counted once more for each version that has them
     endpoint: Endpoint | None = None  # of its data plane
+    release: str = ""
+    sent_bytes: int = 0  # of chunks to other hosts, by its data plane
+    received_bytes: int = 0  # of chunks from other hosts, whichever way
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +135,11 @@ class Holder:
         if not self._tasks:
             self._spawn(self._tick_forever())
             self._spawn(self._reports.send_forever(self._core.holder))
-        core = self._core
+        core, traffic = self._core, await self.traffic()
         return HolderInfo(
-            core.holder, core.capacity_bytes, core.used_bytes, core.shared_bytes, self._endpoint
-        )
+            core.holder, core.capacity_bytes, core.used_bytes, core.shared_bytes,
+            self._endpoint, RELEASE, traffic.sent, sum(traffic.received.values()),
+        )  # fmt: skip
 
     # -- called by trainers on this host --------------------------------------------------------
 

@@ -114,6 +114,11 @@ class Membership:
         return [node_id for node_id, s in self._states.items() if s.is_started]
 
     @property
+    def domains(self) -> dict[str, str]:
+        """Every host in the cluster that has or ought to have a holder, and its failure domain."""
+        return {node_id: s.node.domain for node_id, s in self._states.items()}
+
+    @property
     def is_settled(self) -> bool:
         """Every host in the cluster has a holder that has answered at least once."""
         states = self._states.values()

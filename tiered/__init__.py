@@ -16,6 +16,8 @@ package that need no torch, whose import takes seconds.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import replication.release
+
 if TYPE_CHECKING:
     from replication.errors import (
         AuthenticationError,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
         PlacementError,
         ProtocolError,
         ProtocolVersionError,
+        ReleaseError,
         ReplicationError,
         ShardNotHeldError,
         TieredError,
@@ -48,10 +51,14 @@ if TYPE_CHECKING:
     )
     from tiered.garbage import Deletion, GarbagePlan
     from tiered.handle import SaveHandle
+    from tiered.journal import Entry
+    from tiered.overview import ClusterStatus
     from tiered.recovered import Recovered, TensorInfo
     from tiered.recovery import (
+        cluster_status,
         collect_garbage,
         drain,
+        events,
         explain_placement,
         forget,
         recover,
@@ -67,6 +74,7 @@ __all__ = [
     "CheckpointError",
     "Checkpointer",
     "ChunkCorruptError",
+    "ClusterStatus",
     "ConfigError",
     "DeadlineError",
     "DegradedStep",
@@ -74,6 +82,7 @@ __all__ = [
     "DurableObjectError",
     "DurableStoreDownError",
     "DurableStoreError",
+    "Entry",
     "FencedError",
     "GarbagePlan",
     "HolderTimeoutError",
@@ -89,6 +98,7 @@ __all__ = [
     "ProtocolError",
     "ProtocolVersionError",
     "Recovered",
+    "ReleaseError",
     "ReplicationError",
     "Restored",
     "RngState",
@@ -102,8 +112,10 @@ __all__ = [
     "TensorInfo",
     "TieredError",
     "WorldSizeError",
+    "cluster_status",
     "collect_garbage",
     "drain",
+    "events",
     "explain_placement",
     "forget",
     "recover",
@@ -121,6 +133,7 @@ _HOME = {
     "PlacementError": "replication.errors",
     "ProtocolError": "replication.errors",
     "ProtocolVersionError": "replication.errors",
+    "ReleaseError": "replication.errors",
     "ReplicationError": "replication.errors",
     "ShardNotHeldError": "replication.errors",
     "TieredError": "replication.errors",
@@ -136,7 +149,9 @@ _HOME = {
     "KeepEvery": "tiered.retention",
     "KeepInterval": "tiered.retention",
     "explain_placement": "tiered.recovery",
+    "cluster_status": "tiered.recovery",
     "drain": "tiered.recovery",
+    "events": "tiered.recovery",
     "forget": "tiered.recovery",
     "CheckpointError": "tiered.errors",
     "ConfigError": "tiered.errors",
@@ -150,6 +165,8 @@ _HOME = {
     "Deletion": "tiered.garbage",
     "GarbagePlan": "tiered.garbage",
     "SaveHandle": "tiered.handle",
+    "Entry": "tiered.journal",
+    "ClusterStatus": "tiered.overview",
     "collect_garbage": "tiered.recovery",
     "Recovered": "tiered.recovered",
     "recover": "tiered.recovery",
@@ -158,6 +175,9 @@ _HOME = {
     "TensorInfo": "tiered.recovered",
     "RngState": "tiered.rng",
 }
+
+
+__version__ = replication.release.RELEASE
 
 
 def __getattr__(name: str) -> Any:

@@ -55,6 +55,7 @@ from tiered.history import Resolution
 from tiered.image import Layout, chunk_sizes, front, lay_out
 from tiered.messages import Level
 from tiered.own_holder import OwnHolder
+from tiered.ray_metrics import TrainerMetrics
 from tiered.ray_train import run
 from tiered.ray_train.part import RunPart
 from tiered.replies import DegradedStep
@@ -152,6 +153,7 @@ class Checkpointer:
         self._allow_pickle = allow_pickle
         self._is_local = cluster.connect()
         self._coordinator = cluster.coordinator()
+        self._metrics = TrainerMetrics(self.job)
         self._run = RunPart.find(self.job, self.settings.s3, self._worker.rank)
         if self._run is not None and self._run.owns_s3 and durable is not None:
             self.settings = replace(self.settings, s3=replace(durable, keep=None, also_keep=()))
@@ -289,7 +291,16 @@ class Checkpointer:
             kept=filled.kept,
         )
         self._log_restored(self.restored)
+        self._report_restored(resolution.version, self.restored)
+        self._metrics.restored(self.restored.seconds, self.restored.source)
         return resolution.version.step + 1
+
+    def _report_restored(self, version: Version, restored: Restored) -> None:
+        """Tell the coordinator for its journal; nobody waits for that."""
+        facts = (
+            version, self._worker.rank, restored.size_bytes, restored.source, restored.seconds
+        )  # fmt: skip
+        self._coordinator.report_restored.remote(self.job, self._generation, facts)
 
     def begin_reading(self, step: int | None = None) -> tuple[int | None, SavedStep | None]:
         """Begin a generation as `restore` does, and leave the reading to the caller.
@@ -444,6 +455,7 @@ class Checkpointer:
                 logger.warning("%s saving again, %d skipped", self._tag(step), self._skipped)
             self._is_skipping = False
         handle.stall_s = time.monotonic() - began_s
+        self._metrics.stalled(handle.stall_s)
         return handle
 
     def _admit(self, step: int, *, is_forced: bool) -> Admission:

@@ -18,10 +18,11 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 
-from replication.errors import DeadlineError, TieredError
+from replication.errors import DeadlineError, ReleaseError, TieredError
 from replication.holder import NAMESPACE
 from replication.records import ActorRef
-from tiered.coordinator import COORDINATOR_NAME, Coordinator
+from replication.release import RELEASE, release_of
+from tiered.coordinator import COORDINATOR_NAME, START_TIMEOUT_S, Coordinator
 from tiered.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -205,8 +206,9 @@ def coordinator() -> ActorRef:
     }
     if any(HEAD_RESOURCE in node["Resources"] for node in ray.nodes()):  # type: ignore[no-untyped-call]
         options["resources"] = {HEAD_RESOURCE: 0.001}
-    actor: ActorRef = ray.remote(Coordinator).options(**options)
-    return actor.remote()
+    actor_class: ActorRef = ray.remote(Coordinator).options(**options)
+    actor: ActorRef = actor_class.remote()
+    return _of_this_release(actor)
 
 
 def running_coordinator() -> ActorRef:
@@ -223,6 +225,19 @@ def running_coordinator() -> ActorRef:
             "the running Ray cluster holds no checkpoints; pass s3=tiered.S3(...) to recover "
             "from S3 alone"
         ) from error
+    return _of_this_release(actor)
+
+
+def _of_this_release(actor: ActorRef) -> ActorRef:
+    """Return a coordinator that may be asked more; `ping` is what every release answers.
+
+    Raises:
+        ReleaseError: It is of another release.
+        DeadlineError: It did not answer.
+    """
+    release = release_of(ask(actor, "ping", timeout_s=START_TIMEOUT_S))
+    if release != RELEASE:
+        raise ReleaseError(f"the {COORDINATOR_NAME} of this cluster", release, RELEASE)
     return actor
 
 

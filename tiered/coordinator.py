@@ -16,15 +16,19 @@ from replication.errors import DeadlineError, FencedError, HolderUnavailableErro
 from replication.fleet import HEARTBEAT_S, HEARTBEAT_TIMEOUT_S, Fleet
 from replication.holder import LOG_FORMAT
 from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
+from replication.release import RELEASE
 from tiered import messages as m
 from tiered import register
 from tiered.admission import Admission
 from tiered.cadence import Cadence, Cadences, Pace
 from tiered.config import S3, JobSettings
 from tiered.errors import DurableStoreError, StepNotFoundError
-from tiered.executor import Executor, first_line, settings_of, step_tag
+from tiered.executor import Executor, first_line, settings_of
 from tiered.history import Resolution
 from tiered.job import Job
+from tiered.journal import Entry
+from tiered.monitor import Monitor
+from tiered.overview import ClusterStatus
 from tiered.replies import (
     JobStatus,
     News,
@@ -41,6 +45,7 @@ CALL_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 60.0
 SETTLE_TIMEOUT_S = 30.0
 BEGIN_TIMEOUT_S = 150.0
+LOOK_AGAIN_S = 30.0  # at S3, for who wants to see what it has
 
 T = TypeVar("T")
 
@@ -60,10 +65,12 @@ class Coordinator:
             register.cluster_secret,
         )
         self._executor = Executor(self._fleet)
+        self._monitor = Monitor(self._fleet)
         self._jobs: dict[str, Job] = {}
         self._cadences: dict[str, Cadences] = {}
         self._leaving: set[str] = set()
         self._forgotten: dict[str, int] = {}  # job -> its newest generation then
+        self._looked_s: dict[str, float] = {}
         self._opening = asyncio.Lock()
         self._started: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -78,19 +85,25 @@ class Coordinator:
         await self._until(lambda: self._fleet.members.is_settled, SETTLE_TIMEOUT_S)
         return len(self._fleet.members.up)
 
-    async def ping(self) -> None:
-        """Answer that the coordinator is alive."""
+    async def ping(self) -> str:
+        """Answer that the coordinator is alive, with its release; the first thing to ask it."""
+        return RELEASE
 
     async def ensure_holder(self, node_id: str) -> HolderId:
         """Return the live holder of a trainer's host, starting it if need be.
 
         Raises:
             HolderUnavailableError: It did not start in time.
+            ReleaseError: It is of another release.
         """
         await self._ready()
         self._fleet.require(node_id)
         members = self._fleet.members
-        await self._until(lambda: members.holder_on(node_id) is not None, START_TIMEOUT_S)
+        refused = self._fleet.refused
+        await self._until(
+            lambda: members.holder_on(node_id) is not None or node_id in refused, START_TIMEOUT_S
+        )
+        self._fleet.check_release(node_id)
         if (holder := members.holder_on(node_id)) is not None:
             return holder
         raise HolderUnavailableError(node_id, f"it did not start within {START_TIMEOUT_S:g} s")
@@ -277,6 +290,7 @@ class Coordinator:
                 raise HolderUnavailableError(holder.node_id, first_line(failed[holder]))
             if left:
                 await asyncio.sleep(HEARTBEAT_S)
+        self._monitor.forgot(job_name)
         if job.begin is None:  # what is known of it is read anew, when somebody asks
             del self._jobs[job_name]
 
@@ -284,6 +298,35 @@ class Coordinator:
         """What is known of a job now."""
         await self.hello()
         return status_of(await self._job(job_name))
+
+    async def overview(self, job_name: str | None, *, with_shards: bool = False) -> ClusterStatus:
+        """Everything at this moment: all jobs, or one. Waits for no holder."""
+        await self._ready()
+        names = await asyncio.to_thread(register.known_jobs)
+        jobs = [await self._job(n) for n in names if job_name in (None, n)]
+        for job in jobs:
+            self._find_durable(job)
+        known = [job for job in self._remembered if job in jobs]
+        await self._monitor.look()
+        return self._monitor.overview(known, self._leaving, with_shards=with_shards)
+
+    @property
+    def _remembered(self) -> list[Job]:
+        """Jobs that nobody had let go of since they last began."""
+        jobs = sorted(self._jobs.values(), key=lambda job: job.name)
+        return [job for job in jobs if self._forgotten.get(job.name) != job.generation]
+
+    async def events(self, job_name: str | None, after: int) -> list[Entry]:
+        """What happened, in order, after an entry's number."""
+        await self._ready()
+        return self._monitor.journal.entries(job_name, after)
+
+    async def report_restored(
+        self, job_name: str, generation: int, restored: tuple[Version, int, int, str, float]
+    ) -> None:
+        """A rank has filled its state: which version, rank, bytes, from where, in how long."""
+        await self._ready()
+        self._monitor.restored(job_name, generation, *restored)
 
     async def durable_settings(self, job_name: str) -> S3 | None:
         """Where the job's durable steps are, as its newest generation said."""
@@ -300,7 +343,11 @@ class Coordinator:
         await asyncio.shield(self._started)
 
     async def _start(self) -> None:
+        await self._monitor.start()
         self._spawn(self._beat_forever())
+        self._spawn(
+            self._monitor.run(lambda: self._monitor.record(self._remembered, self._leaving))
+        )
         await self._until(lambda: self._fleet.members.is_settled, SETTLE_TIMEOUT_S)
         self._leaving |= await asyncio.to_thread(register.leaving_hosts)
         for name in await asyncio.to_thread(register.known_jobs):
@@ -321,12 +368,14 @@ class Coordinator:
         self._wake()
 
     async def _joined(self, holder: HolderId, domain: str) -> None:
+        self._monitor.joined(holder)
         for name in self._forgotten.keys() - self._jobs.keys():
             self._tell(holder, "forget", name)
         for job in list(self._jobs.values()):
             await self._holder_up(job, holder, domain)
 
     def _lost(self, holder: HolderId) -> None:
+        self._monitor.lost(holder)
         for job in self._jobs.values():
             self._feed(job, m.HolderDown(holder))
 
@@ -378,6 +427,15 @@ class Coordinator:
                 self._feed(job, m.HolderDown(holder))
         return job
 
+    def _find_durable(self, job: Job) -> None:
+        """Have S3 listed now and then for who looks at a job of which nobody knows what it has."""
+        settings, last_s = job.settings, self._looked_s.get(job.name, -LOOK_AGAIN_S)
+        if settings is None or settings.s3 is None or not job.durable_problem or job.begin:
+            return
+        if time.monotonic() - last_s >= LOOK_AGAIN_S:
+            self._looked_s[job.name] = time.monotonic()
+            self._follow(job, self._executor.list_durable(job, settings))
+
     async def _known_job(self, name: str) -> Job:
         """A job with the inventory of every live holder, or of those that answer in time.
 
@@ -389,30 +447,20 @@ class Coordinator:
         return job
 
     def _feed(self, job: Job, event: m.Event) -> None:
+        self._monitor.heard(job, event)
         for command in job.handle(event, time.monotonic()):
             self._run(job, command)
         self._wake()
 
     def _run(self, job: Job, command: m.Command) -> None:
+        self._monitor.heard(job, command)
         match command:
             case m.AnswerBegin():
                 self._answer(job, command)
-            case m.StepCommitted():
-                _log_commit(job, command)
-            case m.FlushGivenUp():
-                version = command.version
-                logger.warning("%s not flushed to S3: %s", step_tag(job, version), command.reason)
-            case m.PolicyMissed():
-                ranks = ", ".join(map(str, command.ranks))
-                logger.warning(
-                    "%s degraded: too few copies of ranks %s", step_tag(job, command.version), ranks
-                )
-            case m.PolicyMet():
-                logger.info(
-                    "%s whole again after %.1f s", step_tag(job, command.version), command.after_s
-                )
             case m.AnswerSave():
                 pass  # `admit` has returned it
+            case m.StepCommitted() | m.FlushGivenUp() | m.PolicyMissed() | m.PolicyMet():
+                pass  # the monitor has logged it
             case m.DropStep():
                 for holder in command.holders:
                     self._tell(holder, "drop_step", job.name, command.version)
@@ -509,11 +557,3 @@ class Coordinator:
         deadline = time.monotonic() + timeout_s
         while not condition() and (left_s := deadline - time.monotonic()) > 0:
             await self._change(min(left_s, HEARTBEAT_S))
-
-
-def _log_commit(job: Job, event: m.StepCommitted) -> None:
-    logger.info(
-        "%s committed: %.1f MB, %d copies of each shard%s",
-        step_tag(job, event.version), event.size_bytes / 1e6, event.copies,
-        " (degraded: too few hosts for the policy)" if event.is_degraded else "",
-    )  # fmt: skip

@@ -12,9 +12,12 @@ from tiered import cluster, collection, register
 from tiered.config import S3, check_job_name
 from tiered.coordinator import CALL_TIMEOUT_S, SETTLE_TIMEOUT_S
 from tiered.errors import ConfigError, StepNotFoundError
+from tiered.fetch import ShardReader, tiers_of
 from tiered.garbage import GRACE_S, GarbagePlan
 from tiered.history import Candidate, Resolution, ShardSources, latest_consistent_step
+from tiered.journal import Entry
 from tiered.ledger import read_manifest
+from tiered.overview import ClusterStatus
 from tiered.recovered import Recovered
 from tiered.replies import JobStatus
 from tiered.s3 import S3Store
@@ -97,6 +100,41 @@ def status(job: str) -> JobStatus:
     check_job_name(job)
     cluster.attach()
     answer: JobStatus = cluster.ask(cluster.coordinator(), "status", job, timeout_s=ASK_TIMEOUT_S)
+    return answer
+
+
+def cluster_status(job: str | None = None, *, with_shards: bool = False) -> ClusterStatus:
+    """What the running cluster protects now: hosts, jobs, steps, and what is not as it should be.
+
+    Args:
+        job: Only this one.
+        with_shards: With the copies of each rank of each step.
+
+    Raises:
+        ConfigError: No Ray cluster with checkpoints in its memory is running.
+    """
+    if job is not None:
+        check_job_name(job)
+    actor = cluster.running_coordinator()
+    answer: ClusterStatus = cluster.ask(
+        actor, "overview", job, with_shards=with_shards, timeout_s=ASK_TIMEOUT_S
+    )
+    return answer
+
+
+def events(job: str | None = None, *, after: int = 0) -> list[Entry]:
+    """What happened in the running cluster, in order: losses, recoveries, commits.
+
+    Args:
+        job: Only this one's, and what happened to hosts.
+        after: Only what came after the entry of this number.
+
+    Raises:
+        ConfigError: No Ray cluster with checkpoints in its memory is running.
+    """
+    answer: list[Entry] = cluster.ask(
+        cluster.running_coordinator(), "events", job, after, timeout_s=ASK_TIMEOUT_S
+    )
     return answer
 
 
@@ -199,6 +237,29 @@ def collect_garbage(
         if not dry_run:
             collection.collect(store, plan)
     return plan
+
+
+def verify_durable(job: str, s3: S3, version: Version) -> list[str]:
+    """Read a step from S3 alone, every byte; returns what is wrong with it, a line a rank.
+
+    Raises:
+        DurableStoreError: S3 did not answer.
+    """
+    problems = []
+    with contextlib.closing(S3Store(s3, job)) as store:
+        problem, shards = _read_manifest(job, store, version)
+        if problem:
+            return [problem]
+        for sources in shards:
+            reader = ShardReader(sources, tiers_of(sources, None, store))
+            try:
+                for _ in reader.chunks():
+                    pass
+            except StepNotFoundError as error:
+                problems.append(f"rank {sources.record.key.rank}: {'; '.join(error.reasons)}")
+            finally:
+                reader.close()
+    return problems
 
 
 def _resolve_on_s3(job: str, store: S3Store, step: int | None, before: int | None) -> Resolution:

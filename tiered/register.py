@@ -36,6 +36,7 @@ T = TypeVar("T", Memory, S3)
 SECRET_NAMESPACE = f"{NAMESPACE}-data-plane"  # beside the jobs', whose names it could else take
 SECRET_KEY = "secret"
 LEAVING_NAMESPACE = f"{NAMESPACE}-leaving"
+JOURNAL_NAMESPACE, JOURNAL_KEY = f"{NAMESPACE}-journal", "journal"
 
 _CLAIM = re.compile(r"index/generation/([0-9]{8,18})/claim")
 _PARENT = re.compile(r"index/generation/([0-9]{8,18})/parent-(?:none|([0-9]{8,18})-([0-9]{12,18}))")
@@ -136,6 +137,17 @@ def cluster_secret() -> Secret:
     made = secrets.token_bytes(SECRET_BYTES)
     _internal_kv_put(SECRET_KEY, made, overwrite=False, namespace=SECRET_NAMESPACE)
     return Secret(_internal_kv_get(SECRET_KEY, namespace=SECRET_NAMESPACE))
+
+
+def read_journal() -> bytes | None:
+    """What the coordinator wrote down of what happened, or None."""
+    data: bytes | None = _internal_kv_get(JOURNAL_KEY, namespace=JOURNAL_NAMESPACE)
+    return data
+
+
+def write_journal(data: bytes) -> None:
+    """Keep what happened for the coordinator's next life; the last writer's word stands."""
+    _internal_kv_put(JOURNAL_KEY, data, overwrite=True, namespace=JOURNAL_NAMESPACE)
 
 
 # --- claims -------------------------------------------------------------------------------------

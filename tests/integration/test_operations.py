@@ -1,0 +1,112 @@
+"""The command line against a real cluster in which things go wrong; only it is used to find out."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from typer.testing import CliRunner
+
+import tiered
+from chaos.local_cluster import LocalCluster
+from replication.holder import NAMESPACE
+from tests.integration.trainers import Trainer
+from tiered.cli.app import app
+from tiered.cluster import COORDINATOR_NAME, coordinator
+
+DEADLINE_S = 60.0
+
+
+def tiered_command(*args: str) -> tuple[int, str]:
+    """Run a command on the cluster of this process; returns its exit code, and what it printed."""
+    done = CliRunner().invoke(app, args, env={"COLUMNS": "200"})
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + DEADLINE_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
+
+
+def trainers(job: str, hosts: list[str], port: int) -> list[Any]:
+    kind = ray.remote(Trainer)
+    started = [
+        kind.options(  # type: ignore[attr-defined]
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(host, soft=False)
+        ).remote(rank, len(hosts), port)
+        for rank, host in enumerate(hosts)
+    ]
+    settings = {"memory": tiered.Memory(every_steps=1, replicas=1)}
+    ray.get([t.start.remote(job, dict(settings), rank) for rank, t in enumerate(started)])
+    return started
+
+
+def test_the_story_of_a_lost_host_is_told_by_the_command_line_alone(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    hosts = cluster.hosts
+    old = trainers(job, hosts[:2], port)
+    ray.get([t.save.remote(1, 10 + rank) for rank, t in enumerate(old)])
+    code, text = tiered_command("show", "1", "--job", job)
+    assert code == 0
+    assert text.count("own") == 2
+    assert text.count("replica") == 2
+    assert tiered_command("verify", "--job", job) == (
+        0, "4 copies in memory and 0 steps on S3 were read: all intact\n",
+    )  # fmt: skip
+
+    cluster.kill_host(hosts[0])
+    for trainer in old:
+        ray.kill(trainer)
+    cluster.add_host()
+    until(lambda: any(e.kind == "whole_again" for e in tiered.events(job)))
+    new = trainers(job, cluster.hosts[:2], port + 1)
+    until(lambda: any(e.kind == "restored" and "0-1" in e.text for e in tiered.events(job)))
+    code, text = tiered_command("events", "--job", job, "--json")
+    kinds = [entry["kind"] for entry in json.loads(text)]
+    story = ("begin", "committed", "host_lost", "degraded", "begin", "chosen", "restored")
+    place = -1
+    for kind in story:  # in this order
+        place = kinds.index(kind, place + 1)
+    code, text = tiered_command("status", "--job", job, "--json")
+    status = json.loads(text)
+    assert status["jobs"][0]["restores"] == [1, 1]
+    assert "lost" in {host["state"] for host in status["hosts"]}
+
+    # The journal outlives the coordinator.
+    ray.kill(ray.get_actor(COORDINATOR_NAME, NAMESPACE), no_restart=False)
+    again = until(lambda: [e for e in tiered.events(job) if e.text == "started again"])
+    assert again
+    assert "host_lost" in {e.kind for e in tiered.events(job)}
+    for trainer in new:
+        ray.kill(trainer)
+    assert tiered_command("stop", job, "--yes")[0] == 0
+    assert tiered_command("ls", "--job", job)[0] == 3
+
+
+def test_the_doctor_finds_no_problem_in_a_cluster_and_a_store_that_work(
+    cluster: LocalCluster,
+) -> None:
+    ray.get(coordinator().ping.remote())
+    code, text = tiered_command("doctor", "--s3", "s3://tests/doctor")
+    assert code == 0, text
+    assert "refuse to create twice: works" in text
+    assert "0 problems" in text
+    code, text = tiered_command("doctor", "--no-network", "--s3", "s3://no-such-bucket/x")
+    assert code == 1
+    assert "s3://no-such-bucket/x: reach" in text
+
+
+def test_a_coordinator_of_another_release_is_refused_before_anything_else_is_asked(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiered.cluster.RELEASE", "9.9.9")
+    with pytest.raises(tiered.ReleaseError, match=r"runs Tiered release 0\.1\.0, this process 9"):
+        tiered.events()

@@ -1,0 +1,60 @@
+"""The wheel as a user gets it: what is in it, and that it works where the sources are not."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tiered
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str, cwd: Path) -> str:
+    done = subprocess.run(
+        command, cwd=cwd, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    sources = folder / "sources"  # a copy: an old build/ beside the sources would get in
+    for package in ("tiered", "replication", "chaos"):
+        shutil.copytree(ROOT / package, sources / package)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps")
+    run(*pip, "--wheel-dir", str(folder), str(sources), cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_has_what_is_needed_and_nothing_else(wheel: Path) -> None:
+    assert wheel.name == f"tiered-{tiered.__version__}-py3-none-any.whl"
+    names = zipfile.ZipFile(wheel).namelist()
+    for needed in ("tiered/py.typed", "replication/py.typed", "tiered/web/page.html"):
+        assert needed in names
+    tops = {name.partition("/")[0] for name in names}
+    assert tops == {"tiered", "replication", "chaos", f"tiered-{tiered.__version__}.dist-info"}
+
+
+def test_it_works_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> None:
+    """The packages that it depends on are those of this environment."""
+    run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env"), cwd=tmp_path)
+    python = str(tmp_path / "env/bin/python")
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps")
+    run(*pip, str(wheel), cwd=tmp_path)
+    (site,) = (tmp_path / "env/lib").glob("python*/site-packages")
+    (site / "theirs.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    where = run(python, "-c", "import tiered; print(tiered.__file__)", cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(site)
+    said = run(str(tmp_path / "env/bin/tiered"), "--version", cwd=tmp_path)
+    assert said == f"tiered {tiered.__version__}\n"
+    assert "explain" in run(str(tmp_path / "env/bin/tiered"), "--help", cwd=tmp_path)

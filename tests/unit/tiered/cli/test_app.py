@@ -1,0 +1,138 @@
+"""The command line on made-up answers: what it prints, and the code that it ends with."""
+
+import io
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import tiered
+from replication.errors import ReleaseError
+from tests.unit.tiered.test_job import B, begun, commit
+from tests.unit.tiered.test_overview import HOST
+from tiered import messages as m
+from tiered.cli import session, views
+from tiered.cli.app import app
+from tiered.errors import ConfigError, DurableStoreDownError, StepNotFoundError
+from tiered.journal import Journal
+from tiered.overview import ClusterStatus, job_overview
+
+
+def cluster(*, is_degraded: bool = False) -> ClusterStatus:
+    job = begun()
+    commit(job, 10)
+    if is_degraded:
+        job.handle(m.HolderDown(B), 20.0)
+        job.handle(m.Ticked(), 20.0)
+    seen = job_overview(job, 25.0, with_shards=True)
+    hosts = (replace(HOST, node_id="a"), replace(HOST, node_id="b", address="10.0.0.2"))
+    return ClusterStatus("0.1.0", 160.0, 100.0, hosts, (seen,), ())
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *args: str, status: Any = None) -> tuple[int, str]:
+    def answer(*_args: Any, **_options: Any) -> Any:
+        if isinstance(status, Exception):
+            raise status
+        return status or cluster()
+
+    monkeypatch.setattr(tiered, "cluster_status", answer, raising=False)
+    for module in (session, views):
+        for name in ("out", "err"):
+            if hasattr(module, name):
+                monkeypatch.setattr(getattr(module, name), "width", 120, raising=False)
+    done = CliRunner().invoke(app, args, env={"COLUMNS": "120", "NO_COLOR": "1"})
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+def test_status_says_what_is_protected_and_ends_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, text = run(monkeypatch, "status")
+    assert code == 0
+    assert "2 of 2 hosts up, all is protected" in text
+    assert "step 10, 60 s old" in text
+    assert "2 of 2 copies" in text
+
+
+def test_status_of_a_degraded_job_says_why_and_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, text = run(monkeypatch, "status", status=cluster(is_degraded=True))
+    assert code == 1
+    assert "needs attention" in text
+    assert "1 of 2 copies for 1 of 1 ranks, 5 s long" in text
+    assert "→ hosts that stay: 1" in text
+
+
+def test_json_is_the_whole_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, text = run(monkeypatch, "status", "--json")
+    assert code == 0
+    body = json.loads(text)
+    assert body["jobs"][0]["restores"] == [1, 10]
+    assert body["jobs"][0]["steps"][0]["shards"][0]["own"] == ["a"]
+
+
+def test_ls_show_and_explain(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "10 ◀" in run(monkeypatch, "ls")[1]
+    code, text = run(monkeypatch, "show", "10")
+    assert code == 0
+    assert "own" in text
+    assert "replica" in text
+    assert "10.0.0.2" in text
+    code, text = run(monkeypatch, "explain")
+    assert code == 0
+    assert "Step 10 (generation 1) would be restored now." in text
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "code", "says"),
+    [
+        (("show", "11"), None, 3, "no tier has step 11 of job job; the newest: 10"),
+        (("ls", "--job", "other"), None, 3, "no job 'other' on this cluster; there are: job"),
+        (("drain", "zz"), None, 3, "no host is 'zz'"),
+        (("status",), ConfigError("no Ray cluster is running here"), 4, "no Ray cluster"),
+        (("status",), DurableStoreDownError("s3://b", "get", "down"), 4, "get at s3://b failed"),
+        (("status",), StepNotFoundError("job", "any step", ()), 3, "cannot be restored"),
+        (("status",), ReleaseError("the coordinator", "0.0.9", "0.1.0"), 5, "release 0.0.9"),
+        (("recover", "job", "--s3", "nonsense"), None, 2, "uri must be s3://bucket"),
+        (("nonsense",), None, 2, "No such command"),
+        (("stop", "other", "--yes"), None, 3, "no job 'other'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence_and_a_code(
+    args: tuple[str, ...], status: Any, code: int, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, text = run(monkeypatch, *args, status=status)
+    assert (ended, "Traceback" in text) == (code, False)
+    assert says in text
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "--version") == (0, f"tiered {tiered.__version__}\n")
+
+
+def test_events_are_told_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal()
+    journal.note(1.0, "host_lost", "the holder on host a is lost", weight="error")
+    journal.note(2.0, "committed", "committed: 1.0 MB", job="job")
+    monkeypatch.setattr(tiered, "events", lambda *_, **__: journal.entries(), raising=False)
+    code, text = run(monkeypatch, "events", "--no-commits")
+    assert code == 0
+    assert "host_lost" in text
+    assert "committed" not in text
+    assert len(run(monkeypatch, "events")[1].splitlines()) == 2
+
+
+def test_a_person_reads_sizes_and_ages() -> None:
+    assert [views.size_text(n) for n in (0, 999, 1000, 31_456_789)] == [
+        "0 B", "999 B", "1.0 kB", "31.5 MB",
+    ]  # fmt: skip
+    assert [views.age_text(s) for s in (-1, 90, 600, 8000, 200_000)] == [
+        "0 s", "90 s", "10 min", "2 h", "2 days",
+    ]  # fmt: skip
+
+
+def test_a_narrow_terminal_shows_the_same_facts() -> None:
+    console = Console(width=60, record=True, file=io.StringIO())
+    console.print(views.status_view(cluster(is_degraded=True)))
+    assert "1 of 2 copies" in " ".join(console.export_text().split())

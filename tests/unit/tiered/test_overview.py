@@ -1,0 +1,96 @@
+"""The picture of a job and of hosts, and what it finds wrong with them."""
+
+from dataclasses import replace
+
+from replication.records import Version
+from tests.unit.tiered.test_job import MEMORY, A, B, begun, commit, record
+from tiered import messages as m
+from tiered.config import S3
+from tiered.job import Job
+from tiered.overview import ClusterStatus, HostStatus, host_findings, job_overview
+
+S3_SETTINGS = S3("s3://bucket/ckpt", every_steps=10)
+HOST = HostStatus("a" * 56, "node-a", "10.0.0.1", "", "up", False, 1000, 100)
+
+
+def whats(job: Job, now_s: float = 50.0) -> list[tuple[str, str]]:
+    return [(f.severity, f.what) for f in job_overview(job, now_s).findings]
+
+
+def test_a_job_with_all_its_copies_has_no_findings() -> None:
+    job = begun()
+    commit(job, 10)
+    commit(job, 20)
+    seen = job_overview(job, 50.0, with_shards=True)
+    assert [(s.step, s.memory, s.min_copies) for s in seen.steps] == [
+        (20, "committed", 2), (10, "committed", 2),
+    ]  # fmt: skip
+    assert seen.restores == (1, 20)
+    assert seen.findings == ()
+    (shard,) = seen.steps[0].shards
+    assert (shard.own, shard.replicas, shard.copies) == (("a",), ("b",), 2)
+    assert seen.steps[0].saved_s == 200.0
+
+
+def test_a_lost_host_is_said_with_how_long_and_what_to_do() -> None:
+    job = begun()
+    commit(job, 10)
+    job.handle(m.HolderDown(B), 20.0)
+    job.handle(m.Ticked(), 20.0)
+    (finding,) = job_overview(job, 50.0).findings
+    assert finding.severity == "critical"
+    assert finding.what == "step 10 has 1 of 2 copies for 1 of 1 ranks, 30 s long"
+    assert "add some" in finding.remedy
+
+
+def test_steps_that_are_arriving_incomplete_or_left_behind_are_told_apart() -> None:
+    job = begun(ranks=2)
+    job.handle(m.ShardReported(A, record(10, 0, ranks=2)), 1.0)
+    states = {s.step: (s.memory, s.missing_ranks) for s in job_overview(job, 2.0).steps}
+    assert states == {10: ("arriving", (1,))}
+    assert job_overview(job, 2.0).restores is None
+    assert whats(job) == [("warning", "no step can be restored yet")]
+
+
+def test_a_policy_without_replicas_is_said() -> None:
+    job = begun(replace(MEMORY, replicas=0))
+    commit(job, 10, A)
+    assert whats(job) == [("warning", "the policy keeps no copy on another host")]
+
+
+def test_s3_that_fails_is_said_with_how_far_it_is_behind() -> None:
+    job = begun(s3=S3_SETTINGS)
+    commit(job, 10)
+    uploading = job_overview(job, 11.0)
+    assert uploading.steps[0].flush == "0 of 1 shards uploaded"
+    assert uploading.findings == ()
+    job.handle(m.UploadFailed(Version(1, 10), 0, A, "it is down"), 12.0)
+    seen = job_overview(job, 13.0)
+    assert seen.s3_problem == "it is down"
+    assert [f.what for f in seen.findings] == ["nothing is on S3 yet, 10 steps behind: it is down"]
+
+
+def test_hosts_are_judged() -> None:
+    assert host_findings([HOST]) == ()
+    states = ("lost", "silent", "starting", "refused")
+    found = host_findings([replace(HOST, state=state) for state in states])
+    assert [f.severity for f in found] == ["critical", "warning", "warning", "info"]
+    (full,) = host_findings([replace(HOST, used_bytes=950)])
+    assert "95 %" in full.what
+
+
+def test_a_cluster_is_as_bad_as_its_worst_finding() -> None:
+    job = begun()
+    commit(job, 10)
+    fine = ClusterStatus("1", 0.0, 0.0, (HOST,), (job_overview(job, 1.0),), ())
+    assert fine.worst == "info"
+    job.handle(m.HolderDown(B), 20.0)
+    job.handle(m.Ticked(), 20.0)
+    assert replace(fine, jobs=(job_overview(job, 21.0),)).worst == "critical"
+
+
+def test_hosts_of_one_name_are_called_by_their_address() -> None:
+    other = replace(HOST, node_id="b", address="10.0.0.2")
+    status = ClusterStatus("1", 0.0, 0.0, (HOST, other), (), ())
+    assert status.host_names() == {"a" * 56: "10.0.0.1", "b": "10.0.0.2"}
+    assert replace(status, hosts=(HOST,)).host_names() == {"a" * 56: "node-a"}

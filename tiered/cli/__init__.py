@@ -1,0 +1,1 @@
+"""The command line: `tiered`. Commands are in `app`, what they print in `views`."""

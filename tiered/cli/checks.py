@@ -1,0 +1,117 @@
+"""What commands do that is more than a call of a public function: verify, up, down."""
+
+import contextlib
+
+import ray
+from ray.exceptions import RayError
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from replication.errors import TieredError
+from replication.holder import NAMESPACE, holder_name
+from replication.records import ActorRef, ShardKey, Version
+from tiered import cluster, recovery
+from tiered.cli.session import err, out
+from tiered.coordinator import COORDINATOR_NAME, SETTLE_TIMEOUT_S, START_TIMEOUT_S
+from tiered.errors import ConfigError
+from tiered.overview import JobOverview, ShardStatus, StepStatus
+
+READ_BYTES_PER_S = 50e6  # slower than this counts as hung
+READ_BASE_S = 30.0
+
+
+def verify(job: JobOverview, step: int | None, *, with_s3: bool) -> int:
+    """Have every copy read; print the bad ones and a summary.
+
+    Args:
+        job: With the shards of its steps.
+        step: Only this one.
+        with_s3: Read durable steps, too.
+
+    Returns:
+        How many copies are corrupt, missing or could not be read.
+    """
+    steps = [s for s in job.steps if step is None or s.step == step]
+    copies = [(s, shard, h) for s in steps for shard in s.shards for h in _holders(shard)]
+    durable = [s for s in steps if s.is_durable and with_s3]
+    total = sum(shard.size_bytes for _, shard, _ in copies) + sum(s.size_bytes for s in durable)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
+    bad: list[str] = []
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("reading", total=total or None)
+        for of, shard, node_id in copies:
+            progress.update(task, description=f"step {of.step} rank {shard.rank} on {node_id[:8]}")
+            if problem := _read_copy(job.name, of, shard, node_id):
+                bad.append(f"step {of.step} rank {shard.rank} on host {node_id[:8]}: {problem}")
+            progress.advance(task, shard.size_bytes)
+        for of in durable:
+            progress.update(task, description=f"step {of.step} on S3")
+            bad += [f"step {of.step} on S3: {problem}" for problem in _read_durable(job.name, of)]
+            progress.advance(task, of.size_bytes)
+    for line in bad:
+        out.print(f"✗ {line}", style="red", highlight=False, markup=False)
+    read = f"{len(copies)} copies in memory and {len(durable)} steps on S3 were read"
+    out.print(f"{read}: {f'{len(bad)} are bad' if bad else 'all intact'}", highlight=False)
+    return len(bad)
+
+
+def _holders(shard: ShardStatus) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*shard.own, *shard.replicas)))
+
+
+def _read_copy(job: str, step: StepStatus, shard: ShardStatus, node_id: str) -> str:
+    """Have a holder read its copy; returns what is wrong with it. A corrupt one counts no more."""
+    key = ShardKey(job, Version(step.generation, step.step), shard.rank)
+    timeout_s = READ_BASE_S + shard.size_bytes / READ_BYTES_PER_S
+    try:
+        holder: ActorRef = ray.get_actor(holder_name(node_id), NAMESPACE)
+        missing: list[ShardKey] = ray.get(holder.verify.remote([key]), timeout=timeout_s)
+    except ValueError:
+        return "its holder is gone"
+    except RayError as error:
+        return f"not read: {type(error).__name__}"
+    return "corrupt or gone" if missing else ""
+
+
+def _read_durable(job: str, step: StepStatus) -> list[str]:
+    """Read a step from S3 alone."""
+    actor = cluster.running_coordinator()
+    s3 = cluster.ask(actor, "durable_settings", job, timeout_s=recovery.ASK_TIMEOUT_S)
+    return (
+        [] if s3 is None else recovery.verify_durable(job, s3, Version(step.generation, step.step))
+    )
+
+
+def start() -> int:
+    """Start the coordinator, and have it start the holders; returns how many run.
+
+    Raises:
+        ConfigError: No Ray cluster is running.
+        DeadlineError: They did not start in time.
+    """
+    cluster.attach()
+    timeout_s = START_TIMEOUT_S + SETTLE_TIMEOUT_S
+    holders: int = cluster.ask(cluster.coordinator(), "hello", timeout_s=timeout_s)
+    return holders
+
+
+def end() -> int:
+    """End the coordinator, then every holder, of whichever release; returns how many holders.
+
+    Raises:
+        ConfigError: No Ray cluster is running, or nothing of Tiered on it.
+    """
+    cluster.attach()
+    names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True)
+             if a["namespace"] == NAMESPACE]  # fmt: skip
+    if not names:
+        raise ConfigError("no holder and no coordinator runs on this Ray cluster")
+    names.sort(key=lambda name: name != COORDINATOR_NAME)  # or it would start holders again
+    for name in names:
+        with contextlib.suppress(ValueError, RayError, TieredError):
+            ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
+    return len([name for name in names if name != COORDINATOR_NAME])

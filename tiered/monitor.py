@@ -1,0 +1,216 @@
+"""The coordinator's memory of what happened, and its picture of what is: journal and overview.
+
+A shell around `tiered.journal` and `tiered.overview`: it gives them the clock, logs each new entry,
+keeps the journal in Ray's GCS, and asks Ray for the names of hosts. Nothing that makes bytes
+survive depends on it.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any
+
+import ray
+
+from replication.fleet import HEARTBEAT_S, Fleet
+from replication.records import HolderId, Version
+from replication.release import RELEASE
+from tiered import messages as m
+from tiered import register
+from tiered.job import Job
+from tiered.journal import Entry, Journal
+from tiered.metrics import samples
+from tiered.overview import ClusterStatus, HostState, HostStatus, host_findings, job_overview
+from tiered.ray_metrics import ClusterMetrics
+
+logger = logging.getLogger(__name__)
+
+RECORD_S = 5.0
+LOST_FOR_S = 3600.0  # a lost host is shown for so long
+LOST_AT_MOST = 64
+_LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO}
+
+
+class Monitor:
+    """One for a coordinator; on its event loop.
+
+    Args:
+        fleet: The holders.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.journal = Journal()
+        self._fleet = fleet
+        self._since_s = time.time()
+        self._lost: dict[str, float] = {}
+        self._nodes: dict[str, dict[str, Any]] = {}
+        self._metrics: ClusterMetrics | None = None
+
+    async def start(self) -> None:
+        """Go on with the journal of the coordinator before this one, if there was one."""
+        data = await asyncio.to_thread(register.read_journal)
+        if data is not None:
+            try:
+                self.journal.unpack(data)
+            except ValueError as error:
+                logger.warning("the journal begins anew: %s", error)
+            self._log(
+                self.journal.note(time.time(), "coordinator", "started again", weight="warning")
+            )
+        else:
+            self._log(self.journal.note(time.time(), "coordinator", f"started, release {RELEASE}"))
+
+    async def keep(self) -> None:
+        """Write the journal to the GCS if it has changed."""
+        if self.journal.is_changed:
+            data = self.journal.pack()
+            try:
+                await asyncio.to_thread(register.write_journal, data)
+            except BaseException:
+                self.journal.is_changed = True
+                raise
+
+    async def run(self, record: Callable[[], Awaitable[None]]) -> None:
+        """Keep the journal and hand on metrics for ever, apart from heartbeats: neither may wait.
+
+        Args:
+            record: Calls `record` with what there is then.
+        """
+        recorded_s = 0.0
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            try:
+                await self.keep()
+                if time.monotonic() - recorded_s >= RECORD_S:
+                    recorded_s = time.monotonic()
+                    await record()
+            except Exception as error:  # noqa: BLE001 - the GCS may be away; it is tried again
+                logger.warning("journal or metrics not kept: %s", error)
+
+    async def record(self, jobs: Iterable[Job], leaving: Iterable[str]) -> None:
+        """Hand metrics to Ray."""
+        self._metrics = self._metrics or ClusterMetrics()
+        await self.look()
+        self._metrics.record(samples(self.overview(jobs, leaving, with_shards=False)))
+
+    def heard(self, job: Job, said: m.Event | m.Command) -> None:
+        """A job's core was told something, or asks for something."""
+        entry = self.journal.heard(job.name, said, time.time())
+        if isinstance(said, m.AnswerBegin) and said.error is None:
+            generation = job.generation
+            claim = job.claims.get(generation)
+            if claim is not None and claim.life == said.life and generation in job.parents:
+                parent, reasons = job.parents[generation], job.passed_over.get(generation, ())
+                entry = self._chose(job.name, generation, parent, reasons)
+        if entry is not None:
+            self._log(entry)
+
+    def _chose(
+        self, job: str, generation: int, parent: Version | None, reasons: Iterable[str]
+    ) -> Entry | None:
+        known = self.journal.entries(job)
+        if any(e.kind == "chosen" and (e.job, e.generation) == (job, generation) for e in known):
+            return None  # a late rank has asked again
+        return self.journal.chose(job, generation, parent, reasons, time.time())
+
+    def restored(
+        self,
+        job: str,
+        generation: int,
+        version: Version,
+        rank: int,
+        size_bytes: int,
+        source: str,
+        seconds: float,
+    ) -> None:
+        """A rank has filled its state."""
+        args = (job, generation, version, rank, size_bytes, source, seconds)
+        self.journal.restored(*args, time.time())
+
+    def forgot(self, job: str) -> None:
+        """Somebody had everything of a job let go of."""
+        text = "everything in memory was let go of, as somebody asked"
+        self._log(self.journal.note(time.time(), "forgotten", text, job=job))
+
+    def joined(self, holder: HolderId) -> None:
+        """A holder is up."""
+        self._lost.pop(holder.node_id, None)
+        text = f"the holder on host {holder.node_id[:8]}{self._address(holder.node_id)} is up"
+        self._log(self.journal.note(time.time(), "host_up", text))
+
+    def lost(self, holder: HolderId) -> None:
+        """A holder is gone or silent."""
+        self._lost[holder.node_id] = time.time()
+        while len(self._lost) > LOST_AT_MOST:
+            del self._lost[next(iter(self._lost))]
+        text = f"the holder on host {holder.node_id[:8]}{self._address(holder.node_id)} is lost"
+        self._log(self.journal.note(time.time(), "host_lost", text, weight="error"))
+
+    def _address(self, node_id: str) -> str:
+        node = self._nodes.get(node_id)
+        return f" ({node['NodeManagerAddress']})" if node is not None else ""
+
+    async def look(self) -> None:
+        """Ask Ray which hosts there are."""
+        nodes: list[dict[str, Any]] = await asyncio.to_thread(ray.nodes)
+        self._nodes = {node["NodeID"]: node for node in nodes}
+
+    def overview(
+        self, jobs: Iterable[Job], leaving: Iterable[str], *, with_shards: bool
+    ) -> ClusterStatus:
+        """Everything at this moment, from what is known; asks nobody."""
+        hosts = tuple(sorted(self._hosts(frozenset(leaving)), key=lambda h: (h.address, h.node_id)))
+        now_s = time.monotonic()
+        return ClusterStatus(
+            release=RELEASE,
+            taken_s=time.time(),
+            coordinator_since_s=self._since_s,
+            hosts=hosts,
+            jobs=tuple(job_overview(job, now_s, with_shards=with_shards) for job in jobs),
+            findings=host_findings(hosts),
+            events=tuple((j, kind, n) for (j, kind), n in sorted(self.journal.counts.items())),
+        )
+
+    def _hosts(self, leaving: frozenset[str]) -> Iterable[HostStatus]:
+        members, refused = self._fleet.members, self._fleet.refused
+        for node_id, domain in members.domains.items():
+            state: HostState = "starting"
+            if members.holder_on(node_id) is not None:
+                state = "up"
+            elif node_id in refused:
+                state = "refused"
+            elif node_id in self._lost:
+                state = "silent"
+            yield self._host(node_id, domain, state, is_leaving=node_id in leaving)
+        for node_id, since_s in self._lost.items():
+            if node_id not in members.domains and time.time() - since_s < LOST_FOR_S:
+                yield self._host(node_id, "", "lost", since_s=since_s)
+
+    def _host(
+        self,
+        node_id: str,
+        domain: str,
+        state: HostState,
+        *,
+        is_leaving: bool = False,
+        since_s: float = 0.0,
+    ) -> HostStatus:
+        node: Mapping[str, Any] = self._nodes.get(node_id, {})
+        name = str(node.get("NodeManagerHostname", ""))
+        address = str(node.get("NodeManagerAddress", ""))
+        info = self._fleet.infos.get(node_id)
+        if info is None or state in ("lost", "refused"):
+            return HostStatus(node_id, name, address, domain, state, is_leaving, since_s=since_s)
+        return HostStatus(
+            node_id, name, address, domain, state, is_leaving,
+            info.capacity_bytes, info.used_bytes, info.sent_bytes, info.received_bytes,
+        )  # fmt: skip
+
+    def _log(self, entry: Entry) -> None:
+        about = entry.job or "cluster"
+        if entry.job and entry.generation:
+            about += f" gen={entry.generation}"
+        if entry.step is not None:
+            about += f" step={entry.step}"
+        logger.log(_LEVELS[entry.weight], "[%s] %s", about, entry.text)

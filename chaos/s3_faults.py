@@ -103,14 +103,22 @@ class ArmedFault:
         return True
 
 
-def operation_of(method: str, target: str) -> str:
-    """S3's name for a request; buckets are addressed by path."""
+def operation_of(method: str, target: str, *, is_copy: bool = False) -> str:
+    """S3's name for a request; buckets are addressed by path.
+
+    Args:
+        method: Of HTTP.
+        target: Path and query.
+        is_copy: It names a source: `x-amz-copy-source`.
+    """
     parts = urlsplit(target)
     query = parse_qs(parts.query, keep_blank_values=True)
     has_key = bool(parts.path.strip("/").partition("/")[2])
     match method, has_key:
         case ("PUT", True):
-            return "UploadPart" if "partNumber" in query else "PutObject"
+            if "partNumber" in query:
+                return "UploadPartCopy" if is_copy else "UploadPart"
+            return "CopyObject" if is_copy else "PutObject"
         case ("POST", True):
             return "CreateMultipartUpload" if "uploads" in query else "CompleteMultipartUpload"
         case ("GET", True):

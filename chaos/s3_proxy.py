@@ -228,7 +228,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def serve(self) -> None:
         """Pass one request on, or do to it what its fault says."""
-        operation, proxy = operation_of(self.command, self.path), self.server.proxy
+        is_copy, proxy = "x-amz-copy-source" in self.headers, self.server.proxy
+        operation = operation_of(self.command, self.path, is_copy=is_copy)
         fault, released = proxy.pick(f"{operation} {self.command} {self.path}")
         headers = {name.lower(): value for name, value in self.headers.items()}
         headers |= dict.fromkeys(_SECRET_HEADERS & headers.keys(), REDACTED)

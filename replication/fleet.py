@@ -7,7 +7,7 @@ slot from training.
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any, assert_never
 
 import ray
@@ -47,6 +47,17 @@ def cluster_nodes(also: Collection[str] = ()) -> tuple[Node, ...]:
     return tuple(sorted(nodes, key=lambda node: node.node_id))
 
 
+def draining_nodes() -> frozenset[str]:
+    """The hosts that Ray was told will go away: `ray drain-node`, an autoscaler, a preemption.
+
+    Ray has no public call for it that works without its dashboard; a release that lacks this one
+    (Ray 2.60 has it) tells nothing.
+    """
+    state = ray._private.state.state
+    ask: Callable[[], Mapping[str, int]] = getattr(state, "get_draining_nodes", dict)
+    return frozenset(ask())
+
+
 def start_holder(node: Node, observer: str, secret: Secret) -> ActorRef:
     """Start the holder of a host, or return the one that is there; does not wait for it.
 
@@ -81,6 +92,7 @@ class Fleet:
         joined: Callable[[HolderId, str], Coroutine[Any, Any, None]],
         lost: Callable[[HolderId], None],
         may_end: Callable[[str], bool],
+        leaving: Callable[[str], None],
         secret: Callable[[], Secret],
     ) -> None:
         """Start with no holders.
@@ -90,6 +102,7 @@ class Fleet:
             joined: Called with a holder that has come (back) and its failure domain.
             lost: Called with a holder that is gone or silent.
             may_end: Asked before the hung holder of a host is ended, and its copies with it.
+            leaving: Called with each host that Ray says will go away, once.
             secret: Returns the secret of the cluster's data plane, always the same; may block.
         """
         self.members = Membership()
@@ -97,9 +110,11 @@ class Fleet:
         self._joined = joined
         self._lost = lost
         self._may_end = may_end
+        self._leaving = leaving
         self._secret = secret
         self._handles: dict[str, ActorRef] = {}
         self._also: set[str] = set()
+        self._draining: frozenset[str] = frozenset()
 
     def require(self, node_id: str) -> None:
         """Have a holder on this host even if it has neither CPUs nor GPUs."""
@@ -109,6 +124,11 @@ class Fleet:
         """Look for hosts that came or went, start missing holders, send each a heartbeat."""
         nodes = await asyncio.to_thread(cluster_nodes, frozenset(self._also))
         await self._handle(membership.NodesSeen(nodes))
+        draining = await asyncio.to_thread(draining_nodes)
+        for node_id in sorted(draining - self._draining):
+            logger.warning("host %s is about to go away, says Ray", node_id[:8])
+            self._leaving(node_id)
+        self._draining = draining
         await asyncio.gather(*(self._ping(node_id) for node_id in self.members.started))
 
     async def call(self, holder: HolderId, method: str, timeout_s: float, *args: Any) -> Any:

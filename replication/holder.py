@@ -32,7 +32,7 @@ from replication.buffers import ReceiveBuffers
 from replication.checksum import Digest, digest
 from replication.chunk_server import ChunkServer, ReadChunk
 from replication.dataplane import Access, open_transports
-from replication.durable import DurableStore
+from replication.durable import DurableStore, Earlier, common_runs
 from replication.errors import ChunkCorruptError, ShardNotHeldError
 from replication.inventory import Inventory, Reservation
 from replication.records import (
@@ -292,8 +292,21 @@ class Holder:
                 bad.append(key)
         return bad
 
-    async def upload(self, key: ShardKey, store: DurableStore, object_key: str) -> ShardRecord:
+    async def upload(
+        self,
+        key: ShardKey,
+        store: DurableStore,
+        object_key: str,
+        earlier: tuple[str, ShardRecord] | None = None,
+    ) -> ShardRecord:
         """Store a shard's image durably, from the pinned chunks; return its record.
+
+        Args:
+            key: The shard.
+            store: Where to.
+            object_key: Under what.
+            earlier: Where an earlier step's shard is stored, and its record: chunks that have not
+                changed since need not be sent.
 
         Raises:
             ShardNotHeldError: It is not held here (any more).
@@ -303,7 +316,10 @@ class Holder:
         with contextlib.closing(store):
             await asyncio.to_thread(store.check)  # before a whole shard is read for nothing
             record = await self._verified(key)
-            await asyncio.to_thread(store.upload, object_key, self._whole(record))
+            known = None
+            if earlier is not None and (runs := common_runs(record, earlier[1])):
+                known = Earlier(earlier[0], runs)
+            await asyncio.to_thread(store.upload, object_key, self._whole(record), known)
         return record
 
     # -- the shell ------------------------------------------------------------------------------

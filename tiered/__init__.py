@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tiered.errors import (
         CheckpointError,
         ConfigError,
+        DurableObjectError,
         DurableStoreDownError,
         DurableStoreError,
         SaveError,
@@ -46,8 +47,8 @@ if TYPE_CHECKING:
     )
     from tiered.garbage import Deletion, GarbagePlan
     from tiered.handle import SaveHandle
+    from tiered.recovered import Recovered, TensorInfo
     from tiered.recovery import (
-        Recovered,
         collect_garbage,
         drain,
         explain_placement,
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     )
     from tiered.replies import DegradedStep, JobStatus
     from tiered.retention import KeepBest, KeepEvery, KeepInterval
-    from tiered.rng import RngState
+    from tiered.rng import PerRank, RngState
 
 __all__ = [
     "S3",
@@ -69,6 +70,7 @@ __all__ = [
     "DeadlineError",
     "DegradedStep",
     "Deletion",
+    "DurableObjectError",
     "DurableStoreDownError",
     "DurableStoreError",
     "FencedError",
@@ -81,6 +83,7 @@ __all__ = [
     "KeepInterval",
     "Memory",
     "MemoryBudgetError",
+    "PerRank",
     "PlacementError",
     "ProtocolError",
     "ProtocolVersionError",
@@ -93,6 +96,7 @@ __all__ = [
     "ShardNotHeldError",
     "StateError",
     "StepNotFoundError",
+    "TensorInfo",
     "TieredError",
     "WorldSizeError",
     "collect_garbage",
@@ -131,6 +135,7 @@ _HOME = {
     "forget": "tiered.recovery",
     "CheckpointError": "tiered.errors",
     "ConfigError": "tiered.errors",
+    "DurableObjectError": "tiered.errors",
     "DurableStoreDownError": "tiered.errors",
     "DurableStoreError": "tiered.errors",
     "SaveError": "tiered.errors",
@@ -141,9 +146,11 @@ _HOME = {
     "GarbagePlan": "tiered.garbage",
     "SaveHandle": "tiered.handle",
     "collect_garbage": "tiered.recovery",
-    "Recovered": "tiered.recovery",
+    "Recovered": "tiered.recovered",
     "recover": "tiered.recovery",
     "status": "tiered.recovery",
+    "PerRank": "tiered.rng",
+    "TensorInfo": "tiered.recovered",
     "RngState": "tiered.rng",
 }
 

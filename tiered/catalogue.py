@@ -1,14 +1,16 @@
 """What the coordinator knows about one job, and the questions that can be asked of it.
 
 A cache: holders' inventories are the truth about memory, manifests about S3, the register about
-generations. `tiered.job` fills it from events and decides.
+generations. `tiered.job` fills it from events; the cores around it (`tiered.generations`,
+`tiered.eviction`, `tiered.repair`) share it, and decide.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from replication.errors import FencedError
-from replication.placement import Host
-from replication.records import HolderId, ShardRecord, Version
+from replication.placement import Host, Placement
+from replication.records import HolderId, ShardKey, ShardRecord, Version
 from tiered import messages as m
 from tiered.admission import Admissions
 from tiered.config import JobSettings
@@ -45,11 +47,20 @@ class Catalogue:
         self.commits: dict[Version, bool] = {}  # -> is_degraded
         self.durable: set[Version] = set()
         self.manifests: dict[Version, tuple[ShardRecord, ...]] = {}
+        self.rotten: set[Version] = set()  # on S3, and not what was saved
+        self.durable_problem: str | None = "S3 was not listed yet"
         self.watermark = Version(0, 0)
+        self.pinned: set[Version] = set()  # below it, and not let go of
+        self.retained: frozenset[Version] = frozenset()  # kept by policies
         self.flushes = FlushQueue()
         self.admissions = Admissions()
+        self.placement: Placement | None = None
+        self.buddies: dict[HolderId, tuple[HolderId, ...]] = {}
         self.leaving: set[str] = set()
         self.degraded: dict[Version, Degraded] = {}
+        self.is_rebuilding = False  # the inventories are coming in
+        self.found: set[Version] = set()  # when they were in, and not committed since
+        self._set_aside: list[tuple[HolderId, ShardRecord]] = []
 
     @property
     def generation(self) -> int:
@@ -121,6 +132,51 @@ class Catalogue:
         ranks = self.copies.get(version, {})
         return tuple(r for r in sorted(ranks) if len(self.copies_of(version, r)) < need)
 
+    def is_whole(self, version: Version, need: int = 1) -> bool:
+        """Whether each rank's shard has as many copies, on live hosts."""
+        ranks = self.copies.get(version, {})
+        record = next((r for rs in ranks.values() for r in rs.values()), None)
+        if record is None:
+            return False
+        held = (ranks.get(rank, ()) for rank in range(record.plan.world_size))
+        return all(len({h.node_id for h in hs if h in self.holders}) >= need for hs in held)
+
+    def is_replicated(self, version: Version) -> bool:
+        """Whether each rank's shard has as many copies as commit it."""
+        return self.is_whole(version, self.copies_needed)
+
+    def has_replica(self, version: Version) -> bool:
+        """Whether a shard of the step has arrived on a buddy."""
+        ranks = self.copies[version].values()
+        return any(record.is_replica for held in ranks for record in held.values())
+
+    def is_in_memory(self, version: Version) -> bool:
+        """Whether each rank's shard of a step that is known has a copy on a live host."""
+        candidate = next(c for c in self.candidates() if c.version == version)
+        return 0 < candidate.world_size == len(candidate.in_memory)
+
+    def has_sources(self, version: Version | None) -> bool:
+        """Whether it is known where to read each rank's shard of this version."""
+        shards = () if version is None else self.sources(version)
+        return version is None or (bool(shards) and len(shards) == shards[0].record.plan.world_size)
+
+    def holders_of(self, version: Version, rank: int) -> tuple[HolderId, ...]:
+        """Who has a copy of a shard that counts."""
+        return tuple(self.intact(version, rank))
+
+    def needed_versions(self) -> Iterable[Version]:
+        """Versions whose shards are worth repairing: committed ones, and the branch's newest.
+
+        After the coordinator's death a step that was committed, and has lost a copy, looks as if
+        it never had been.
+        """
+        generation = self.generation
+        parent = self.parents.get(generation)
+        kept = {v for v in self.commits if v.generation == generation}
+        kept.update([v for v in sorted(self.found) if self.is_whole(v)][-1:])
+        kept |= self.retained
+        return sorted(kept | ({parent} if parent is not None else set()), reverse=True)
+
     def is_last_keeper(self, node_id: str) -> bool:
         """Whether a host, which may not answer now, has the only copy of a shard in memory."""
         return any(
@@ -139,6 +195,12 @@ class Catalogue:
             return SavedStep(version, saved_s=None, metrics=None)
         plan = records[0].plan
         return SavedStep(version, plan.saved_s, dict(plan.metrics))
+
+    def stored_before(self, version: Version, rank: int) -> ShardRecord | None:
+        """A rank's shard of the newest other step on S3, as far as its manifest is known."""
+        known = [v for v in self.durable if v != version and v in self.manifests]
+        records = self.manifests[max(known)] if known else ()
+        return records[rank] if rank < len(records) else None
 
     def candidates(self) -> list[Candidate]:
         """Everything that any tier knows of."""
@@ -196,3 +258,36 @@ class Catalogue:
         if version < self.watermark:
             return None, "newer steps were committed before every shard of it was replicated"
         return None, ""
+
+    # -- copies come and go ----------------------------------------------------------------------
+
+    def add_copy(self, holder: HolderId, record: ShardRecord) -> None:
+        """A holder has a shard; one that is not wanted any more, or differs, counts as nothing."""
+        key = record.key
+        if key.version < self.watermark and key.version not in self.pinned:
+            return  # a holder that was away still has it; it is told to let go
+        is_current = key.version.generation == self.generation
+        if is_current and key.version.step in self.admissions.replaced:
+            return
+        held = self.copies.setdefault(key.version, {}).setdefault(key.rank, {})
+        other = next((r for h, r in held.items() if h in self.holders), None)
+        if other is None or other.digests == record.digests:
+            held[holder] = record
+
+    def drop_copy(self, holder: HolderId, key: ShardKey) -> None:
+        """A corrupt copy counts no more, nor when those that were set aside are put back."""
+        self.copies.get(key.version, {}).get(key.rank, {}).pop(holder, None)
+        self._set_aside = [(h, r) for h, r in self._set_aside if (h, r.key) != (holder, key)]
+
+    def set_aside(self, holder: HolderId, key: ShardKey) -> None:
+        """A copy could not be read in time: until `put_back` it does not count."""
+        held = self.copies.get(key.version, {}).get(key.rank, {})
+        if (record := held.pop(holder, None)) is not None:
+            self._set_aside.append((holder, record))
+
+    def put_back(self) -> None:
+        """What could not be read in time may be as good as ever."""
+        copies, self._set_aside = self._set_aside, []
+        for holder, record in copies:
+            if holder in self.holders:
+                self.add_copy(holder, record)

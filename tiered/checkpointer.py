@@ -49,7 +49,6 @@ from tiered.errors import (
     SaveError,
     StateError,
     StepNotFoundError,
-    WorldSizeError,
 )
 from tiered.fetch import ShardReader, tiers_of
 from tiered.handle import SaveHandle
@@ -60,6 +59,7 @@ from tiered.own_holder import OwnHolder
 from tiered.replies import DegradedStep
 from tiered.restore import restore_into
 from tiered.s3 import S3Store
+from tiered.saved_step import SavedStep
 from tiered.staging import Stager
 from tiered.state import CaptureCache, Captured, capture
 from tiered.watcher import Watcher, log_tag
@@ -82,9 +82,15 @@ class Restored:
         source: Where most of this rank's bytes came from: "own host's RAM"; "its former host's
             RAM" when the rank has moved since it saved; "a buddy's RAM"; "S3".
         bytes_by_source: Bytes from each.
-        size_bytes: Of this rank's shard.
+        size_bytes: That this rank read.
         seconds: Fetching, verifying and filling.
         passed_over: One line for each newer step that was not taken.
+        world_size: Ranks that had saved it.
+        is_resharded: This rank's part was not in one shard of the step.
+        missing: With `strict=False`: keys of the state that the step has not; left as they were.
+        unexpected: With `strict=False`: keys of the step that the state has not; not read.
+        kept: Objects of each rank's own (`PerRank`, `RngState`) of which the step has none for this
+            rank, because fewer ranks saved it; left as they were.
     """
 
     step: int
@@ -94,6 +100,11 @@ class Restored:
     size_bytes: int
     seconds: float
     passed_over: tuple[str, ...]
+    world_size: int = 1
+    is_resharded: bool = False
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
 
 class Checkpointer:
@@ -183,25 +194,32 @@ class Checkpointer:
         *,
         step: int | None = None,
         before: int | None = None,
+        strict: bool = True,
     ) -> int:
         """Begin a generation and fill `state` in place from the latest consistent step.
 
         Every rank gets the same step. Older lives of the job are fenced off: what is left of them
-        cannot save any more.
+        cannot save any more. The step may have been saved by another number of ranks, or sharded in
+        another way: of each DTensor a rank reads the part that it holds now, and of everything else
+        what rank r mod N of N had saved.
 
         Args:
             state: Names to tensors, numbers, containers, and objects with state_dict() and
                 load_state_dict(); the keys of the saved one.
             step: Resume from just this step, on any branch.
             before: Resume from the latest one less than this step, if what followed is poisoned.
+            strict: Refuse keys that are missing or too many. With False they are left out, and
+                `restored.missing` and `restored.unexpected` name them.
 
         Returns:
             The next step to run: one more than the restored one, 0 on a fresh start.
 
         Raises:
             StepNotFoundError: `step` or `before` was given and there is no such step.
-            StateError: The state does not fit the saved one.
-            WorldSizeError: The step was saved by another number of ranks.
+            StateError: The state does not fit the saved one; nothing was overwritten. Or an object
+                did not take its state; says what was overwritten by then.
+            WorldSizeError: The step was saved by another number of ranks, and holds tensors that
+                differ between ranks and are no DTensors.
             PlacementError: `Memory.replicas` is not less than the number of hosts.
             MemoryBudgetError: The object store is too small for the policy and a state like this.
             DurableStoreError: Nothing is in memory and S3 does not answer, so that it is not known
@@ -215,38 +233,50 @@ class Checkpointer:
             logger.info("%s fresh start", self._tag())
             self._make_ready(state)
             return 0
-        if len(resolution.shards) != self._worker.world_size:
-            where = f"{resolution.version} of job {self.job!r}"
-            raise WorldSizeError(self._worker.world_size, len(resolution.shards), where)
         began_s = time.monotonic()
-        sources = resolution.shards[self._worker.rank]
         s3 = self.settings.s3
         store = S3Store(s3, self.job) if s3 is not None else None
-        way = self.settings.memory.transport
-        reader = ShardReader(sources, tiers_of(sources, self._holder.node_id, store, way))
         with contextlib.closing(store) if store is not None else contextlib.nullcontext():
+            saved = self._open(resolution, store)
             try:
-                restore_into(state, reader, allow_pickle=self._allow_pickle)
+                filled = restore_into(
+                    state, saved, self._worker.rank, self._worker.world_size, strict=strict
+                )
             except StepNotFoundError:
-                if reader.is_rotten:  # or the next life would try the same step
-                    cluster.ask(
-                        self._coordinator, "report_unreadable",
-                        self.job, resolution.version, self._worker.rank,
-                        timeout_s=REPORT_TIMEOUT_S,
-                    )  # fmt: skip
+                self._report_rotten(saved, resolution.version)
                 raise
         self.restored = Restored(
             step=resolution.version.step,
             generation=resolution.version.generation,
-            source=reader.label,
-            bytes_by_source=dict(reader.bytes_by_label),
-            size_bytes=sources.record.plan.size_bytes,
+            source=saved.label,
+            bytes_by_source=dict(saved.bytes_by_label),
+            size_bytes=sum(saved.bytes_by_label.values()),
             seconds=time.monotonic() - began_s,
             passed_over=resolution.passed_over,
+            world_size=saved.world_size,
+            is_resharded=filled.is_resharded,
+            missing=filled.missing,
+            unexpected=filled.unexpected,
+            kept=filled.kept,
         )
         self._log_restored(self.restored)
         self._make_ready(state)
         return resolution.version.step + 1
+
+    def _open(self, resolution: Resolution, store: S3Store | None) -> SavedStep:
+        node_id, way = self._holder.node_id, self.settings.memory.transport
+        readers = [
+            ShardReader(shard, tiers_of(shard, node_id, store, way)) for shard in resolution.shards
+        ]
+        return SavedStep(readers, node_id=node_id, allow_pickle=self._allow_pickle)
+
+    def _report_rotten(self, saved: SavedStep, version: Version) -> None:
+        """S3 has something else than was saved: or the next life would try the same step."""
+        for rank in saved.rotten_ranks:
+            cluster.ask(
+                self._coordinator, "report_unreadable", self.job, version, rank,
+                timeout_s=REPORT_TIMEOUT_S,
+            )  # fmt: skip
 
     def _begin(self, step: int | None = None, before: int | None = None) -> Resolution:
         worker = self._worker

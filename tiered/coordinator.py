@@ -51,7 +51,12 @@ class Coordinator:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)  # this process is ours
         logging.getLogger("botocore").setLevel(logging.WARNING)
         self._fleet = Fleet(
-            COORDINATOR_NAME, self._joined, self._lost, self._may_end, register.cluster_secret
+            COORDINATOR_NAME,
+            self._joined,
+            self._lost,
+            self._may_end,
+            self._leave,
+            register.cluster_secret,
         )
         self._executor = Executor(self._fleet)
         self._jobs: dict[str, Job] = {}
@@ -224,11 +229,10 @@ class Coordinator:
             One line for each job with shards that only this host has, or too few others.
         """
         await self.hello()
-        self._leaving.add(node_id)
+        self._leave(node_id)
         left = []
         for name in await asyncio.to_thread(register.known_jobs):
             job = await self._job(name)
-            self._feed(job, m.HostLeaving(node_id))
             short = short_without(job, node_id)
             left += [f"job {name!r}: {short}"] if short else []
         return tuple(left)
@@ -305,6 +309,12 @@ class Coordinator:
     def _lost(self, holder: HolderId) -> None:
         for job in self._jobs.values():
             self._feed(job, m.HolderDown(holder))
+
+    def _leave(self, node_id: str) -> None:
+        """A host will go away: have what it holds copied to others, and the newest step flushed."""
+        self._leaving.add(node_id)
+        for job in self._jobs.values():
+            self._feed(job, m.HostLeaving(node_id))
 
     def _may_end(self, node_id: str) -> bool:
         """Whether no job would lose the only copy of a shard with a hung holder."""
@@ -410,6 +420,8 @@ class Coordinator:
                 self._tell(command.source, "replicate", command.key, command.to)
             case m.CollectBelow():
                 self._spawn(self._collect(job, command))
+            case m.CollectOrphans():
+                self._spawn(self._executor.collect_orphans(job))
             case m.DeleteDurable():
                 self._spawn(self._executor.delete_durable(job, command.versions))
             case _:

@@ -4,10 +4,12 @@ TieredError (replication.errors)
 └── CheckpointError
     ├── ConfigError            a setting is wrong; says which, and what it may be
     ├── StateError             a state holds something that cannot be saved or filled; names the key
-    ├── WorldSizeError         ranks of one generation disagree on their number, or it changed
+    ├── WorldSizeError         ranks of one generation disagree on their number, or a step cannot
+    │                          be given to another number of ranks
     ├── StepNotFoundError      a step that was asked for is not restorable; says what is
     ├── SaveError              a save did not reach the level that was waited for
     └── DurableStoreError      S3 could not be reached, refused, or answered wrongly
+        ├── DurableObjectError     an object is gone, or shorter than what was stored
         └── DurableStoreDownError  it did not serve the request; it may later
 """
 
@@ -37,17 +39,19 @@ class StateError(CheckpointError):
 
 
 class WorldSizeError(CheckpointError):
-    """The number of ranks is not the one that this generation, or the saved step, has."""
+    """The number of ranks is not this generation's, or not one that the step can be given to."""
 
-    def __init__(self, have: int, need: int, where: str) -> None:
-        super().__init__(have, need, where)
+    def __init__(self, have: int, need: int, where: str, reason: str = "") -> None:
+        super().__init__(have, need, where, reason)
         self.have = have
         self.need = need
         self.where = where
+        self.reason = reason
 
     def __str__(self) -> str:
+        reason = f" ({self.reason})" if self.reason else ""
         return (
-            f"world size {self.have}, but {self.where} has {self.need}; "
+            f"world size {self.have}, but {self.where} has {self.need}{reason}; "
             f"start the job with {self.need} ranks"
         )
 
@@ -91,6 +95,12 @@ class DurableStoreError(CheckpointError):
 
     def __str__(self) -> str:
         return f"{self.operation} at {self.store} failed: {self.problem}"
+
+
+class DurableObjectError(DurableStoreError):
+    """An object of the durable store is gone, or shorter than what was stored."""
+
+    retryable: ClassVar[bool] = False
 
 
 class DurableStoreDownError(DurableStoreError):

@@ -13,6 +13,7 @@ from replication.fleet import HEARTBEAT_TIMEOUT_S, Fleet
 from replication.records import HolderId, ShardKey, Version
 from tiered import messages as m
 from tiered import register
+from tiered.collection import collect, find_garbage
 from tiered.config import JobSettings
 from tiered.errors import DurableStoreDownError, DurableStoreError
 from tiered.job import Job
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 VERIFY_TIMEOUT_S = 60.0
 S3_INDEX_TIMEOUT_S = 15.0
+ORPHANS_AT_ONCE = 5000  # objects and uploads
 
 
 class Executor:
@@ -128,7 +130,9 @@ class Executor:
         version, rank, holder = command.version, command.rank, command.holder
         store = self.ledger(job).store(settings_of(job))
         key = ShardKey(job.name, version, rank)
-        args = (key, store, register.shard_key(version, rank))
+        base = job.stored_before(version, rank)
+        earlier = None if base is None else (register.shard_key(base.key.version, rank), base)
+        args = (key, store, register.shard_key(version, rank), earlier)
         copy = job.copies.get(version, {}).get(rank, {}).get(holder)
         size_bytes = 0 if copy is None else copy.plan.size_bytes
         timeout_s = upload_timeout_s(size_bytes, store.settings.bandwidth_bytes_per_s)
@@ -173,6 +177,23 @@ class Executor:
             await asyncio.to_thread(self.ledger(job).delete, versions, settings_of(job))
         except DurableStoreError as error:
             logger.warning("[%s] old steps not deleted from S3: %s", job.name, error)
+
+    async def collect_orphans(self, job: Job) -> None:
+        """Delete what nobody will finish on S3, the oldest first and not too much at a time."""
+        store = self.ledger(job).store(settings_of(job))
+        try:
+            found = await asyncio.to_thread(find_garbage, store, job.name, keep=None)
+            if not (now := found.first(ORPHANS_AT_ONCE)).deletions:
+                return
+            await asyncio.to_thread(collect, store, now)
+        except DurableStoreError as error:
+            logger.warning("[%s] orphans on S3 not collected: %s", job.name, error)
+        else:
+            logger.info(
+                "[%s] %d orphans deleted from S3, %.1f MB; %d are left for the next time",
+                job.name, len(now.deletions), now.size_bytes / 1e6,
+                len(found.deletions) - len(now.deletions),
+            )  # fmt: skip
 
     def ledger(self, job: Job) -> Ledger:
         """Where a job's generations and durable steps are written down."""

@@ -37,7 +37,7 @@ from replication.transport import (
     fetch_timeout_s,
 )
 from tiered import register
-from tiered.errors import StepNotFoundError
+from tiered.errors import DurableObjectError, StepNotFoundError
 from tiered.history import ShardSources
 
 logger = logging.getLogger(__name__)
@@ -332,7 +332,7 @@ class ShardReader:
             except TieredError as error:
                 logger.warning("%s %s; trying the next copy", record.key, error)
                 problems.append(str(error))
-                is_corrupt = isinstance(error, ChunkCorruptError)
+                is_corrupt = isinstance(error, ChunkCorruptError | DurableObjectError)
                 self.is_rotten = self.is_rotten or (is_corrupt and tier.label == DURABLE)
                 # Not asked again while another answers; but two copies that are damaged in
                 # different chunks still make a whole shard.

@@ -118,6 +118,10 @@ class GarbagePlan:
         """What is freed in all."""
         return sum(deletion.size_bytes for deletion in self.deletions)
 
+    def first(self, at_most: int) -> "GarbagePlan":
+        """The same plan, cut short; the rest is found again by the next one."""
+        return GarbagePlan(self.deletions[:at_most], self.spared)
+
 
 def plan_garbage(
     steps: Iterable[StoredStep],

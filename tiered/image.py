@@ -21,7 +21,8 @@ import torch
 
 from replication.records import Buffer, Chunk, ShardKey, ShardPlan
 from tiered.errors import StateError
-from tiered.state import TREE_NAME, Captured
+from tiered.state import Captured
+from tiered.tree import TREE_NAME
 
 ALIGNMENT = 64
 TREE_PADDING = 4096  # so that a tree that grows a little does not move every tensor

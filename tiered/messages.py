@@ -388,6 +388,11 @@ class DeleteDurable:
 
 
 @dataclass(frozen=True, slots=True)
+class CollectOrphans:
+    """Have what nobody will finish on S3 deleted: shards without a manifest, unfinished uploads."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReadManifests:
     """Read these steps' manifests, for retention; answer with ManifestsRead."""
 
@@ -443,6 +448,7 @@ Command = (
     | PublishManifest
     | FlushGivenUp
     | DeleteDurable
+    | CollectOrphans
     | ReadManifests
     | AnswerSave
     | DropStep

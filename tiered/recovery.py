@@ -3,10 +3,6 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -15,116 +11,36 @@ from replication.records import Version
 from tiered import cluster, collection, register
 from tiered.config import S3, check_job_name
 from tiered.coordinator import CALL_TIMEOUT_S, SETTLE_TIMEOUT_S
-from tiered.errors import ConfigError, StepNotFoundError, WorldSizeError
-from tiered.fetch import ShardReader, tiers_of
+from tiered.errors import ConfigError, StepNotFoundError
 from tiered.garbage import GRACE_S, GarbagePlan
 from tiered.history import Candidate, Resolution, ShardSources, latest_consistent_step
 from tiered.ledger import read_manifest
+from tiered.recovered import Recovered
 from tiered.replies import JobStatus
-from tiered.restore import read_state, restore_into
 from tiered.s3 import S3Store
 
 DRAIN_POLL_S = 0.5
 ASK_TIMEOUT_S = SETTLE_TIMEOUT_S + 3 * CALL_TIMEOUT_S
 
 
-@dataclass(frozen=True, slots=True)
-class Recovered:
-    """A consistent step that can be read; nothing was read yet.
-
-    Attributes:
-        job: The job.
-        step: The step.
-        generation: The generation that saved it.
-        world_size: Ranks that saved it.
-        size_bytes: Of all shards.
-        passed_over: One line for each newer step that was not taken.
-    """
-
-    job: str
-    step: int
-    generation: int
-    world_size: int
-    size_bytes: int
-    passed_over: tuple[str, ...]
-    _shards: tuple[ShardSources, ...]
-    _store: S3Store | None
-    _allow_pickle: bool
-
-    @property
-    def sources(self) -> dict[int, tuple[str, ...]]:
-        """For each rank, the places that have its shard, nearest first."""
-        return {rank: tuple(t.name for t in self._reader(rank).tiers) for rank in self._ranks}
-
-    def state(self, rank: int = 0) -> dict[Any, Any]:
-        """Return one rank's state in memory of its own: containers, numbers, CPU tensors.
-
-        Raises:
-            StepNotFoundError: A chunk has no intact copy any more.
-        """
-        with self._reading(rank) as reader:
-            return read_state(reader, allow_pickle=self._allow_pickle)
-
-    def load_into(self, state: MutableMapping[str, Any], rank: int = 0) -> None:
-        """Fill `state` in place with one rank's; see `Checkpointer.restore`."""
-        with self._reading(rank) as reader:
-            restore_into(state, reader, allow_pickle=self._allow_pickle)
-
-    def export(self, directory: str | Path) -> list[Path]:
-        """Write every shard's safetensors file into `directory`, chunk by chunk; return the paths.
-
-        A file appears under its name only when it is whole.
-        """
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for rank in self._ranks:
-            path = folder / f"rank-{rank:05d}.safetensors"
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as out, self._reading(rank) as reader:
-                for chunk in reader.chunks():
-                    for buffer in chunk:
-                        out.write(buffer.data)
-            partial.replace(path)
-            paths.append(path)
-        return paths
-
-    @property
-    def _ranks(self) -> range:
-        return range(self.world_size)
-
-    @contextlib.contextmanager
-    def _reading(self, rank: int) -> Iterator[ShardReader]:
-        reader = self._reader(rank)
-        try:
-            yield reader
-        finally:
-            reader.close()
-            if self._store is not None:
-                self._store.close()
-
-    def _reader(self, rank: int) -> ShardReader:
-        if rank not in self._ranks:
-            raise WorldSizeError(rank + 1, self.world_size, f"step {self.step} of {self.job!r}")
-        sources = self._shards[rank]
-        return ShardReader(sources, tiers_of(sources, None, self._store))
-
-
 def recover(
-    job: str,
+    where: str | None = None,
     *,
+    job: str | None = None,
     s3: S3 | None = None,
     step: int | None = None,
     before: int | None = None,
     allow_pickle: bool = False,
 ) -> Recovered:
-    """Find the newest consistent step of `job`, from any process.
+    """Find the newest consistent step of a job, from any process.
 
     It asks the coordinator of the running Ray cluster. With `s3` and no cluster running it looks at
-    S3 alone, and starts nothing. The job, if it is running, is not disturbed.
+    S3 alone, and starts nothing. With an `s3://` URI it looks at S3 alone without asking whether a
+    cluster runs. The job, if it is running, is not disturbed.
 
     Args:
-        job: Its name.
+        where: The job's name; or `s3://bucket/prefix`, and then `job` names it.
+        job: The job's name, if `where` does not.
         s3: Where its durable steps are; needed only when the cluster is gone.
         step: Just this step.
         before: The newest one less than this step.
@@ -132,16 +48,24 @@ def recover(
 
     Raises:
         StepNotFoundError: There is none; says what was looked at and why it was passed over.
-        ConfigError: No cluster is running and no S3 was given.
+        ConfigError: No cluster is running and no S3 was given; or no job was named.
         DurableStoreError: S3 did not answer.
     """
-    check_job_name(job)
+    is_uri = where is not None and where.startswith("s3://")
+    if is_uri and s3 is None:
+        s3 = S3(where or "")
+    elif where is not None and (is_uri or job is not None):
+        raise ConfigError(f"recover({where!r}, {job=}, {s3=}): name one job and one place")
+    job = check_job_name(job if is_uri or where is None else where)  # type: ignore[arg-type]
     store: S3Store | None
     try:
-        actor = cluster.running_coordinator()
+        actor = None if is_uri else cluster.running_coordinator()
     except ConfigError:
         if s3 is None:
             raise
+        actor = None
+    if actor is None:
+        assert s3 is not None
         store = S3Store(s3, job)
         with contextlib.closing(store):
             resolution = _resolve_on_s3(job, store, step, before)

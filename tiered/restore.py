@@ -1,146 +1,381 @@
-"""Filling a state from a shard: checked as a whole first, then in place, chunk by chunk."""
+"""Filling a state from a step: planned and checked as a whole first, then in place.
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+The step may have been saved by another number of ranks, or sharded in another way: of each tensor
+a rank reads the part that it holds now, from whichever shards have it. What is no part of a whole
+(plain tensors, numbers, objects) a rank takes from the shard of its own rank; a rank that the step
+does not have takes it from the shard of rank r mod N, but for objects that are each rank's own
+(`tiered.PerRank`), which it leaves as they are.
+"""
+
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from tiered.errors import StateError
-from tiered.fetch import Piece, ShardReader
-from tiered.image import Front, bytes_of, read_front
-from tiered.state import (
-    Array,
-    TensorRef,
-    capture,
-    dotted,
-    is_stateful,
-    materialise,
-    read_tree,
-    tensor_refs,
-)
+from tiered.boxes import Box, whole
+from tiered.errors import StateError, StepNotFoundError
+from tiered.rng import is_per_rank
+from tiered.saved_step import SavedStep
+from tiered.state import Captured, capture, is_stateful, place_of, unwrapped
+from tiered.step_index import StepIndex, listed, merged
+from tiered.tensor_reads import Wanted, read_tensors
+from tiered.tree import Array, Path, TensorRef, dotted, leaves, materialise, read_tree
+
+_SAME_MEMORY = "is the same memory as"
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What a restore left out; each a key in the state, joined with dots.
+
+    Attributes:
+        missing: In the state, and not saved: left as they were. Only with `strict=False`.
+        unexpected: Saved, and not in the state: not read. Only with `strict=False`.
+        kept: Objects of each rank's own that the step has none of for this rank: left as they were.
+        is_resharded: Other shards than this rank's own were looked at.
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    is_resharded: bool = False
 
 
 def restore_into(
-    state: MutableMapping[str, Any], reader: ShardReader, *, allow_pickle: bool = False
-) -> None:
-    """Fill `state` in place from a shard.
+    state: MutableMapping[str, Any],
+    step: SavedStep,
+    rank: int = 0,
+    world_size: int | None = None,
+    *,
+    strict: bool = True,
+) -> Filled:
+    """Fill `state` in place from a step.
 
     Tensors keep their memory where name, shape and dtype agree, which is required of those that
-    stand in `state` itself or in its dicts, lists and tuples. An object with load_state_dict gets
-    the saved state, whole, even where it had none yet (an optimizer before its first step). A
-    numpy array that fits is filled in place; other values are replaced.
+    stand in `state` itself, in its dicts, lists and tuples, or in a module. An object with
+    load_state_dict gets the saved state, whole, even where it had none yet (an optimizer before its
+    first step). A numpy array that fits is filled in place; other values are replaced.
+
+    Args:
+        state: What to fill.
+        step: From what.
+        rank: Whose part of it.
+        world_size: Ranks that restore it; None: as many as saved it.
+        strict: Refuse keys that are missing or too many; else leave them out and say so.
 
     Raises:
         StateError: Keys are missing or too many, or a tensor does not fit; says which, all of
-            them, before anything is overwritten.
-        StepNotFoundError: No tier has an intact copy of some chunk. The tensors in `state` are then
-            part old, part new, part what no tier had intact: they are not to be used.
+            them, before anything is overwritten. Or an object refused its state.
+        WorldSizeError: Tensors are different on each rank, and no DTensors, so that another number
+            of ranks cannot have them.
+        StepNotFoundError: No tier has an intact copy of some chunk. Says which tensors in `state`
+            are part old, part new: they are not to be used.
     """
-    with closing(reader):
-        front, tree = _open(reader, allow_pickle=allow_pickle)
+    with closing(step):
+        is_same_world = world_size in (None, step.world_size)
         present = capture(state, is_target=True)
-        current = read_tree(present.tree)
-        _check_keys(state, tree)
-        _check_tensors(state, current, tree)
-        pairs = list(_pairs(current, tree))
-        sharded = {b.name: present.sharded[a.name] for a, b in pairs if a.name in present.sharded}
-        _check_sharded(tree, sharded)
-        tensors = _read_tensors(reader, front, tree, _targets(pairs, present.tensors))
-    tensors |= sharded
-    for key, saved in tree.items():
-        state[key] = _filled(state[key], current[key], saved, tensors)
+        target = _Target(state, read_tree(present.tree), present)
+        donor = rank if is_same_world else rank % step.world_size
+        if not is_same_world and rank >= step.world_size:
+            target.keep_own()
+        plan = None
+        if is_same_world:
+            plan = _Plan(target, step, [donor], strict=strict)
+        if plan is None or (plan.is_incomplete and step.world_size > 1):
+            others = [r for r in range(step.world_size) if r != donor]
+            plan = _Plan(target, step, [donor, *others], strict=strict)
+            if not is_same_world:
+                plan.check_replicas(world_size or step.world_size)
+        plan.check()
+        _read(plan, step, rank)
+    _fill(state, target, plan)
+    return Filled(
+        tuple(plan.missing), tuple(plan.unexpected), tuple(target.kept.values()),
+        is_resharded=len(plan.index.views) > 1,
+    )  # fmt: skip
 
 
-def read_state(reader: ShardReader, *, allow_pickle: bool = False) -> dict[Any, Any]:
-    """Return a shard's state in memory of its own: containers, numbers, CPU tensors."""
-    with closing(reader):
-        front, tree = _open(reader, allow_pickle=allow_pickle)
-        result: dict[Any, Any] = materialise(tree, _read_tensors(reader, front, tree, {}))
+def read_state(step: SavedStep, rank: int = 0) -> dict[Any, Any]:
+    """Return one rank's state in memory of its own: containers, numbers, CPU tensors.
+
+    Of a tensor that was sharded it is the rank's part.
+    """
+    with closing(step):
+        view = step.view(rank)
+        index = StepIndex([view])
+        wanted: dict[str, Wanted] = {}
+        for path, ref in leaves(view.tree):
+            box = index.entries[dotted(path)].parts[0].box
+            wanted.setdefault(ref.name, Wanted(dotted(path), box))
+        read_tensors(step, index, wanted.values(), lambda r: r)
+    return _put_together(view.tree, wanted)
+
+
+def read_whole_state(step: SavedStep) -> dict[Any, Any]:
+    """Return the whole state, every sharded tensor put together, in memory of its own.
+
+    Of what each rank has one of, it is the lowest rank's.
+    """
+    with closing(step):
+        views = step.views()
+        index, tree = StepIndex(views), merged(views)
+        wanted: dict[str, Wanted] = {}
+        for path, ref in leaves(tree):
+            entry = index.entries[dotted(path)]
+            wanted.setdefault(ref.name, Wanted(entry.path, whole(entry.shape)))
+        check_whole(index, wanted)
+        read_tensors(step, index, wanted.values(), lambda r: r)
+    return _put_together(tree, wanted)
+
+
+def check_whole(index: StepIndex, wanted: Mapping[str, Wanted]) -> None:
+    """Refuse a tensor of which no rank has saved some part.
+
+    Raises:
+        StateError: There is one; names them all.
+    """
+    gaps = {
+        one.path: f"no rank has saved the part at {left[0].offsets} of shape {left[0].shape}"
+        for one in wanted.values()
+        if (left := index.reads(one.path, one.box, lambda r: r)[1])
+    }
+    if gaps:
+        raise StateError(next(iter(gaps)), listed(gaps))
+
+
+def _put_together(tree: Any, wanted: Mapping[str, Wanted]) -> dict[Any, Any]:
+    result: dict[Any, Any] = materialise(tree, {name: one.tensor for name, one in wanted.items()})
     return result
 
 
-def _open(reader: ShardReader, *, allow_pickle: bool) -> tuple[Front, dict[Any, Any]]:
-    first = b"".join(buffer.tobytes() for buffer in reader.chunk(0))
-    front = read_front(first, reader.sources.record.plan)
-    return front, read_tree(front.tree, allow_pickle=allow_pickle)
+# --- the plan -----------------------------------------------------------------------------------
 
 
-# --- checks -------------------------------------------------------------------------------------
+@dataclass(slots=True)
+class _Target:
+    """The user's state, as it is.
+
+    Attributes:
+        state: It.
+        tree: What `capture` made of it.
+        present: Its tensors.
+        kept: By id, the paths of objects that are not to be touched.
+    """
+
+    state: MutableMapping[str, Any]
+    tree: dict[Any, Any]
+    present: Captured
+    kept: dict[int, str] = field(default_factory=dict)
+
+    def keep_own(self) -> None:
+        """Let objects of each rank's own be as they are."""
+        for path, value in objects_in(self.state):
+            if is_per_rank(value):
+                self.kept[id(value)] = dotted(path)
 
 
-def _check_keys(state: Mapping[str, Any], tree: Mapping[Any, Any]) -> None:
-    missing = [str(k) for k in state if k not in tree]
-    unexpected = [str(k) for k in tree if k not in state]
-    if missing or unexpected:
-        raise StateError(
-            (missing or unexpected)[0],
-            f"the state has keys that were not saved: {missing}; saved but not in the state: "
-            f"{unexpected}; give restore() a state with the keys of the saved one",
-        )
+class _Plan:
+    """What a rank reads of a step, and everything that is wrong with that.
 
+    Attributes:
+        tree: What the state is to become; its references are by name in `wanted`.
+        wanted: What is read.
+        sharded: The DTensors of the state that are filled, by the same names.
+        missing, unexpected: Keys.
+        problems: By path, why a tensor cannot be filled.
+    """
 
-def _check_tensors(state: Mapping[str, Any], current: Any, tree: Any) -> None:
-    """Tensors that stand in the state itself must fit; those of objects are the objects' affair."""
-    problems = list(_conflicts(state, current, tree, (), {}))
-    if problems:
-        raise StateError(problems[0][0], "; ".join(f"{k}: {p}" for k, p in problems))
+    def __init__(self, target: _Target, step: SavedStep, ranks: list[int], *, strict: bool) -> None:
+        views = [step.view(ranks[0])] if len(ranks) == 1 else step.views(ranks[0])
+        self.step, self.strict = step, strict
+        self.index = StepIndex(views)
+        self.own = views[0].tree  # what others have beside that is not unexpected
+        self.tree = merged(views)
+        self.wanted: dict[str, Wanted] = {}
+        self.sharded: dict[str, DTensor] = {}
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
+        self.problems: dict[str, str] = {}
+        self.gaps: dict[str, str] = {}  # what other ranks may have
+        self._owners: dict[str, str] = {}
+        self._target = target
+        self._templates = templates(target.state, self.tree)
+        self._match_keys()
+        for key, value in target.state.items():
+            if key in self.tree:
+                self._match(value, target.tree[key], self.tree[key], (key,), is_strict=True)
+                self._want_rest(self.tree[key], (key,))
 
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether other ranks' shards may have what these do not."""
+        return bool(self.missing or self.gaps or self.problems)
 
-def _conflicts(
-    value: Any, current: Any, saved: Any, path: tuple[Any, ...], owners: dict[str, str]
-) -> Iterator[tuple[str, str]]:
-    """Each tensor that cannot be filled, and why; `owners` says which saved one a memory is for."""
-    if isinstance(value, torch.Tensor):
-        if not isinstance(saved, TensorRef):
-            yield dotted(path), "is a tensor, and what was saved is not"
-        elif problem := _misfit(current, saved):
-            yield dotted(path), problem
-        elif _overlaps_itself(value):
-            yield dotted(path), "is expanded, its elements share memory; give a contiguous() copy"
-        elif owners.setdefault(current.name, saved.name) != saved.name:
-            yield (
-                dotted(path),
-                f"is the same memory as {current.name}, and was not when saved",
+    def check(self) -> None:
+        """Refuse what cannot be filled.
+
+        Raises:
+            StateError: There is something; names everything.
+        """
+        if self.strict and (self.missing or self.unexpected):
+            raise StateError(
+                (self.missing or self.unexpected)[0],
+                f"the state has keys that were not saved: {self.missing}; saved but not in the "
+                f"state: {self.unexpected}; give a state with the keys of the saved one, or leave "
+                "them out with strict=False",
             )
-    elif is_stateful(value):
-        return
-    elif type(current) is dict and type(saved) is dict:
-        for key in value:
-            if key in saved:
-                three = value[key], current[key], saved[key]
-                yield from _conflicts(*three, (*path, key), owners)
-    elif type(current) in (list, tuple) and type(saved) is type(current):
-        for index, three in enumerate(zip(value, current, saved, strict=False)):
-            yield from _conflicts(*three, (*path, index), owners)
+        if problems := self.problems | self.gaps:
+            raise StateError(next(iter(problems)), listed(problems))
+
+    def check_replicas(self, world_size: int) -> None:
+        """See `StepIndex.check_replicas`."""
+        paths = [one.path for one in self.wanted.values()]
+        self.index.check_replicas(paths, world_size, str(self.step))
+
+    def _match_keys(self) -> None:
+        state = self._target.state
+        self.missing += [str(key) for key in state if key not in self.tree]
+        self.unexpected += [str(key) for key in self.own if key not in state]
+
+    def _match(self, value: Any, current: Any, saved: Any, path: Path, *, is_strict: bool) -> None:
+        """Pair the state's tensors with the saved ones; a strict one has to fit.
+
+        Those of a module have to, too; other objects decide about their state for themselves.
+        """
+        if id(value) in self._target.kept:
+            return
+        if isinstance(current, TensorRef):
+            problem = self._pair(current, saved, path)
+            is_tied_anew = problem.startswith(_SAME_MEMORY)
+            if problem and is_strict and not (is_tied_anew and value is None):
+                self.problems[dotted(path)] = problem
+        elif is_stateful(value):
+            module = isinstance(value, torch.nn.Module)
+            if module and type(current) is dict and type(saved) is dict:
+                self._match_module(current, saved, path)
+            self._match(None, current, saved, path, is_strict=module)
+        elif type(current) is dict and type(saved) is dict:
+            inner = value if isinstance(value, Mapping) else {}
+            for key in current:
+                if key in saved:
+                    three = inner.get(key), current[key], saved[key]
+                    self._match(*three, (*path, key), is_strict=is_strict)
+        elif type(current) in (list, tuple) and type(saved) is type(current):
+            items = value if isinstance(value, list | tuple) else [None] * len(current)
+            for number, three in enumerate(zip(items, current, saved, strict=False)):
+                self._match(*three, (*path, number), is_strict=is_strict)
+
+    def _match_module(self, current: Mapping[Any, Any], saved: dict[Any, Any], path: Path) -> None:
+        self.missing += [dotted((*path, key)) for key in current if key not in saved]
+        own: Any = self.own
+        for key in path:
+            own = own.get(key, {}) if isinstance(own, dict) else {}
+        for key in [key for key in saved if key not in current]:
+            if key in own:
+                self.unexpected.append(dotted((*path, key)))
+            del saved[key]  # another stage's of a pipeline, or left out
+
+    def _pair(self, current: TensorRef, saved: Any, path: Path) -> str:
+        """Want a saved tensor for one of the state's; return why that cannot be."""
+        if not isinstance(saved, TensorRef):
+            return "is a tensor, and what was saved is not"
+        entry = self.index.entries[dotted(path)]
+        box, shape = whole(current.shape), current.shape
+        if current.global_shape is not None:
+            box, shape = Box(current.offsets or (), current.shape), current.global_shape
+        if shape != entry.shape:
+            return f"was saved with shape {list(entry.shape)}, and has {list(shape)}"
+        if current.dtype != entry.dtype:
+            return f"was saved as {entry.dtype}, and is {current.dtype}"
+        tensor = self._target.present.tensors[current.name]
+        if _overlaps_itself(tensor):
+            return "is expanded, its elements share memory; give a contiguous() copy"
+        if self._owners.setdefault(current.name, saved.name) != saved.name:
+            return f"{_SAME_MEMORY} {current.name}, and was not when saved"
+        one = self._want(saved.name, entry.path, box)
+        if one.box == box and not any(tensor is other for other in one.targets):
+            one.targets.append(tensor)
+        elif one.box != box:  # saved tied, sharded in two ways now
+            self._want(f"{saved.name}@{entry.path}", entry.path, box).targets.append(tensor)
+        if current.name in self._target.present.sharded:
+            self.sharded.setdefault(saved.name, self._target.present.sharded[current.name])
+        return ""
+
+    def _want(self, name: str, path: str, box: Box) -> Wanted:
+        one = self.wanted.setdefault(name, Wanted(path, box))
+        if left := self.index.reads(path, box, lambda rank: rank)[1]:
+            self.gaps[path] = (
+                f"no rank that was looked at has saved the part at {left[0].offsets} of shape "
+                f"{left[0].shape}"
+            )
+        return one
+
+    def _want_rest(self, tree: Any, path: Path) -> None:
+        """What no tensor of the state is there for: an optimizer's state before its first step."""
+        kept = set(self._target.kept.values())
+        for inner, ref in leaves(tree, path):
+            is_kept = any(dotted(inner[:depth]) in kept for depth in range(1, len(inner)))
+            if ref.name in self.wanted or dotted(inner) in self.problems or is_kept:
+                continue
+            entry = self.index.entries[dotted(inner)]
+            template = self._templates.get(entry.path)
+            if isinstance(template, DTensor) and tuple(template.shape) == entry.shape:
+                local = template.to_local()
+                box = Box(place_of(template), tuple(local.shape))
+                one = self._want(ref.name, entry.path, box)
+                memory = torch.empty_like(local, dtype=ref.torch_dtype, requires_grad=False)
+                one.targets.append(memory)
+                self.sharded[ref.name] = DTensor.from_local(
+                    memory, template.device_mesh, template.placements, run_check=False,
+                    shape=template.shape, stride=template.stride(),
+                )  # fmt: skip
+            elif entry.is_sharded and template is None:
+                self.problems[entry.path] = (
+                    "was saved as parts of a DTensor, and the state has no such DTensor to fill; "
+                    "make it first (an optimizer's by a step with zero gradients)"
+                )
+            else:
+                self._want(ref.name, entry.path, whole(entry.shape))
 
 
-def _check_sharded(tree: Any, sharded: Mapping[str, DTensor]) -> None:
-    """Of a DTensor only the local shard was saved: there has to be one to fill."""
-    refs = {ref.name for ref in tensor_refs(tree) if ref.global_shape is not None}
-    if absent := sorted(refs - sharded.keys()):
-        raise StateError(
-            absent[0],
-            f"{len(absent)} tensors were saved as parts of DTensors, and the state has no such "
-            f"DTensors to fill: {', '.join(absent[:8])}; make them first (an optimizer's by a step "
-            "with zero gradients), sharded as when they were saved",
-        )
+def objects_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every object with a state of its own in a state's containers, with its path."""
+    if is_stateful(value):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from objects_in(inner, (*path, key))
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from objects_in(inner, (*path, number))
 
 
-def _misfit(current: TensorRef, saved: TensorRef) -> str:
-    if current.global_shape != saved.global_shape or current.offsets != saved.offsets:
-        return (
-            f"was saved as the part at {saved.offsets} of {saved.global_shape}, and is the part at "
-            f"{current.offsets} of {current.global_shape}; restart with the same sharding"
-        )
-    if current.shape != saved.shape:
-        return f"was saved with shape {list(saved.shape)}, and has {list(current.shape)}"
-    if current.dtype != saved.dtype:
-        return f"was saved as {saved.dtype}, and is {current.dtype}"
-    return ""
+def templates(state: Mapping[str, Any], tree: Any) -> dict[str, torch.Tensor]:
+    """For each saved tensor of an optimizer's state, by path, the parameter that it belongs to.
+
+    An optimizer makes its state in its first step. Before that only its parameters tell how the
+    saved state is to be sharded.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for path, value in objects_in(state):
+        saved = tree
+        for key in path:
+            saved = saved[key] if isinstance(saved, dict) and key in saved else None
+        if not isinstance(value, torch.optim.Optimizer) or not isinstance(saved, dict):
+            continue
+        groups = saved.get("param_groups")
+        numbers = [n for group in groups or () for n in group.get("params", ())]
+        parameters = [p for group in value.param_groups for p in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=False):
+            own = saved.get("state", {}).get(number, {})
+            for inner, ref in leaves(own, (*path, "state", number)):
+                if tuple(parameter.shape) == (ref.global_shape or ref.shape):
+                    found[dotted(inner)] = parameter
+    return found
 
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
@@ -148,118 +383,99 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
     return tensor.numel() > 1 and any(repeated)
 
 
-def _pairs(current: Any, saved: Any) -> Iterator[tuple[TensorRef, TensorRef]]:
-    """Tensors of the present state with the saved ones that can be read into their memory."""
-    if isinstance(saved, TensorRef):
-        if isinstance(current, TensorRef) and not _misfit(current, saved):
-            yield current, saved
-    elif type(saved) is dict and type(current) is dict:
-        for key in saved:
-            if key in current:
-                yield from _pairs(current[key], saved[key])
-    elif isinstance(saved, list | tuple) and type(saved) is type(current):
-        for one, other in zip(current, saved, strict=False):
-            yield from _pairs(one, other)
-
-
-def _targets(
-    pairs: Iterable[tuple[TensorRef, TensorRef]], tensors: Mapping[str, torch.Tensor]
-) -> dict[str, list[torch.Tensor]]:
-    """For each saved name the tensors to fill with it: several where tied weights were untied."""
-    targets: dict[str, list[torch.Tensor]] = {}
-    taken: dict[str, str] = {}
-    for mine, theirs in pairs:
-        tensor = tensors[mine.name]
-        if mine.name not in taken and not _overlaps_itself(tensor):
-            targets.setdefault(theirs.name, []).append(tensor)
-        taken.setdefault(mine.name, theirs.name)
-    return targets
-
-
 # --- bytes --------------------------------------------------------------------------------------
 
 
-def _read_tensors(
-    reader: ShardReader,
-    front: Front,
-    tree: Any,
-    targets: Mapping[str, list[torch.Tensor]],
-) -> dict[str, torch.Tensor]:
-    """Read all tensors, into `targets` where there are any: each byte straight to its place."""
-    refs = {ref.name: ref for ref in tensor_refs(tree)}
-    spans = tuple(span for span in front.spans if span.name in refs)
-    if absent := refs.keys() - {span.name for span in spans}:
-        raise StateError(min(absent), "the shard's tree names it, its image does not have it")
-    tensors, pieces = {}, []
-    for span in spans:
-        ref = refs[span.name]
-        size = math.prod(ref.shape) * ref.torch_dtype.itemsize
-        if size != span.stop - span.start:
-            raise StateError(span.name, f"{span.stop - span.start} bytes saved, {size} needed")
-        tensors[span.name] = tensor = _destination(ref, targets.get(span.name, []))
-        pieces.append(Piece(span.start, bytes_of(tensor)))
-    reader.fill(pieces)
-    for name, copies in targets.items():
-        tensors[name] = _copied(tensors[name], copies)
-    return tensors
+def _read(plan: _Plan, step: SavedStep, rank: int) -> None:
+    count = step.world_size
 
+    def order(other: int) -> tuple[bool, bool, int]:
+        """One's own shard, then those on one's own host, then, so that not all ask the same."""
+        return other != rank % count, not step.is_near(other), (other - rank) % count
 
-def _destination(ref: TensorRef, targets: list[torch.Tensor]) -> torch.Tensor:
-    """Where the bytes go: a target itself if they can be written there directly."""
-    for target in targets:
-        is_mirrored = target.is_conj() or target.is_neg()
-        if target.device.type == "cpu" and target.is_contiguous() and not is_mirrored:
-            return target.detach()
-    return torch.empty(ref.shape, dtype=ref.torch_dtype)
-
-
-def _copied(source: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
-    """Bring what was read into every target that it was not read into; return one of them."""
-    with torch.no_grad():
-        for target in targets:
-            if target.data_ptr() != source.data_ptr():
-                target.copy_(source)
-    return targets[0].detach()
+    try:
+        read_tensors(step, plan.index, plan.wanted.values(), order)
+    except StepNotFoundError as error:
+        changed = sorted({one.path for one in plan.wanted.values() if one.targets})
+        if changed:
+            named = f"these tensors may have been overwritten: {', '.join(changed)}"
+            reasons = (*error.reasons, named)
+            raise StepNotFoundError(error.job, error.wanted, reasons) from error
+        raise
 
 
 # --- values -------------------------------------------------------------------------------------
 
 
-def _filled(present: Any, current: Any, saved: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The restored value: `present` itself, filled, wherever it can be.
+def _fill(state: MutableMapping[str, Any], target: _Target, plan: _Plan) -> None:
+    """Put everything in its place; what was read is in the state's tensors already."""
+    tensors: dict[str, torch.Tensor] = {name: one.tensor for name, one in plan.wanted.items()}
+    filling = _Filling({**tensors, **plan.sharded}, set(target.kept), strict=plan.strict)
+    done: list[str] = []
+    for key in [key for key in state if key in plan.tree]:
+        try:
+            state[key] = filling.filled(state[key], target.tree[key], plan.tree[key])
+        except Exception as error:
+            changed = sorted({one.path for one in plan.wanted.values() if one.targets} | {*done})
+            problem = f"it did not take its state: {error}; changed already: {changed}"
+            raise StateError(str(key), problem) from error
+        done.append(str(key))
 
-    Args:
-        present: The value in the user's state.
-        current: What `capture` made of it; its tensors in the saved places are filled already.
-        saved: The tree of the saved value.
-        tensors: What was read, by saved name.
+
+@dataclass(frozen=True, slots=True)
+class _Filling:
+    """The last part of a restore: values.
+
+    Attributes:
+        tensors: What was read, by name in the saved tree.
+        kept: Ids of objects to let be.
+        strict: Whether a module has to have been saved whole.
     """
-    if is_stateful(present):
-        present.load_state_dict(materialise(saved, tensors))
-        return present
-    if type(saved) is dict and type(current) is dict and isinstance(present, MutableMapping):
-        filled = {
-            key: _filled(present[key], current[key], value, tensors)
-            if key in current
-            else materialise(value, tensors)
-            for key, value in saved.items()
-        }
-        present.clear()  # so that the order is the saved one too
-        present.update(filled)
-        return present
-    if type(saved) in (list, tuple) and type(current) is type(saved):
-        pairs = zip(present, current, saved, strict=False)
-        items = [_filled(*three, tensors) for three in pairs]
-        items += [materialise(value, tensors) for value in saved[len(items) :]]
-        if type(saved) is tuple:
-            return tuple(items)
-        present[:] = items
-        return present
-    if isinstance(saved, TensorRef) and isinstance(current, TensorRef):
-        return present
-    if isinstance(saved, Array):
-        return _filled_array(present, materialise(saved, tensors))
-    return materialise(saved, tensors)
+
+    tensors: Mapping[str, torch.Tensor]
+    kept: set[int]
+    strict: bool
+
+    def filled(self, present: Any, current: Any, saved: Any) -> Any:
+        """The restored value: `present` itself, filled, wherever it can be.
+
+        Args:
+            present: The value in the user's state.
+            current: What `capture` made of it; its tensors in the saved places are filled already.
+            saved: The tree of the saved value.
+        """
+        if id(present) in self.kept:
+            return present
+        if is_stateful(present):
+            value = materialise(saved, self.tensors)
+            if isinstance(present, torch.nn.Module):
+                unwrapped(present).load_state_dict(value, strict=self.strict)
+            else:
+                present.load_state_dict(value)
+            return present
+        if type(saved) is dict and type(current) is dict and isinstance(present, MutableMapping):
+            filled = {
+                key: self.filled(present[key], current[key], value)
+                if key in current
+                else materialise(value, self.tensors)
+                for key, value in saved.items()
+            }
+            present.clear()  # so that the order is the saved one too
+            present.update(filled)
+            return present
+        if type(saved) in (list, tuple) and type(current) is type(saved):
+            triples = zip(present, current, saved, strict=False)
+            items = [self.filled(*three) for three in triples]
+            items += [materialise(value, self.tensors) for value in saved[len(items) :]]
+            if type(saved) is tuple:
+                return tuple(items)
+            present[:] = items
+            return present
+        if isinstance(saved, TensorRef) and isinstance(current, TensorRef):
+            return present
+        if isinstance(saved, Array):
+            return _filled_array(present, materialise(saved, self.tensors))
+        return materialise(saved, self.tensors)
 
 
 def _filled_array(present: Any, saved: np.ndarray[Any, Any]) -> Any:

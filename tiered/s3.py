@@ -27,12 +27,12 @@ import numpy as np
 from botocore.exceptions import BotoCoreError, ClientError, IncompleteReadError
 from urllib3.exceptions import HTTPError
 
-from replication.durable import DurableStore
+from replication.durable import DurableStore, Earlier
 from tiered import s3_upload
 from tiered.config import MIB, S3, path_problem
-from tiered.errors import ConfigError
+from tiered.errors import ConfigError, DurableObjectError
 from tiered.garbage import StoredObject, UnfinishedUpload
-from tiered.s3_errors import is_absent, may_have_been_served
+from tiered.s3_errors import explain, is_absent, is_too_short, may_have_been_served
 from tiered.s3_link import Link, leave, link_to, object_args, request_args
 
 if TYPE_CHECKING:
@@ -76,9 +76,10 @@ class S3Store(DurableStore):
     def __reduce__(self) -> tuple[type["S3Store"], tuple[S3, str]]:
         return S3Store, (self.settings, self.root)
 
-    def upload(self, key: str, chunks: Sequence["Chunk"]) -> None:
-        """See `DurableStore.upload`; nothing of the image is copied."""
-        s3_upload.upload(self.link, self._path(key), chunks)
+    def upload(self, key: str, chunks: Sequence["Chunk"], earlier: Earlier | None = None) -> None:
+        """See `DurableStore.upload`; nothing of the image is copied in memory."""
+        known = None if earlier is None else Earlier(self._path(earlier.key), earlier.runs)
+        s3_upload.upload(self.link, self._path(key), chunks, known)
 
     def check(self, *, is_urgent: bool = False) -> None:
         """See `DurableStore.check`; `is_urgent`: do not go by what was known, ask."""
@@ -118,7 +119,11 @@ class S3Store(DurableStore):
         return self.link.ask("get", path, lambda client: self._get(client, path))
 
     def read(self, key: str, start: int, size_bytes: int) -> memoryview:
-        """See `DurableStore.read`; an object that ends too early, or is not there, is an error."""
+        """See `DurableStore.read`; an object that ends too early, or is not there, is an error.
+
+        Raises:
+            DurableObjectError: That error; asking again does not help.
+        """
         assert start >= 0, start
         assert size_bytes >= 0, size_bytes
         path = self._path(key)
@@ -254,16 +259,21 @@ class S3Store(DurableStore):
         size_bytes = len(target)
 
         def fill(client: "S3Client") -> None:
-            answer = client.get_object(
-                Bucket=self.settings.bucket,
-                Key=path,
-                Range=f"bytes={start}-{start + size_bytes - 1}",
-                **request_args(self.settings),
-            )
+            try:
+                answer = client.get_object(
+                    Bucket=self.settings.bucket,
+                    Key=path,
+                    Range=f"bytes={start}-{start + size_bytes - 1}",
+                    **request_args(self.settings),
+                )
+            except ClientError as error:
+                if not is_absent(error) and not is_too_short(error):
+                    raise
+                raise self._damaged(path, explain(error, self.settings)) from error
             total = answer.get("ContentRange", "").rpartition("/")[2]
             if total.isdigit() and int(total) < start + size_bytes:
                 problem = f"the object has {total} bytes, not the {size_bytes} from {start}"
-                raise self.link.error("read", path, problem)
+                raise self._damaged(path, problem)
             # 200 is the whole object, from a store that ignored the range: right only from byte 0.
             is_whole = answer["ResponseMetadata"]["HTTPStatusCode"] == 200
             is_range = answer["ContentLength"] == size_bytes and not (is_whole and start > 0)
@@ -279,6 +289,9 @@ class S3Store(DurableStore):
                 raise IncompleteReadError(actual_bytes=done, expected_bytes=size_bytes)
 
         self.link.ask("read", path, fill, is_small=False)
+
+    def _damaged(self, path: str, problem: str) -> DurableObjectError:
+        return DurableObjectError(f"s3://{self.settings.bucket}", f"read of {path}", problem)
 
     def _delete(self, batch: Sequence[str]) -> Iterator[str]:
         args = request_args(self.settings)

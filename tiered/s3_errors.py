@@ -91,6 +91,11 @@ def is_absent(error: BaseException) -> bool:
     return code == "NoSuchKey" or (status_of(error) == 404 and code != "NoSuchBucket")
 
 
+def is_too_short(error: BaseException) -> bool:
+    """True when an object ends before the bytes that were asked for."""
+    return status_of(error) == 416
+
+
 def is_outage(error: BaseException) -> bool:
     """True when the store did not serve the request, and may serve it later."""
     if isinstance(error, _NETWORK) or status_of(error) in _OUTAGES:

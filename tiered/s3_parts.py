@@ -4,9 +4,11 @@ Where parts begin depends on the size of the shard and on `S3.part_bytes` alone,
 of a shard is cut alike, and a buddy can go on with what a dead holder has begun.
 """
 
-from collections.abc import Sequence
+import bisect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
+from replication.durable import Run
 from tiered.config import MIB
 
 MAX_PARTS = 10_000  # of S3
@@ -43,6 +45,25 @@ def cut(size_bytes: int, part_bytes: int) -> tuple[Part, ...]:
         Part(number, start, min(part_bytes, size_bytes - start))
         for number, start in enumerate(starts, 1)
     )
+
+
+def copyable(parts: Iterable[Part], runs: Sequence[Run]) -> dict[int, int]:
+    """The parts that an earlier object has whole: by number, where in that object each begins.
+
+    Args:
+        parts: Of the image.
+        runs: What image and earlier object have in common, in order.
+    """
+    found = {}
+    starts = [run.start for run in runs]
+    for part in parts:
+        index = bisect.bisect_right(starts, part.start) - 1
+        if index < 0:
+            continue
+        offset = part.start - runs[index].start
+        if offset + part.size_bytes <= runs[index].size_bytes:
+            found[part.number] = runs[index].earlier_start + offset
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,18 @@ only what is missing is sent: so a buddy finishes what a dead holder has begun. 
 foreign (another cut, other bytes) and aborted. An upload that fails is left as it is, for the next
 try.
 
+A part whose bytes an earlier object has (`Earlier`) is copied by the store, and not sent; then it
+is compared like those of an unfinished upload. What cannot be copied, or proves to be something
+else, is sent, and after the first such part none is copied any more: the store may lack the
+request, or the earlier object may be gone.
+
 Two that upload the same shard at once do no harm: they send the same bytes under the same numbers,
 and who completes second finds the object there, or its upload gone and begins again, once.
 """
 
 import base64
 import hashlib
+import logging
 import threading
 import zlib
 from collections.abc import Iterable, Sequence
@@ -22,18 +28,20 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
-from replication.durable import upload_timeout_s
+from replication.durable import Earlier, upload_timeout_s
 from tiered.errors import DurableStoreDownError, DurableStoreError
 from tiered.image_file import ImageBytes, ImageFile
 from tiered.s3_errors import is_absent, is_lost_upload
 from tiered.s3_link import Link, object_args, request_args
-from tiered.s3_parts import Part, cut
+from tiered.s3_parts import Part, copyable, cut
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedMultipartUploadTypeDef, PartTypeDef
 
     from replication.records import Chunk
+
+logger = logging.getLogger(__name__)
 
 MD5_DIGITS = 32  # an ETag of another form is no MD5
 
@@ -53,8 +61,16 @@ class _Stored:
     checksum: str | None
 
 
-def upload(link: Link, path: str, chunks: Sequence["Chunk"]) -> None:
+def upload(
+    link: Link, path: str, chunks: Sequence["Chunk"], earlier: Earlier | None = None
+) -> None:
     """Store the concatenation of `chunks` under `path`.
+
+    Args:
+        link: To the store.
+        path: Under what.
+        chunks: The bytes.
+        earlier: An object with some of these bytes, its key as `path` is.
 
     Raises:
         DurableStoreError: It is not there, or not whole. Parts of it may be: ask again.
@@ -62,7 +78,7 @@ def upload(link: Link, path: str, chunks: Sequence["Chunk"]) -> None:
     image = ImageBytes(buffer for chunk in chunks for buffer in chunk)
     parts = cut(image.size_bytes, link.settings.part_bytes)
     if len(parts) > 1:
-        _Multipart(link, path, image, parts).run()
+        _Multipart(link, path, image, parts, earlier).run()
     else:
         _put(link, path, image)
     bucket, args = link.settings.bucket, request_args(link.settings)
@@ -112,7 +128,14 @@ def shard_args(link: Link) -> dict[str, Any]:
 class _Multipart:
     """One upload in parts; used once."""
 
-    def __init__(self, link: Link, path: str, image: ImageBytes, parts: Sequence[Part]) -> None:
+    def __init__(
+        self,
+        link: Link,
+        path: str,
+        image: ImageBytes,
+        parts: Sequence[Part],
+        earlier: Earlier | None,
+    ) -> None:
         self.link = link
         self.path = path
         self.image = image
@@ -121,6 +144,8 @@ class _Multipart:
         self.at: dict[str, Any] = {"Bucket": settings.bucket, "Key": path, **request_args(settings)}
         self.timeout_s = upload_timeout_s(image.size_bytes, settings.bandwidth_bytes_per_s)
         self.deadline_s = monotonic() + self.timeout_s
+        self.earlier = earlier
+        self.copies = {} if earlier is None else copyable(parts, earlier.runs)
         self.has_failed = threading.Event()
         self.algorithm: str | None = None
 
@@ -237,12 +262,13 @@ class _Multipart:
     def _send(self, upload_id: str, stored: list[_Stored]) -> list[_Stored]:
         """Upload the parts that are not there; return all."""
         there = {s.part.number for s in stored}
+        missing = [part for part in self.parts if part.number not in there]
         self.has_failed.clear()
-        tasks = [
-            self.link.uploads.submit(self._send_part, upload_id, part)
-            for part in self.parts
-            if part.number not in there
-        ]
+        first = next((part for part in missing if part.number in self.copies), None)
+        if first is not None:  # alone: if it cannot be copied, no other is tried
+            stored = [*stored, self._provide(upload_id, first)]
+            missing.remove(first)
+        tasks = [self.link.uploads.submit(self._provide, upload_id, part) for part in missing]
         done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
         failed = [task for task in done if task.exception() is not None]
         if failed:
@@ -251,11 +277,45 @@ class _Multipart:
         sent = [task.result() for task in failed or tasks]
         return sorted([*stored, *sent], key=lambda s: s.part.number)
 
-    def _send_part(self, upload_id: str, part: Part) -> _Stored:
+    def _provide(self, upload_id: str, part: Part) -> _Stored:
+        """Have a part in the upload: copied if it can be, else sent."""
         if self.has_failed.is_set() or monotonic() > self.deadline_s:
             problem = f"not all of it was sent within {self.timeout_s:.0f} s"
             name = f"s3://{self.link.settings.bucket}"
             raise DurableStoreDownError(name, f"upload of {self.path}", problem)
+        return self._copy_part(upload_id, part) or self._send_part(upload_id, part)
+
+    def _copy_part(self, upload_id: str, part: Part) -> _Stored | None:
+        """Have the store copy a part from the earlier object; None when it has to be sent."""
+        start = self.copies.get(part.number)
+        if self.earlier is None or start is None:
+            return None
+        args = {**self.at, "CopySource": {"Bucket": self.at["Bucket"], "Key": self.earlier.key}}
+        if (owner := self.link.settings.expected_bucket_owner) is not None:
+            args["ExpectedSourceBucketOwner"] = owner
+        source = f"bytes={start}-{start + part.size_bytes - 1}"
+
+        def copy(client: "S3Client") -> "PartTypeDef":
+            answer = client.upload_part_copy(
+                PartNumber=part.number, UploadId=upload_id, CopySourceRange=source, **args
+            )
+            return cast("PartTypeDef", answer["CopyPartResult"])
+
+        try:
+            entry = self.link.ask("copy", self.earlier.key, copy, is_small=False)
+        except DurableStoreError as error:
+            problem = error.problem
+        else:
+            stored = self._recognise(part, entry)
+            if stored is not None and stored.etag:
+                return stored
+            problem = "it is not what was stored" if stored is None else "nothing tells its bytes"
+        if self.copies:  # said once
+            logger.warning("%s is sent, not copied from an earlier step: %s", self.path, problem)
+        self.copies = {}
+        return None
+
+    def _send_part(self, upload_id: str, part: Part) -> _Stored:
         args = dict(self.at)
         if self.algorithm is not None:
             args["ChecksumAlgorithm"] = self.algorithm

@@ -12,9 +12,8 @@ twice. Of a DTensor the local shard is saved, with its place in the global tenso
 
 import itertools
 import pickle
-import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,26 +24,29 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from tiered.errors import StateError
+from tiered.tree import (
+    ARRAY_DTYPES,
+    EXT_BIGINT,
+    EXT_COMPLEX,
+    EXT_COUNTER,
+    EXT_DEVICE,
+    EXT_NDARRAY,
+    EXT_NUMPY_SCALAR,
+    EXT_PICKLE,
+    EXT_SET,
+    EXT_TENSOR,
+    EXT_TORCH_DTYPE,
+    EXT_TORCH_SIZE,
+    EXT_TUPLE,
+    MAX_DEPTH,
+    TREE_NAME,
+    Path,
+    TensorRef,
+    dotted,
+    dtype_name,
+)
 
-Path = tuple[str | int, ...]
-
-# msgpack extension types of the tree; docs/FORMAT.md describes them
-EXT_TENSOR, EXT_TUPLE, EXT_BIGINT, EXT_COMPLEX, EXT_NDARRAY = 1, 2, 3, 4, 5
-EXT_NUMPY_SCALAR, EXT_SET, EXT_TORCH_DTYPE, EXT_TORCH_SIZE, EXT_DEVICE, EXT_PICKLE = (
-    6, 7, 8, 9, 10, 11
-)  # fmt: skip
-EXT_COUNTER = 12
-
-TREE_NAME = "__tree__"  # the tree's own name in the image
 RESERVED_NAMES = frozenset({TREE_NAME, "__metadata__"})
-MAX_DEPTH = 64  # of containers in containers: msgpack takes 35 KB of stack for each tuple it reads
-
-# what torch can take from numpy and give back
-ARRAY_DTYPES = {
-    "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64",
-    "float16", "float32", "float64", "complex64", "complex128",
-}  # fmt: skip
-_NUMPY_SCALAR = re.compile(r"[<>|=]?[biufc][0-9]{1,2}")
 
 
 @runtime_checkable
@@ -56,58 +58,6 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state_dict: Any) -> Any:
         """Take the state."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """A tensor in the tree.
-
-    Attributes:
-        name: Its key in the shard's image.
-        dtype: As torch spells it without the `torch.`, such as `bfloat16`.
-        shape: Of the saved (local) tensor.
-        offsets: Where the local shard starts in the global tensor, or None for a plain tensor.
-        global_shape: Of the DTensor it is a shard of, or None.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...] | None = None
-    global_shape: tuple[int, ...] | None = None
-
-    def pack(self) -> bytes:
-        """Msgpack of its fields, in order."""
-        fields = [self.name, self.dtype, self.shape, self.offsets, self.global_shape]
-        return bytes(msgpack.packb(fields))
-
-    @staticmethod
-    def unpack(data: bytes) -> "TensorRef":
-        """Read what `pack` wrote; raises ValueError or TypeError on anything else."""
-        name, dtype, shape, offsets, global_shape = msgpack.unpackb(data)
-        if type(name) is not str or type(dtype) is not str:
-            raise TypeError(f"a tensor named {name!r} of dtype {dtype!r}")
-        return TensorRef(
-            name,
-            dtype,
-            _sizes(shape),
-            None if offsets is None else _sizes(offsets),
-            None if global_shape is None else _sizes(global_shape),
-        )
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch's object."""
-        dtype = getattr(torch, self.dtype, None)
-        if not isinstance(dtype, torch.dtype) or self.dtype.startswith("q"):  # quantized
-            raise StateError(self.name, f"dtype {self.dtype!r} is not known to this torch")
-        return dtype
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    if type(values) is not list or any(type(n) is not int or n < 0 for n in values):
-        raise TypeError(f"{values!r} is no list of sizes")
-    return tuple(values)
 
 
 @dataclass(slots=True)
@@ -126,11 +76,6 @@ class Captured:
     tensors: dict[str, torch.Tensor]
     sharded: dict[str, DTensor] = field(default_factory=dict)
     signature: tuple[Any, ...] = ()
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.bfloat16` -> `bfloat16`."""
-    return str(dtype).removeprefix("torch.")
 
 
 # --- what is the same as last time --------------------------------------------------------------
@@ -222,7 +167,7 @@ class _Capture:
         if kind is tuple:
             return self.ext(EXT_TUPLE, [self.encode(v, (*path, i)) for i, v in enumerate(value)])
         if is_stateful(value):
-            return self.encode(value.state_dict(), path)
+            return self.encode(unwrapped(value).state_dict(), path)
         return self.encode_rare(value, path)
 
     def encode_dict(self, value: Mapping[Any, Any], path: Path) -> dict[Any, Any]:
@@ -334,7 +279,7 @@ class _Capture:
             raise StateError(name, "it has no shape yet; run one batch through the lazy module")
         whole = value
         if isinstance(value, DTensor):
-            offsets, global_shape = _place(value), tuple(value.shape)
+            offsets, global_shape = place_of(value), tuple(value.shape)
             value = value.to_local()
         value = value.detach()
         check_tensor(name, value)
@@ -401,7 +346,8 @@ def _check_name(name: str) -> None:
         raise StateError(name, f"this is no name for a tensor: {error}") from error
 
 
-def _place(value: DTensor) -> tuple[int, ...]:
+def place_of(value: DTensor) -> tuple[int, ...]:
+    """Where the local shard starts in the whole tensor."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offsets = compute_local_shape_and_global_offset(
@@ -410,14 +356,25 @@ def _place(value: DTensor) -> tuple[int, ...]:
     return tuple(offsets)
 
 
-def dotted(path: Path) -> str:
-    """The path as a tensor's name: its parts joined by dots."""
-    return ".".join(str(part) for part in path)
-
-
 def is_stateful(value: Any) -> bool:
     """Whether it is an object with a state of its own; a class is not."""
     return isinstance(value, Stateful) and not isinstance(value, type)
+
+
+def unwrapped(value: Any) -> Any:
+    """The module itself where it is wrapped for data parallelism or compiled.
+
+    The wrappers put `module.` and `_orig_mod.` before every name, and a step that was saved under
+    one would fit no model without it.
+    """
+    while isinstance(value, torch.nn.Module):
+        if isinstance(value, torch.nn.parallel.DistributedDataParallel):
+            value = value.module
+        elif type(value).__name__ == "OptimizedModule":  # importing its class takes seconds
+            value = value._orig_mod
+        else:
+            break
+    return value
 
 
 def _pack(body: Any) -> bytes:
@@ -450,129 +407,3 @@ def capture(
     work = _Capture(allow_pickle, is_target, cache=cache)
     tree = {work.key(k, ()): work.encode(v, (k,)) for k, v in state.items()}
     return Captured(_pack(tree), work.tensors, work.sharded, tuple(work.signature))
-
-
-# --- putting together ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Array:
-    """A numpy array in the tree; `ref` names its bytes."""
-
-    ref: TensorRef
-
-
-def read_tree(tree: bytes, *, allow_pickle: bool = False) -> dict[Any, Any]:
-    """Return the tree with a TensorRef (or an Array of one) where a tensor was.
-
-    Raises:
-        StateError: It holds pickled values and `allow_pickle` is off, or is no tree.
-    """
-    depth = 0
-
-    def unpack(data: bytes) -> Any:
-        nonlocal depth
-        if depth > MAX_DEPTH + 1:
-            raise StateError("", f"the checkpoint's tree is more than {MAX_DEPTH} deep")
-        depth += 1
-        try:
-            return msgpack.unpackb(
-                data, ext_hook=extension, strict_map_key=False, unicode_errors="surrogatepass"
-            )
-        finally:
-            depth -= 1
-
-    def unpickle(data: bytes) -> Any:
-        if not allow_pickle:
-            raise StateError(
-                "", "the checkpoint holds pickled values; pass allow_pickle=True if you trust it"
-            )
-        try:
-            return pickle.loads(data)  # noqa: S301 - only with the user's explicit allow_pickle
-        except Exception as error:
-            raise StateError("", f"a pickled value cannot be read: {error!r}") from error
-
-    readers: dict[int, Callable[[bytes], Any]] = {
-        EXT_TENSOR: TensorRef.unpack,
-        EXT_TUPLE: lambda data: tuple(unpack(data)),
-        EXT_BIGINT: lambda data: int.from_bytes(data, "little", signed=True),
-        EXT_COMPLEX: lambda data: complex(*unpack(data)),
-        EXT_NDARRAY: lambda data: _array(TensorRef.unpack(data)),
-        EXT_NUMPY_SCALAR: lambda data: _numpy_scalar(*unpack(data)),
-        EXT_SET: lambda data: set(unpack(data)),
-        EXT_TORCH_DTYPE: lambda data: TensorRef("", unpack(data), ()).torch_dtype,
-        EXT_TORCH_SIZE: lambda data: torch.Size(unpack(data)),
-        EXT_DEVICE: lambda data: torch.device(unpack(data)),
-        EXT_PICKLE: unpickle,
-        EXT_COUNTER: lambda data: Counter(dict(unpack(data))),
-    }
-
-    def extension(code: int, data: bytes) -> Any:
-        if code not in readers:
-            raise StateError("", f"unknown value type {code} in the checkpoint's tree")
-        return readers[code](data)
-
-    try:
-        document = unpack(tree)
-    except (
-        ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, msgpack.UnpackException
-    ) as error:  # fmt: skip
-        raise StateError("", f"the checkpoint's tree cannot be read: {error}") from error
-    if not isinstance(document, dict):
-        raise StateError("", "the checkpoint's tree is not a dict")
-    _check_depth(document)
-    return document
-
-
-def _check_depth(document: Any) -> None:
-    """Refuse what the functions that walk a tree could not walk to its end."""
-    waiting = [(document, 0)]
-    while waiting:
-        value, depth = waiting.pop()
-        if depth > MAX_DEPTH:
-            raise StateError("", f"the checkpoint's tree is more than {MAX_DEPTH} deep")
-        if isinstance(value, dict | list | tuple):
-            children = value.values() if isinstance(value, dict) else value
-            waiting.extend((child, depth + 1) for child in children)
-
-
-def _numpy_scalar(dtype: str, data: bytes) -> Any:
-    if not _NUMPY_SCALAR.fullmatch(dtype):
-        raise ValueError(f"a numpy scalar of dtype {dtype!r}")
-    (value,) = np.frombuffer(data, dtype=np.dtype(dtype))
-    return value
-
-
-def _array(ref: TensorRef) -> Array:
-    if ref.dtype not in ARRAY_DTYPES:
-        raise ValueError(f"a numpy array of dtype {ref.dtype!r}")
-    return Array(ref)
-
-
-def tensor_refs(tree: Any) -> Iterator[TensorRef]:
-    """Every reference in a tree, in order; a tied tensor more than once."""
-    if isinstance(tree, TensorRef):
-        yield tree
-    elif isinstance(tree, Array):
-        yield tree.ref
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from tensor_refs(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from tensor_refs(value)
-
-
-def materialise(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Return the tree with its tensors in place of the references."""
-    if isinstance(tree, TensorRef):
-        return tensors[tree.name]
-    if isinstance(tree, Array):
-        return tensors[tree.ref.name].numpy()
-    if type(tree) is dict:
-        return {k: materialise(v, tensors) for k, v in tree.items()}
-    if isinstance(tree, list):
-        return [materialise(v, tensors) for v in tree]
-    if type(tree) is tuple:
-        return tuple(materialise(v, tensors) for v in tree)
-    return tree

@@ -8,9 +8,9 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 
-from replication.durable import DurableStore
+from replication.durable import DurableStore, Earlier
 from replication.records import Chunk
-from tiered.errors import DurableStoreError
+from tiered.errors import DurableObjectError
 
 _stores: "weakref.WeakValueDictionary[str, FakeStore]" = weakref.WeakValueDictionary()
 
@@ -35,7 +35,7 @@ class FakeStore(DurableStore):
     def __reduce__(self) -> tuple[Callable[[str], "FakeStore"], tuple[str]]:
         return _named, (self._name,)
 
-    def upload(self, key: str, chunks: Sequence[Chunk]) -> None:
+    def upload(self, key: str, chunks: Sequence[Chunk], earlier: Earlier | None = None) -> None:
         self._begin("upload", key)
         image = b"".join(buffer.tobytes() for chunk in chunks for buffer in chunk)
         with self._lock:
@@ -59,10 +59,10 @@ class FakeStore(DurableStore):
         with self._lock:
             image = self.objects.get(key)
         if image is None:
-            raise DurableStoreError("fake", f"read of {key}", "it is not there")
+            raise DurableObjectError("fake", f"read of {key}", "it is not there")
         data = image[start : start + size_bytes]
         if len(data) != size_bytes:
-            raise DurableStoreError("fake", f"read of {key}", "the object ends before")
+            raise DurableObjectError("fake", f"read of {key}", "the object ends before")
         return memoryview(data)
 
     def keys(self, prefix: str) -> list[str]:

@@ -16,7 +16,7 @@ from replication.records import Chunk
 from tests.contract.conftest import SHARED_BUCKET
 from tests.contract.fake_store import FakeStore
 from tiered.config import MIB, S3
-from tiered.errors import DurableStoreError
+from tiered.errors import DurableObjectError, DurableStoreError
 from tiered.s3 import DELETE_BATCH, S3Store
 
 BUCKET = "contract"
@@ -105,6 +105,17 @@ def test_upload_of_the_same_bytes_again_changes_nothing(store: DurableStore) -> 
 
     assert store.get("key") == b"bytes"
     assert store.keys("") == ["key"]
+
+
+@pytest.mark.parametrize(("start", "size_bytes"), [(0, 6), (4, 2), (5, 1), (100, 1)])
+def test_reading_beyond_the_end_is_an_error_of_its_own(
+    store: DurableStore, start: int, size_bytes: int
+) -> None:
+    store.upload("short", chunks_of([b"bytes"]))
+    with pytest.raises(DurableObjectError):
+        store.read("short", start, size_bytes)
+    with pytest.raises(DurableObjectError):
+        store.read("gone", start, size_bytes)
 
 
 @pytest.mark.parametrize("data", [b"mine", b""])

@@ -1,5 +1,6 @@
 """Orphans and old steps on a real store: found, counted, and deleted in the right order."""
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -14,11 +15,14 @@ from chaos.s3_proxy import FaultProxy
 from replication.checksum import digest
 from replication.records import Life, ShardKey, ShardPlan, ShardRecord, Version
 from tests.contract.conftest import SHARED_BUCKET
+from tiered import executor as executor_module
 from tiered import register
-from tiered.collection import Survey, collect, look
+from tiered.collection import Survey, collect, find_garbage, look
 from tiered.config import S3, JobSettings, Memory
 from tiered.errors import ConfigError, DurableStoreError
+from tiered.executor import Executor
 from tiered.garbage import GRACE_S, GarbagePlan, plan_garbage
+from tiered.job import Job
 from tiered.messages import Claim
 from tiered.retention import KeepBest, KeepEvery
 from tiered.s3 import S3Store
@@ -194,6 +198,34 @@ def test_what_a_job_says_of_retention_is_needed_for_old_steps_and_not_for_orphan
     with pytest.raises(DurableStoreError, match="it does not say what to keep"):
         tiered.collect_garbage(store.root, s3=store.settings)
     assert len(steps_of(store)) == 7
+
+
+def test_a_coordinator_deletes_orphans_and_nothing_else_and_not_all_at_once(
+    store: S3Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin(store, 1, None)
+    for number in (10, 20, 30):
+        flush(store, Version(1, number), manifest=number != 20)
+    begin_upload(store, Version(1, 20), 777)
+    job = Job(store.root)
+    settings = JobSettings(Memory(), replace(store.settings, keep=1))
+    job.claims[1] = Claim(1, Life("life"), RANKS, settings)
+    executor = Executor(fleet=None)  # type: ignore[arg-type]
+    asyncio.run(executor.collect_orphans(job))
+    assert steps_of(store) == [10, 20, 30], "the grace period"
+
+    def later(*args: Any, **more: Any) -> GarbagePlan:
+        return find_garbage(*args, **more, grace_s=-10)
+
+    monkeypatch.setattr(executor_module, "find_garbage", later)
+    monkeypatch.setattr(executor_module, "ORPHANS_AT_ONCE", 1)
+    with caplog.at_level("INFO"):
+        asyncio.run(executor.collect_orphans(job))
+    assert "1 orphans deleted from S3, 0.0 MB; 2 are left for the next time" in caplog.text
+    monkeypatch.setattr(executor_module, "ORPHANS_AT_ONCE", 100)
+    asyncio.run(executor.collect_orphans(job))
+    assert steps_of(store) == [10, 30]
+    assert store.uploads("") == []
 
 
 @pytest.mark.parametrize("wrong", [{"keep": 0}, {"keep": True}, {"grace_s": -1.0}])

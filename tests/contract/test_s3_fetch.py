@@ -105,8 +105,20 @@ def test_without_another_source_the_error_says_what_is_wrong(
     store.delete([key_of(shard)])
     if damage in other:
         store.upload(key_of(shard), [[np.frombuffer(other[damage], np.uint8)]])
+    reader = reader_of(store, shard)
     with pytest.raises(StepNotFoundError, match=problem):
-        image_of(reader_of(store, shard))
+        image_of(reader)
+    assert reader.is_rotten, "or the next life would try the same step again"
+
+
+def test_an_s3_that_refuses_says_nothing_of_what_it_has(
+    store: S3Store, shard: Shard, proxy: FaultProxy
+) -> None:
+    reader = reader_of(store, shard)
+    denied = Fault("status", "^GetObject ", status=403, code="AccessDenied", times=None)
+    with proxy.faulted(denied), pytest.raises(StepNotFoundError, match="AccessDenied"):
+        image_of(reader)
+    assert not reader.is_rotten
 
 
 def test_resolving_goes_past_everything_that_is_not_whole_and_says_so(

@@ -97,6 +97,10 @@ def test_each_operation_has_its_name(client: Any, proxy: FaultProxy) -> None:
     at = {"Bucket": SHARED_BUCKET, "Key": "parts"}
     upload = client.create_multipart_upload(**at)["UploadId"]
     client.upload_part(**at, UploadId=upload, PartNumber=1, Body=b"x")
+    client.put_object(Bucket=SHARED_BUCKET, Key="source", Body=b"y")
+    source = f"{SHARED_BUCKET}/source"
+    client.upload_part_copy(**at, UploadId=upload, PartNumber=2, CopySource=source)
+    client.copy_object(Bucket=SHARED_BUCKET, Key="copy", CopySource=source)
     client.list_parts(**at, UploadId=upload)
     client.list_multipart_uploads(Bucket=SHARED_BUCKET)
     client.abort_multipart_upload(**at, UploadId=upload)
@@ -105,6 +109,9 @@ def test_each_operation_has_its_name(client: Any, proxy: FaultProxy) -> None:
     assert [r.operation for r in proxy.requests] == [
         "CreateMultipartUpload",
         "UploadPart",
+        "PutObject",
+        "UploadPartCopy",
+        "CopyObject",
         "ListParts",
         "ListMultipartUploads",
         "AbortMultipartUpload",

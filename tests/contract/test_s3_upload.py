@@ -14,7 +14,7 @@ import pytest
 
 from chaos.s3_faults import Fault
 from chaos.s3_proxy import FaultProxy
-from replication.durable import upload_timeout_s
+from replication.durable import Earlier, Run, upload_timeout_s
 from replication.records import Chunk
 from tests.contract.conftest import SHARED_BUCKET
 from tiered import s3_link
@@ -186,6 +186,72 @@ def test_an_upload_whose_completion_was_not_answered_is_done(
     assert proxy.count("UploadPart") == PARTS
     assert store.get("image") == image_of()
     store.close()
+
+
+FRONT = 4096 + 17  # a first chunk that changes
+EARLIER = Earlier("earlier", (Run(FRONT, 17, SIZE - FRONT),))
+
+
+def flushed_before(store: S3Store, proxy: FaultProxy) -> bytes:
+    """Store an earlier object; return the next image, the same but for a first chunk that grew."""
+    earlier = image_of()[4096:]
+    store.upload("earlier", chunks_of(earlier))
+    proxy.forget_requests()
+    return b"new" + image_of()[3:]
+
+
+def test_what_an_earlier_object_has_is_not_sent_again(store: S3Store, proxy: FaultProxy) -> None:
+    image = flushed_before(store, proxy)
+    store.upload("image", chunks_of(image), EARLIER)
+    assert store.get("image") == image
+    assert proxy.count("UploadPartCopy") == PARTS - 1
+    (sent,) = (r for r in proxy.requests if r.operation == "UploadPart")
+    assert "partNumber=1&" in sent.target
+    assert sent.request_bytes < PART_BYTES + 1000
+    assert proxy.count("PutObject") == 0
+
+
+@pytest.mark.parametrize("what", ["gone", "shorter", "others"])
+def test_an_earlier_object_that_is_not_what_it_was_is_not_believed(
+    store: S3Store, proxy: FaultProxy, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = flushed_before(store, proxy)
+    if what == "gone":
+        store.delete(["earlier"])
+    else:
+        other = image_of()[: PART_BYTES + 99] if what == "shorter" else image_of(7)
+        store.upload("earlier", chunks_of(other))
+    proxy.forget_requests()
+    store.upload("image", chunks_of(image), EARLIER)
+    assert store.get("image") == image
+    assert proxy.count("UploadPart") == PARTS
+    assert proxy.count("UploadPartCopy") == 1, "after the first, no other is tried"
+    assert caplog.text.count("is sent, not copied from an earlier step") == 1
+
+
+@pytest.mark.parametrize("status", [400, 403, 405, 500, 501])
+def test_a_store_that_cannot_copy_is_sent_everything(
+    store: S3Store, proxy: FaultProxy, status: int
+) -> None:
+    image = flushed_before(store, proxy)
+    with proxy.faulted(Fault("status", "^UploadPartCopy ", status=status, times=None)):
+        store.upload("image", chunks_of(image), EARLIER)
+    assert store.get("image") == image
+    assert proxy.count("UploadPart") == PARTS
+    store.check()
+
+
+def test_an_upload_that_broke_off_after_copies_is_gone_on_with(
+    store: S3Store, proxy: FaultProxy
+) -> None:
+    image = flushed_before(store, proxy)
+    fault = Fault("status", "^CompleteMultipartUpload ")
+    with proxy.faulted(fault), pytest.raises(DurableStoreDownError):
+        store.upload("image", chunks_of(image), EARLIER)
+    proxy.forget_requests()
+    store.upload("image", chunks_of(image), EARLIER)
+    assert store.get("image") == image
+    assert proxy.count("UploadPart") == proxy.count("UploadPartCopy") == 0
 
 
 def test_the_chunks_are_not_copied(

@@ -50,6 +50,8 @@ def of_job(job: Job, command: m.Command) -> Iterator[str]:
             yield f"flush given up {v(version)}: {reason}"
         case m.DeleteDurable(versions):
             yield f"delete from S3 {write_versions(versions)}"
+        case m.CollectOrphans():
+            yield "collect orphans on S3"
         case m.ReadManifests(versions):
             yield f"read manifests of {write_versions(versions)}"
         case m.AnswerSave(version, answer):

@@ -32,6 +32,7 @@ from tests.sim import mutants
 from tiered import messages as m
 from tiered.config import JobSettings, Memory
 from tiered.job import Job
+from tiered.repair import Repair
 
 PICKS = st.lists(st.integers(0, 50), min_size=1, max_size=8)
 HOST = st.integers(0, 3)
@@ -220,16 +221,16 @@ class SealsEarly(Inventory):
 class CommitsAtOneCopy(Job):
     """The policy's number of copies is not waited for."""
 
-    def _is_replicated(self, version: Version) -> bool:
+    def is_replicated(self, version: Version) -> bool:
         ranks = self.copies.get(version, {})
         world = {record.plan.world_size for held in ranks.values() for record in held.values()}
         return bool(world) and all(self.copies_of(version, rank) for rank in range(max(world)))
 
 
-class NeverRepairs(Job):
+class NeverRepairs(Repair):
     """A lost copy stays lost."""
 
-    def _repair(self, now_s: float) -> list[m.Command]:
+    def repair(self, now_s: float) -> list[m.Command]:
         return []
 
 
@@ -241,7 +242,7 @@ BROKEN = {
     "no_budget": (Cores(inventory=NoBudget), "I7"),
     "seals_early": (Cores(inventory=SealsEarly), "I2|I6|KeyError"),
     "commits_at_one_copy": (Cores(job=CommitsAtOneCopy), "I6"),
-    "never_repairs": (Cores(job=NeverRepairs), "L3"),
+    "never_repairs": (mutants.with_part("repair", NeverRepairs), "L3"),
 }
 
 

@@ -12,11 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from replication.records import ShardPlan
-from tests.unit.tiered.fake_shard import Shard, assert_same, raw
+from tests.unit.tiered.fake_shard import Shard, assert_same, raw, read_state, restore_into
 from tiered.errors import StateError
 from tiered.image import read_front
-from tiered.restore import read_state, restore_into
-from tiered.state import ARRAY_DTYPES, TREE_NAME, capture, read_tree, tensor_refs
+from tiered.state import capture
+from tiered.tree import ARRAY_DTYPES, TREE_NAME, read_tree, tensor_refs
 
 SETTINGS = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 DTYPES = [

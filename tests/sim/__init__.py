@@ -1,6 +1,6 @@
 """A seeded simulator of the whole cluster: the real cores, virtual time, one thread.
 
-What is real: `replication.inventory`, `replication.membership`, `tiered.job` with its flush queue,
+What is real: `replication.inventory`, `replication.membership`, `tiered.job` with its parts,
 `tiered.history`, and the names and records of `tiered.register`. What is simulated: the shells
 around them (`tests.sim.holder`, `tests.sim.coordinator`), Ray, S3, the trainers and their launcher,
 the network, and every way in which those fail. A run has two phases: faults on, in which only

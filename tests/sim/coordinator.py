@@ -301,6 +301,8 @@ class Coordinator(Process):
                 self._tell("replicate", command.source, command.key, command.to)
             case m.CollectBelow():
                 self.collect(command)
+            case m.CollectOrphans():
+                pass  # the simulated S3 has none: an upload there is whole, or was never begun
             case m.DeleteDurable():
                 self._delete_durable(command.versions)
             case m.DropStep():

@@ -43,7 +43,7 @@ MINUTE_S = 20.0  # of faults: how long they last
 def shrunk_cores() -> AbstractContextManager[Any]:
     """The same for the cores' own periods, while it is entered."""
     patches = contextlib.ExitStack()
-    patches.enter_context(mock.patch("tiered.job.REPAIR_BASE_S", 20.0))
+    patches.enter_context(mock.patch("tiered.repair.REPAIR_BASE_S", 20.0))
     patches.enter_context(mock.patch("tiered.admission.STUCK_S", 40.0))
     patches.enter_context(mock.patch("replication.membership.HOPELESS_MISSES", 10))
     return patches

@@ -20,9 +20,12 @@ from tests.sim.holder import Holder, digest
 from tests.sim.network import Outcome, Reply
 from tests.sim.world import Cores, World, draw_setup
 from tiered import messages as m
+from tiered.eviction import Eviction
 from tiered.flush import FlushQueue, HoldersOf
+from tiered.generations import Begin, Generations
 from tiered.history import Candidate, ShardSources
-from tiered.job import Begin, Job
+from tiered.job import Job
+from tiered.repair import Repair
 
 # --- of the specification -----------------------------------------------------------------------
 
@@ -59,23 +62,23 @@ class KeyByStep(Job):
         return tuple(merged[rank] for rank in sorted(merged))
 
 
-class GcBeforeCommit(Job):
+class GcBeforeCommit(Eviction):
     """Versions that were merely seen push older ones out."""
 
-    def _collect(self) -> list[m.Command]:
-        real = self.commits
-        self.commits = {v: False for v in self.copies if v.generation == self.generation}
-        commands = super()._collect()
-        self.commits = {v: d for v, d in real.items() if v >= self.watermark}
+    def collect(self) -> list[m.Command]:
+        known, real = self.known, self.known.commits
+        known.commits = {v: False for v in known.copies if v.generation == known.generation}
+        commands = super().collect()
+        known.commits = {v: d for v, d in real.items() if v >= known.watermark}
         return commands
 
 
-class ParentCounts(Job):
+class ParentCounts(Eviction):
     """What was inherited counts among what is kept, though it lacks copies."""
 
     def _inherited(self, generation: int) -> tuple[list[Version], set[Version]]:
         _, abandoned = super()._inherited(generation)
-        older = {v for v in self.copies if v.generation < generation}
+        older = {v for v in self.known.copies if v.generation < generation}
         return sorted(older - abandoned), abandoned
 
 
@@ -186,7 +189,7 @@ class CommitsWhileRebuilding(Job):
     def handle(self, event: m.Event, now_s: float) -> list[m.Command]:
         commands = super().handle(event, now_s)
         if isinstance(event, m.Recalled):
-            self._is_rebuilding = False
+            self.is_rebuilding = False
         return commands
 
 
@@ -202,14 +205,6 @@ class WaitsForLostUploads(FlushQueue):
         return super().review(now_s, with_lost)
 
 
-class WithOldFlushes(Job):
-    """`WaitsForLostUploads` in a job."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.flushes = WaitsForLostUploads()
-
-
 class NeverReminds(Job):
     """What a holder is told once is not told again."""
 
@@ -218,49 +213,49 @@ class NeverReminds(Job):
         self._remind_due_s = float("inf")
 
 
-class RepairsFromTheFirst(Job):
+class RepairsFromTheFirst(Repair):
     """A repair that failed is tried again from the same source."""
 
-    def _repair(self, now_s: float) -> list[m.Command]:
-        self._repair_tries.clear()
-        return super()._repair(now_s)
+    def repair(self, now_s: float) -> list[m.Command]:
+        self._tries.clear()
+        return super().repair(now_s)
 
 
 class CollectedComesBack(Job):
     """What a holder that was away still has is believed to be wanted."""
 
-    def _add_copy(self, holder: HolderId, record: ShardRecord) -> None:
+    def add_copy(self, holder: HolderId, record: ShardRecord) -> None:
         mark, self.watermark = self.watermark, Version(0, 0)
-        super()._add_copy(holder, record)
+        super().add_copy(holder, record)
         self.watermark = mark
 
 
-class ForgetsOvertaken(Job):
+class ForgetsOvertaken(Generations):
     """A life that was overtaken while it began comes back as a new one."""
 
-    def handle(self, event: m.Event, now_s: float) -> list[m.Command]:
-        commands = super().handle(event, now_s)
+    def asked(self, event: m.BeginAsked) -> list[m.Command]:
+        commands = super().asked(event)
         self._overtaken.clear()
         return commands
 
 
-class ClaimsOnce(Job):
+class ClaimsOnce(Generations):
     """A generation claimed while S3 was silent is kept, whatever S3 then says."""
 
-    def _durable_listed(self, event: m.DurableListed) -> list[m.Command]:
+    def listed(self, event: m.DurableListed) -> list[m.Command]:
         if self.begin is not None and self.begin.is_claimed:
             event = replace(event, newest_generation=0)
-        return super()._durable_listed(event)
+        return super().listed(event)
 
 
 class AnswersWithoutSources(Job):
     """A late rank is told the step, not where to read it."""
 
-    def _has_sources(self, version: Version | None) -> bool:
+    def has_sources(self, version: Version | None) -> bool:
         return True
 
 
-class BelievesUnread(Job):
+class BelievesUnread(Generations):
     """A version that was read once is believed on holders that came back since."""
 
     def _is_believed(self, begin: Begin, version: Version) -> bool:
@@ -271,24 +266,24 @@ class ForgetsLostPublication(Job):
     """A manifest whose publication was not answered is not looked for."""
 
     def _flush_event(self, event: m.FlushEvent, now_s: float) -> list[m.Command]:
-        problem = self._durable_problem
+        problem = self.durable_problem
         commands = super()._flush_event(event, now_s)
-        self._durable_problem = problem
+        self.durable_problem = problem
         return commands
 
 
-class CountsItsOwn(Job):
+class CountsItsOwn(Eviction):
     """Nothing inherited counts among what is kept: two generations' steps are held at once."""
 
     def _inherited(self, generation: int) -> tuple[list[Version], set[Version]]:
         return [], super()._inherited(generation)[1]
 
 
-class KeepsAbandoned(Job):
+class KeepsAbandoned(Eviction):
     """What a crash left half saved stays until enough new steps are committed."""
 
-    def _order_collection(self, *holders: HolderId) -> m.CollectBelow:
-        return replace(super()._order_collection(*holders), branch=None)
+    def order(self, *holders: HolderId) -> m.CollectBelow:
+        return replace(super().order(*holders), branch=None)
 
 
 class NeverScrubs(Inventory):
@@ -378,6 +373,17 @@ class Mutant:
     patch: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
+def with_part(name: str, part: Callable[[Job], Any]) -> Cores:
+    """Cores whose job has another part under that name."""
+
+    def broken(job_name: str) -> Job:
+        job = Job(job_name)
+        setattr(job, name, part(job))
+        return job
+
+    return Cores(job=broken)
+
+
 def _as_saved(content: int) -> bytes:
     """The checksum that a chunk had before any bit of it flipped."""
     return digest(content % FLIP)
@@ -396,23 +402,23 @@ MUTANTS: dict[str, Mutant] = {
     "no_digest": Mutant(Cores(is_same=lambda have, expected: True, read=_as_saved), 50),
     "key_by_step": Mutant(Cores(job=KeyByStep), 100),
     "no_branch_rule": Mutant(Cores(), 100, _no_branch),
-    "gc_before_commit": Mutant(Cores(job=GcBeforeCommit), 100),
+    "gc_before_commit": Mutant(with_part("eviction", GcBeforeCommit), 100),
     "delete_on_failed_verify": Mutant(Cores(coordinator=DeleteOnFailedVerify), 100),
     "gc_keep_list": Mutant(Cores(holder=KeepList, coordinator=SendsKeepList), 100),
-    "parent_counts": Mutant(Cores(job=ParentCounts), 200),
+    "parent_counts": Mutant(with_part("eviction", ParentCounts), 200),
     "gc_unfenced": Mutant(Cores(inventory=GcUnfenced), None),
     "commits_while_rebuilding": Mutant(Cores(job=CommitsWhileRebuilding), 50),
-    "waits_for_lost_uploads": Mutant(Cores(job=WithOldFlushes), None),
+    "waits_for_lost_uploads": Mutant(with_part("flushes", lambda _: WaitsForLostUploads()), None),
     "never_reminds": Mutant(Cores(job=NeverReminds), None),
-    "repairs_from_the_first": Mutant(Cores(job=RepairsFromTheFirst), None),
+    "repairs_from_the_first": Mutant(with_part("repair", RepairsFromTheFirst), None),
     "collected_comes_back": Mutant(Cores(job=CollectedComesBack), None),
-    "forgets_overtaken": Mutant(Cores(job=ForgetsOvertaken), None),
-    "claims_once": Mutant(Cores(job=ClaimsOnce), None),
+    "forgets_overtaken": Mutant(with_part("generations", ForgetsOvertaken), None),
+    "claims_once": Mutant(with_part("generations", ClaimsOnce), None),
     "answers_without_sources": Mutant(Cores(job=AnswersWithoutSources), None),
-    "believes_unread": Mutant(Cores(job=BelievesUnread), None),
+    "believes_unread": Mutant(with_part("generations", BelievesUnread), None),
     "forgets_lost_publication": Mutant(Cores(job=ForgetsLostPublication), None),
-    "counts_its_own": Mutant(Cores(job=CountsItsOwn), None),
-    "keeps_abandoned": Mutant(Cores(job=KeepsAbandoned), None),
+    "counts_its_own": Mutant(with_part("eviction", CountsItsOwn), None),
+    "keeps_abandoned": Mutant(with_part("eviction", KeepsAbandoned), None),
     "never_scrubs": Mutant(Cores(inventory=NeverScrubs), None),
     "corrupt_untold": Mutant(Cores(inventory=CorruptUntold), None),
     "corrupt_told_once": Mutant(Cores(inventory=CorruptToldOnce), None),

@@ -1,9 +1,10 @@
 """A shard in plain memory, saved and read through the real modules; and what `equal` means."""
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import msgpack
 import numpy as np
 import torch
 
@@ -11,10 +12,14 @@ from replication.checksum import digest
 from replication.errors import HolderUnavailableError
 from replication.records import Chunk, ShardKey, ShardPlan, ShardRecord, Version
 from replication.sink import Sink
+from tiered import restore
+from tiered.boxes import Box
 from tiered.fetch import ShardReader
 from tiered.history import ShardSources
 from tiered.image import chunk_sizes, data_chunk, front, lay_out
+from tiered.saved_step import SavedStep
 from tiered.state import Captured, capture
+from tiered.tree import EXT_TENSOR, TensorRef, dtype_name
 
 KEY = ShardKey("job", Version(2, 40), 0)
 
@@ -125,3 +130,36 @@ def differences(one: Any, other: Any, path: str = "state") -> Iterator[str]:
 
 def assert_same(one: Any, other: Any) -> None:
     assert list(differences(one, other)) == []
+
+
+def restore_into(state: Any, reader: ShardReader, *, allow_pickle: bool = False) -> None:
+    """Fill a state from a step of one rank."""
+    restore.restore_into(state, SavedStep([reader], allow_pickle=allow_pickle))
+
+
+def read_state(reader: ShardReader, *, allow_pickle: bool = False) -> Any:
+    """The state of a step of one rank."""
+    return restore.read_state(SavedStep([reader], allow_pickle=allow_pickle))
+
+
+def part_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    return tensor[tuple(map(slice, box.offsets, box.stops))]
+
+
+def shard_of(values: dict[str, Any], boxes: dict[str, Box], **options: Any) -> Shard:
+    """A rank's shard, in which some tensors are local parts of DTensors."""
+    captured = capture({k: v for k, v in values.items() if k not in boxes})
+    tree = msgpack.unpackb(captured.tree)
+    tensors = dict(captured.tensors)
+    for name, box in boxes.items():
+        whole_tensor = values[name]
+        local = part_of(whole_tensor, box).contiguous()
+        dtype = dtype_name(local.dtype)
+        ref = TensorRef(name, dtype, box.shape, box.offsets, tuple(whole_tensor.shape))
+        tree[name] = msgpack.ExtType(EXT_TENSOR, ref.pack())
+        tensors[name] = local
+    return Shard(Captured(msgpack.packb(tree), tensors), **options)
+
+
+def step_of(shards: Sequence[Shard]) -> SavedStep:
+    return SavedStep([shard.reader() for shard in shards])

@@ -22,7 +22,7 @@ from replication.sink import Sink
 from replication.transport import Source
 from replication.wire import Secret
 from tests.contract.fake_store import FakeStore
-from tests.unit.tiered.fake_shard import MemoryTier, Shard
+from tests.unit.tiered.fake_shard import MemoryTier, Shard, restore_into
 from tiered import fetch, register
 from tiered.errors import DurableStoreError, StepNotFoundError
 from tiered.fetch import (
@@ -36,7 +36,6 @@ from tiered.fetch import (
     tiers_of,
 )
 from tiered.history import ShardSources
-from tiered.restore import restore_into
 
 
 @pytest.fixture

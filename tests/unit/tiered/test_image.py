@@ -29,7 +29,8 @@ from tiered.image import (
     overlapping,
     read_front,
 )
-from tiered.state import TREE_NAME, Captured, capture
+from tiered.state import Captured, capture
+from tiered.tree import TREE_NAME
 
 STATE = {
     "w": torch.arange(5000, dtype=torch.float32).reshape(50, 100).t(),

@@ -14,10 +14,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as ShardOf
 from torch.optim import lr_scheduler
 
-from tests.unit.tiered.fake_shard import MemoryTier, Shard, assert_same, raw
+from tests.unit.tiered.fake_shard import (
+    MemoryTier,
+    Shard,
+    assert_same,
+    raw,
+    read_state,
+    restore_into,
+)
 from tiered.errors import StateError, StepNotFoundError
-from tiered.restore import read_state, restore_into
-from tiered.state import EXT_TENSOR, Captured, TensorRef, capture
+from tiered.state import Captured, capture
+from tiered.tree import EXT_TENSOR, TensorRef
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -455,9 +462,27 @@ def test_objects_in_lists_tuples_and_dicts_are_filled_not_replaced() -> None:
     assert all(net.weight.min() == 1 for net in mine)
 
 
-def test_what_an_object_refuses_surfaces_as_it_is() -> None:
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        fill({"net": torch.nn.Linear(2, 3)}, {"net": torch.nn.Linear(2, 2)})
+def test_what_does_not_fit_a_module_is_named_before_anything_is_overwritten() -> None:
+    net = torch.nn.Linear(2, 3)
+    before = raw(net.weight)
+    with pytest.raises(StateError, match=r"net.weight: .*\[2, 2\].*net.bias: .*\[2\]"):
+        fill({"net": net}, {"net": torch.nn.Linear(2, 2)})
+    with pytest.raises(StateError, match=r"not saved: \['net.bias'\]"):
+        fill({"net": net}, {"net": torch.nn.Linear(2, 3, bias=False)})
+    with pytest.raises(StateError, match="was saved as bfloat16, and is float32"):
+        fill({"net": net}, {"net": torch.nn.Linear(2, 3, dtype=torch.bfloat16)})
+    assert raw(net.weight) == before
+
+
+def test_an_object_that_refuses_its_state_is_named_with_what_has_changed() -> None:
+    class Refuses(torch.nn.Module):
+        def load_state_dict(self, *_: Any, **__: Any) -> Any:
+            raise RuntimeError("not today")
+
+    state = {"a": torch.zeros(1), "b": Refuses()}
+    with pytest.raises(StateError, match=r"not today; changed already: \['a'\]") as caught:
+        fill(state, {"a": torch.ones(1), "b": {}})
+    assert caught.value.key == "b"
 
 
 def test_a_model_that_became_tied_decides_for_itself() -> None:
@@ -526,22 +551,40 @@ def test_a_sharded_model_goes_on_bit_for_bit(mesh: DeviceMesh) -> None:
     assert resumed_step() == expected
 
 
-def test_a_part_is_refused_where_there_is_no_dtensor_to_fill(mesh: DeviceMesh) -> None:
+def test_an_optimizer_before_its_first_step_is_filled_as_its_parameters_are_sharded(
+    mesh: DeviceMesh,
+) -> None:
     state, step = sharded_run(mesh, 1)
     step()
-    resumed, _ = sharded_run(mesh, 2)
-    before = raw(resumed["net"].weight.to_local())
-    with pytest.raises(StateError, match=r"optimizer\.state\.0\.exp_avg, .*make them first"):
-        restore_into(resumed, Shard(state).reader())
-    assert raw(resumed["net"].weight.to_local()) == before
+    shard = Shard(state)
+    expected = step()
+    resumed, resumed_step = sharded_run(mesh, 2)
+    restore_into(resumed, shard.reader())
+    (weight,) = resumed["optimizer"].state.values()
+    assert isinstance(weight["exp_avg"], DTensor)
+    assert resumed_step() == expected
 
 
-def test_a_part_of_another_whole_is_refused(mesh: DeviceMesh) -> None:
+def test_a_part_is_refused_where_nothing_says_how_to_cut_it(mesh: DeviceMesh) -> None:
+    class Averages:
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state_dict: Any) -> None:
+            raise AssertionError
+
+    part = distribute_tensor(torch.ones(4), mesh, [ShardOf(0)])
+    with pytest.raises(StateError, match=r"averages\.w: .*make it first"):
+        fill({"averages": Averages()}, {"averages": {"w": part}})
+
+
+def test_a_part_becomes_a_whole_and_a_whole_a_part(mesh: DeviceMesh) -> None:
     part = distribute_tensor(torch.ones(4), mesh, [ShardOf(0)])
     state = fill({"w": distribute_tensor(torch.zeros(4), mesh, [ShardOf(0)])}, {"w": part})
     assert isinstance(state["w"], DTensor)
     assert state["w"].to_local().tolist() == [1.0] * 4
-    with pytest.raises(StateError, match="same sharding"):
-        fill({"w": torch.zeros(4)}, {"w": part})
-    with pytest.raises(StateError, match="same sharding"):
-        fill({"w": part}, {"w": torch.zeros(4)})
+    assert fill({"w": torch.zeros(4)}, {"w": part})["w"].tolist() == [1.0] * 4
+    target = distribute_tensor(torch.zeros(4), mesh, [ShardOf(0)])
+    assert fill({"w": target}, {"w": torch.ones(4)})["w"].to_local().tolist() == [1.0] * 4
+    with pytest.raises(StateError, match=r"shape \[4\], and has \[5\]"):
+        fill({"w": distribute_tensor(torch.zeros(5), mesh, [ShardOf(0)])}, {"w": part})

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.tiered.fake_shard import Shard, assert_same
-from tiered.restore import read_state, restore_into
+from tests.unit.tiered.fake_shard import Shard, assert_same, read_state, restore_into
 from tiered.rng import RngState
 
 

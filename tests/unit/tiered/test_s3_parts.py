@@ -4,8 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from replication.durable import Run
 from tiered.config import MAX_PART_BYTES, MIB, MIN_PART_BYTES
-from tiered.s3_parts import MAX_PARTS, Requests, cut, requests_per_flush, requests_per_shard
+from tiered.s3_parts import (
+    MAX_PARTS,
+    Part,
+    Requests,
+    copyable,
+    cut,
+    requests_per_flush,
+    requests_per_shard,
+)
 
 GIB = 1024 * MIB
 
@@ -53,3 +62,11 @@ def test_what_a_flush_costs() -> None:
     assert thousand == Requests(
         put=1000 * 642 + 1, list=1000 + 2, get=1000, size_bytes=10_000 * GIB
     )
+
+
+def test_a_part_is_copied_only_if_the_earlier_object_has_all_of_it() -> None:
+    parts = (Part(1, 0, 10), Part(2, 10, 10), Part(3, 20, 10), Part(4, 30, 5))
+    assert copyable(parts, ()) == {}
+    assert copyable(parts, (Run(0, 100, 35),)) == {1: 100, 2: 110, 3: 120, 4: 130}
+    assert copyable(parts, (Run(1, 5, 29),)) == {2: 14, 3: 24}
+    assert copyable(parts, (Run(0, 0, 9), Run(9, 20, 11), Run(31, 90, 4))) == {2: 21}

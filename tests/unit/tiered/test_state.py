@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.tiered.fake_shard import Shard, assert_same
+from tests.unit.tiered.fake_shard import Shard, assert_same, read_state
 from tiered.errors import StateError
-from tiered.restore import read_state
-from tiered.state import (
+from tiered.state import capture
+from tiered.tree import (
     EXT_DEVICE,
     EXT_NDARRAY,
     EXT_NUMPY_SCALAR,
@@ -30,7 +30,6 @@ from tiered.state import (
     MAX_DEPTH,
     Array,
     TensorRef,
-    capture,
     read_tree,
     tensor_refs,
 )

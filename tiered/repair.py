@@ -1,0 +1,93 @@
+"""The core of repair: which copies are made again, from where to where, and when.
+
+A shard of a step that is still needed with fewer copies than the policy asks for is copied again,
+newest step first. Each try takes the next of its holders as the source: the first one's copy may be
+corrupt. Some are under way at a time, and a host sends for repair at a bounded rate.
+"""
+
+from replication.records import HolderId, ShardKey, Version
+from tiered import messages as m
+from tiered.catalogue import Catalogue, Degraded
+
+REPAIR_BASE_S = 60.0
+REPAIR_BYTES_PER_S = 20e6  # slower than this counts as lost
+REPAIRS_AT_ONCE = 8
+
+
+class Repair:
+    """Brings the copies of one job's steps back to what its policy asks for."""
+
+    def __init__(self, known: Catalogue) -> None:
+        self.known = known
+        self._under_way: dict[tuple[ShardKey, HolderId], float] = {}  # -> when it counts as lost
+        self._tries: dict[ShardKey, int] = {}
+        self._free_s: dict[str, float] = {}  # by host: when it may send again
+
+    def forget_below(self, mark: Version) -> None:
+        """Steps below the watermark begin with their first source again."""
+        self._tries = {k: n for k, n in self._tries.items() if k.version >= mark}
+
+    def repair(self, now_s: float) -> list[m.Command]:
+        """Ask for one more copy of each shard that has too few, newest step first."""
+        known = self.known
+        commands: list[m.Command] = []
+        need = known.copies_needed
+        if self._under_way:
+            self._under_way = {
+                (key, to): due
+                for (key, to), due in self._under_way.items()
+                if due > now_s and to in known.holders
+            }
+        for version in known.needed_versions():
+            for rank in sorted(known.copies.get(version, {})):
+                if len(known.copies_of(version, rank)) < need:
+                    commands += self._repair_shard(version, rank, now_s)
+        return commands
+
+    def _repair_shard(self, version: Version, rank: int, now_s: float) -> list[m.Command]:
+        """Ask for the missing copies of one shard, from hosts that have sent little lately."""
+        known = self.known
+        commands: list[m.Command] = []
+        settings, key = known.settings, ShardKey(known.name, version, rank)
+        held, counted = known.intact(version, rank), known.copies_of(version, rank)
+        under_way = {to.node_id for k, to in self._under_way if k == key}
+        missing = known.copies_needed - len(counted | under_way)
+        if not held or missing <= 0 or settings is None:
+            return []
+        tries = self._tries.get(key, 0)  # the first one's copy may be corrupt
+        source = list(held)[tries % len(held)]
+        size_bytes = held[source].plan.size_bytes
+        there = {h.node_id for h in held} | under_way
+        mates = [*known.buddies.get(source, ()), *sorted(known.staying)]
+        for target in dict.fromkeys(mates):
+            free_s = max(now_s, self._free_s.get(source.node_id, 0.0))
+            if missing <= 0 or len(self._under_way) >= REPAIRS_AT_ONCE or free_s > now_s:
+                break
+            if target.node_id in there or target.node_id in known.leaving:
+                continue
+            self._under_way[key, target] = now_s + REPAIR_BASE_S + size_bytes / REPAIR_BYTES_PER_S
+            self._tries[key] = tries + 1
+            busy_s = size_bytes / settings.memory.repair_bytes_per_s
+            self._free_s[source.node_id] = now_s + busy_s
+            commands.append(m.ReplicateShard(source, key, target))
+            missing -= 1
+        return commands
+
+    def note_degraded(self, now_s: float) -> list[m.Command]:
+        """Keep track of kept steps with too few copies; tell when one begins or ends to be so."""
+        known = self.known
+        commands: list[m.Command] = []
+        kept = set(known.needed_versions())
+        for version in sorted(kept | known.degraded.keys()):
+            ranks = known.short_ranks(version) if version in kept else ()
+            before = known.degraded.get(version)
+            if ranks:
+                if before is None:
+                    commands.append(m.PolicyMissed(version, ranks))
+                since_s = now_s if before is None else before.since_s
+                known.degraded[version] = Degraded(version, ranks, since_s)
+            elif before is not None:
+                del known.degraded[version]
+                if version in kept:
+                    commands.append(m.PolicyMet(version, now_s - before.since_s))
+        return commands

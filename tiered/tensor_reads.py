@@ -1,0 +1,118 @@
+"""Reading parts of a step's tensors to where they belong, whoever saved which part of them.
+
+Bytes go straight into a tensor where they lie in one run both there and in the shard: that is so
+for everything that is sharded by rows. Other parts go through memory of their own, one shard's at a
+time.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from replication.records import Buffer
+from tiered.boxes import Box, is_run, span_of, strides
+from tiered.fetch import Piece
+from tiered.image import bytes_of
+from tiered.saved_step import SavedStep
+from tiered.step_index import Read, StepIndex
+from tiered.tree import TensorRef
+
+
+@dataclass(slots=True)
+class Wanted:
+    """A box of a tensor of the step, and where it goes.
+
+    Attributes:
+        path: The tensor's.
+        box: Which part of the whole tensor.
+        targets: Tensors of the box's shape, of any device and strides, that get it; none for one
+            in memory of its own.
+        tensor: One that has it, once it was read.
+    """
+
+    path: str
+    box: Box
+    targets: list[torch.Tensor] = field(default_factory=list)
+    tensor: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(slots=True)
+class _Detour:
+    """Bytes that are not where they belong yet."""
+
+    memory: torch.Tensor
+    source: torch.Tensor
+    target: torch.Tensor
+
+
+def read_tensors(
+    step: SavedStep, index: StepIndex, wanted: Iterable[Wanted], order: Callable[[int], Any]
+) -> None:
+    """Read everything that is wanted; only chunks with some of it are fetched.
+
+    Args:
+        step: Where from.
+        index: Of the step, covering all that is wanted.
+        wanted: Its tensors are set, and its targets filled.
+        order: As for `StepIndex.reads`.
+
+    Raises:
+        StepNotFoundError: No tier has an intact copy of some chunk. Targets are undefined then.
+    """
+    wanted = list(wanted)
+    by_rank: dict[int, list[tuple[Wanted, Read, Buffer]]] = defaultdict(list)
+    for one in wanted:
+        dtype = TensorRef("", index.entries[one.path].dtype, ()).torch_dtype
+        one.tensor = _destination(one, dtype)
+        reads, left = index.reads(one.path, one.box, order)
+        assert not left, f"{one.path}: nobody has {left}"
+        memory = bytes_of(one.tensor)
+        for read in reads:
+            by_rank[read.part.rank].append((one, read, memory))
+    for rank, reads_of_rank in sorted(by_rank.items()):
+        pieces, detours = [], []
+        for one, read, memory in reads_of_rank:
+            piece, detour = _place(one, read, memory)
+            pieces.append(piece)
+            detours += [detour] if detour is not None else []
+        step.fill(rank, pieces)
+        for detour in detours:
+            detour.target.copy_(detour.source)
+    for one in wanted:
+        one.tensor = _copied(one.tensor, one.targets)
+
+
+def _place(one: Wanted, read: Read, memory: Buffer) -> tuple[Piece, _Detour | None]:
+    """Where a read's bytes go: into the tensor itself, or first into memory of their own."""
+    item = one.tensor.element_size()
+    part, start = read.part, read.part.span.start
+    here, there = read.box.within(one.box), read.box.within(part.box)
+    first, stop = span_of(there, part.box.shape)
+    if is_run(there, part.box.shape) and is_run(here, one.box.shape):
+        low, high = span_of(here, one.box.shape)
+        return Piece(start + first * item, memory[low * item : high * item]), None
+    detour = torch.empty(stop - first, dtype=one.tensor.dtype)
+    source = detour.as_strided(there.shape, strides(part.box.shape))
+    target = one.tensor[tuple(map(slice, here.offsets, here.stops))]
+    return Piece(start + first * item, bytes_of(detour)), _Detour(detour, source, target)
+
+
+def _destination(one: Wanted, dtype: torch.dtype) -> torch.Tensor:
+    """Where the bytes go: a target itself if they can be written there directly."""
+    for target in one.targets:
+        is_mirrored = target.is_conj() or target.is_neg()
+        if target.device.type == "cpu" and target.is_contiguous() and not is_mirrored:
+            return target.detach()
+    return torch.empty(one.box.shape, dtype=dtype)
+
+
+def _copied(source: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
+    """Bring what was read into every target that it was not read into; return one of them."""
+    with torch.no_grad():
+        for target in targets:
+            if target.data_ptr() != source.data_ptr():
+                target.copy_(source)
+    return targets[0].detach() if targets else source

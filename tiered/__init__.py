@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     )
     from tiered.garbage import Deletion, GarbagePlan
     from tiered.handle import SaveHandle
+    from tiered.imports import import_step
     from tiered.recovered import Recovered, TensorInfo
     from tiered.recovery import (
         collect_garbage,
@@ -103,6 +104,7 @@ __all__ = [
     "drain",
     "explain_placement",
     "forget",
+    "import_step",
     "recover",
     "status",
 ]
@@ -145,6 +147,7 @@ _HOME = {
     "Deletion": "tiered.garbage",
     "GarbagePlan": "tiered.garbage",
     "SaveHandle": "tiered.handle",
+    "import_step": "tiered.imports",
     "collect_garbage": "tiered.recovery",
     "Recovered": "tiered.recovered",
     "recover": "tiered.recovery",

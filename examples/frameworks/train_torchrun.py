@@ -23,9 +23,7 @@ scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
 torch.manual_seed(1 + rank)  # other data and dropout on each rank
 
 state = {"model": net, "optimizer": optimizer, "scheduler": scheduler, "rng": tiered.RngState()}
-with tiered.Checkpointer(
-    os.environ.get("JOB", "torchrun"), tiered.Memory(every_steps=5)
-) as ckpt:
+with tiered.Checkpointer(os.environ.get("JOB", "torchrun"), tiered.Memory(every_steps=5)) as ckpt:
     start = ckpt.restore(state)
     for step in range(start, 30):
         x = torch.randn(16, 32)

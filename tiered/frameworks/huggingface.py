@@ -81,7 +81,7 @@ class TieredCallback(TrainerCallback):
         self._trainer = trainer
         memory, s3 = self.settings.memory, self.settings.s3
         self._checkpointer = Checkpointer(self.job, memory, s3, allow_pickle=self._allow_pickle)
-        state = {key: None for key in _parts(trainer)} | {"model": trainer.model}
+        state = dict.fromkeys(_parts(trainer)) | {"model": trainer.model}
         self._checkpointer.restore(state)
         if self._checkpointer.restored is None:
             return None

@@ -5,8 +5,8 @@
     trainer.fit(model, loader, ckpt_path=tier.resume())
 
 The callback hands Lightning's own checkpoint (loops, optimizers, schedulers, callbacks) to the
-memory tier instead of a file, through a `CheckpointIO` that it puts before the strategy's. Lightning
-leaves out the random number generators, so they are the callback's own state, of every rank.
+memory tier instead of a file, through a `CheckpointIO` that it puts before the strategy's.
+Lightning leaves out the random number generators: they are the callback's own state, of every rank.
 """
 
 import contextlib
@@ -135,38 +135,34 @@ class TieredCallback(Callback):
 
     # -- rank 0's checkpointer ------------------------------------------------------------------
 
-    def _begin(self, step: int | None = None) -> dict[str, Any] | None:
+    def _begin(self) -> dict[str, Any] | None:
         memory, s3 = self.settings.memory, self.settings.s3
         self._checkpointer = Checkpointer(
             self.job, memory, s3, rank=0, world_size=1, allow_pickle=self._allow_pickle
         )
-        state: dict[str, Any] = {"checkpoint": None}
-        self._checkpointer.restore(state, step=step)
+        state: dict[str, dict[str, Any] | None] = {"checkpoint": None}
+        self._checkpointer.restore(state)
         return state["checkpoint"]
 
     def _load(self) -> dict[str, Any]:
         """The checkpoint: rank 0 says which step, the others read the same one."""
-        if not dist.is_initialized():
+        checkpoint, wanted = None, [-1]
+        is_parallel = dist.is_initialized()
+        is_first = not is_parallel or dist.get_rank() == 0
+        if is_first:
             checkpoint = self._begin()
-        else:
-            wanted: list[Any] = [None]
-            if dist.get_rank() == 0:
-                checkpoint = self._begin()
-                restored = self._checkpointer.restored if self._checkpointer else None
-                wanted = [restored.step if restored else None]
+            assert self._checkpointer is not None
+            if self._checkpointer.restored is not None:
+                wanted = [self._checkpointer.restored.step]
+        if is_parallel:
             dist.broadcast_object_list(wanted, src=0)
-            if dist.get_rank() != 0 and wanted[0] is not None:
-                found = recover(
-                    self.job,
-                    s3=self.settings.s3,
-                    step=wanted[0],
-                    allow_pickle=self._allow_pickle,
-                )
-                checkpoint = found.state()["checkpoint"]
-            elif wanted[0] is None:
-                checkpoint = None
-        if checkpoint is None:
-            raise StepNotFoundError(self.job, "any step", ())
+        if wanted[0] < 0:
+            raise StepNotFoundError(self.job, "the step that resume() saw", ())
+        if not is_first:
+            s3, allow = self.settings.s3, self._allow_pickle
+            found = recover(self.job, s3=s3, step=wanted[0], allow_pickle=allow)
+            checkpoint = found.state()["checkpoint"]
+        assert checkpoint is not None
         return checkpoint
 
     def _save(self, checkpoint: dict[str, Any]) -> None:

@@ -9,13 +9,16 @@ STAMP := $(VENV)/.installed
 BENCH_ARGS = $(if $(QUICK),--size-mib 128 --repeat 3 --peers torch.save$(comma)dcp-async$(comma)lm-resiliency,)
 comma := ,
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test test-slow bench lint clean
 
 demo: $(STAMP)
 	@$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks $(if $(QUICK),compare,all) $(BENCH_ARGS) $(ARGS)

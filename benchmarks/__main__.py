@@ -140,6 +140,29 @@ def profile(
     (out / "profile.json").write_text(json.dumps(found.as_dict(), indent=1) + "\n")
 
 
+@app.command()
+def recovery(
+    killed: Annotated[int, typer.Option(min=1, help="How often a host is killed.")] = 3,
+    hung: Annotated[int, typer.Option(min=0, help="How often one hangs; 75 s by default.")] = 1,
+    out: Out = Path("bench_out"),
+) -> None:
+    """Measure the time from a lost host to training again, with Ray's defaults and the profile."""
+    from benchmarks import recovery as recoveries  # needs ray.train, which is slow
+
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "recovery.json"
+    with quiet(out / "logs" / "recovery.log") as console:
+        samples: list[recoveries.Sample] = []
+        record: dict[str, Any] = {}
+        for sample in recoveries.measure({"killed": killed, "hung": hung}, console.print):
+            samples.append(sample)
+            record = recoveries.as_record(samples, machine.describe())
+            file.write_text(json.dumps(record, indent=1) + "\n")
+        console.print_json(data=record["summary"])
+        written = recoveries.draw(record["summary"], file.with_suffix(".png"))
+        console.print(f"written: {file}, {written}", soft_wrap=True)
+
+
 @app.command("report")
 def show_report(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],

@@ -28,6 +28,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from chaos import session_guard
+from chaos.host_network import HostNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class LocalCluster:
         labels: Ray node labels of the first hosts, in order, for example their failure domains.
         system_config: Ray settings over `QUICK_DETECTION`, by their names in `ray_config_def.h`.
         namespace: Ray namespace of the driver.
+        network: Gives each host a network namespace of its own; started, and closed by its owner
+            after this. Without one all hosts share this machine's loopback network.
     """
 
     def __init__(
@@ -71,7 +74,9 @@ class LocalCluster:
         labels: Sequence[Mapping[str, str]] = (),
         system_config: Mapping[str, Any] | None = None,
         namespace: str | None = None,
+        network: HostNetwork | None = None,
     ) -> None:
+        self._network = network
         self._initial_hosts = hosts
         self._cpus_per_host = cpus_per_host
         self._object_store_bytes = object_store_bytes
@@ -103,6 +108,7 @@ class LocalCluster:
         self._folder = tempfile.mkdtemp(prefix="lc-", dir="/tmp")
         try:
             self._start_guard()
+            network = self._network
             with self._session_environment():
                 self._cluster = Cluster(
                     initialize_head=True,
@@ -114,7 +120,10 @@ class LocalCluster:
                         "include_dashboard": False,
                         "temp_dir": os.path.join(self._folder, "ray"),
                         "_system_config": self._system_config,
-                        **self._addresses(),
+                        "node_ip_address": "127.10.0.1"
+                        if network is None
+                        else network.head_address,
+                        **self._sockets(),
                     },
                 )
             for _ in range(self._initial_hosts):
@@ -132,16 +141,42 @@ class LocalCluster:
 
     def add_host(self, labels: Mapping[str, str] | None = None) -> str:
         """Start one more host; returns its node id once it is part of the cluster."""
-        with self._session_environment():
+        sockets, network = self._sockets(), self._network
+        address = f"127.10.0.{self._started}"
+        if network is not None:
+            address = network.add(self._started)
+        where = contextlib.nullcontext() if network is None else network.inside(address)
+        with self._session_environment(), where:
             node = self._cluster.add_node(
                 num_cpus=self._cpus_per_host,
                 object_store_memory=self._object_store_bytes,
                 labels=dict(labels or {}),
-                **self._addresses(),
+                node_ip_address=address,
+                **sockets,
             )
         node_id = str(node.node_id)
         self._nodes[node_id] = node
         return node_id
+
+    def address_of(self, node_id: str) -> str:
+        """A host's IP address."""
+        return str(self._nodes[node_id].node_ip_address)
+
+    def head_processes(self) -> list[psutil.Process]:
+        """Every process under the head's raylet: its workers, and so the coordinator."""
+        raylet = psutil.Process(_raylet(self._cluster.head_node).pid)
+        return raylet.children(recursive=True)
+
+    def restart_gcs(self) -> None:
+        """Start the head's GCS again after `kill_gcs`; it reads its tables from disk."""
+        self._cluster.head_node.start_gcs_server()
+
+    def kill_gcs(self) -> None:
+        """SIGKILL the head's GCS; returns when it is gone.
+
+        Without `gcs_storage=rocksdb` in `system_config` the cluster ends with it.
+        """
+        self._cluster.head_node.kill_gcs_server()
 
     def host_processes(self, node_id: str) -> list[psutil.Process]:
         """Every process of a host: its raylet first, then workers, actors and agents."""
@@ -157,8 +192,29 @@ class LocalCluster:
         os.kill(raylet.pid, signal.SIGSTOP)  # or it could start a worker that is not in the list
         session_guard.kill_processes(self.host_processes(node_id), timeout_s=5.0)
         raylet.wait(timeout=5.0)  # an unreaped raylet keeps its orphaned actors alive for 40 s
+        self._forget_host(node_id)
+
+    def orphan_host(self, node_id: str) -> list[psutil.Process]:
+        """SIGKILL a host's raylet alone, and do not reap it: its processes go on for a while.
+
+        They do not notice before they look whether their parent is there, which a process that
+        nobody has waited for still is. Returns them; `end_orphans` ends them.
+        """
+        raylet, *others = self.host_processes(node_id)
+        raylet.kill()
+        return others
+
+    def end_orphans(self, node_id: str, others: list[psutil.Process]) -> None:
+        """Reap the raylet that `orphan_host` killed, and SIGKILL what is left of its host."""
+        session_guard.kill_processes(others, timeout_s=5.0)
+        _raylet(self._nodes[node_id]).wait(timeout=5.0)
+        self._forget_host(node_id)
+
+    def _forget_host(self, node_id: str) -> None:
         node = self._nodes.pop(node_id)
         self._cluster.worker_nodes.remove(node)
+        if self._network is not None:
+            self._network.remove(str(node.node_ip_address))
 
     def kill_process(self, pid: int) -> None:
         """SIGKILL one worker or actor of this cluster; returns when it is gone.
@@ -204,12 +260,11 @@ class LocalCluster:
     ) -> None:
         self.shutdown()
 
-    def _addresses(self) -> dict[str, str]:
-        """The next host's own loopback address and short socket names."""
+    def _sockets(self) -> dict[str, str]:
+        """The next host's short socket names."""
         self._started += 1
         n = self._started
         return {
-            "node_ip_address": f"127.10.0.{n}",
             "raylet_socket_name": os.path.join(self._folder, f"raylet{n}"),
             "plasma_store_socket_name": os.path.join(self._folder, f"plasma{n}"),
         }

@@ -47,15 +47,19 @@ _HOP_HEADERS = {"connection", "expect", "keep-alive", "proxy-connection", "te", 
 
 
 class FaultProxy:
-    """Listens on loopback and passes requests on to one S3 server; thread-safe.
+    """Listens on one address and passes requests on to one S3 server; thread-safe.
 
     Args:
         upstream_url: The server, such as `http://127.0.0.1:8333`.
         faults: The first ones; see `set_faults`.
         seed: Of the faults' probabilities.
+        host: Address to listen on.
     """
 
-    def __init__(self, upstream_url: str, *faults: Fault, seed: int = 0) -> None:
+    def __init__(
+        self, upstream_url: str, *faults: Fault, seed: int = 0, host: str = "127.0.0.1"
+    ) -> None:
+        self.host = host
         parts = urlsplit(upstream_url)
         assert parts.scheme == "http", upstream_url
         assert parts.hostname is not None, upstream_url
@@ -181,7 +185,7 @@ class _Server(ThreadingHTTPServer):
         self.proxy = proxy
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__((proxy.host, 0), _Handler)
 
     def opened(self, connection: socket.socket) -> None:
         with self._lock:

@@ -76,6 +76,7 @@ class HolderInfo:
     holder: HolderId
     capacity_bytes: int
     used_bytes: int
+    shared_bytes: int = 0  # of those, counted once more for each version that has them
     endpoint: Endpoint | None = None  # of its data plane
 
 
@@ -86,10 +87,12 @@ class Traffic:
     Attributes:
         received: From other holders, by the way they came ("tcp", "ray").
         sent: By its data plane; what Ray has moved is not counted.
+        spared: That did not have to come: an earlier version's chunk was the same.
     """
 
     received: dict[str, int]
     sent: int
+    spared: int = 0
 
 
 class Holder:
@@ -116,6 +119,7 @@ class Holder:
         self._transports = open_transports(secret, tls)
         self._ways: dict[str, Way] = {}
         self._buffers = ReceiveBuffers()
+        self._spared_bytes = 0
         self._receivers = ThreadPoolExecutor(RECEIVERS, thread_name_prefix="tiered-receive")
         self._unreported: dict[ShardKey, ShardRecord] = {}
         self._corrupt: set[ShardKey] = set()  # of which the observer was not told yet
@@ -130,7 +134,9 @@ class Holder:
             self._spawn(self._tick_forever())
             self._spawn(self._report_forever())
         core = self._core
-        return HolderInfo(core.holder, core.capacity_bytes, core.used_bytes, self._endpoint)
+        return HolderInfo(
+            core.holder, core.capacity_bytes, core.used_bytes, core.shared_bytes, self._endpoint
+        )
 
     # -- called by trainers on this host --------------------------------------------------------
 
@@ -186,6 +192,9 @@ class Holder:
     ) -> None:
         """Fetch a chunk from `source`, verify it, and pin a copy of our own.
 
+        Of a chunk that did not change since an earlier version that is here, no byte moves: that
+        one is read again, and shared.
+
         When this returns, the copy counts: it is verified and survives the death of its source.
 
         Args:
@@ -206,14 +215,22 @@ class Holder:
         if self._core.has_chunk(key, index):
             self._feed(messages.ChunkKnown(key))
             return
+        wanted = ChunkId(key, index, plan.chunk_sizes[index])
+        fetched = messages.ChunkFetched(key, plan, index, expected)
+        twin = self._core.twin_of(wanted, expected)
+        if twin is not None and (same := await self._read_twin(twin, index)) is not None:
+            chunk, value = same
+            if value == expected and self._core.has_chunk(twin, index):
+                self._keep(fetched, chunk)
+            self._feed(messages.TwinRead(key, index, expected, twin, value))
+            if self._core.has_chunk(key, index):
+                self._spared_bytes += wanted.size_bytes
+                return
         self._trim()
         origin = Source(source.node_id, await self._peer(source), endpoint)
-        wanted = ChunkId(key, index, plan.chunk_sizes[index])
         receive = asyncio.get_running_loop().run_in_executor
         chunk = await receive(self._receivers, self._receive, origin, wanted, expected, way)
-        self._core.check_copy(key, plan)  # the world may have moved on while bytes did
-        self._chunks.setdefault(key, {})[index] = chunk
-        self._feed(messages.ChunkFetched(key, plan, index, expected))
+        self._keep(fetched, chunk)
 
     async def read_chunk(self, key: ShardKey, index: int) -> Chunk:
         """Return a chunk that is pinned here; Ray copies it for whoever asked.
@@ -245,7 +262,8 @@ class Holder:
         """How many bytes came and went, and how."""
         sent = 0 if self._server is None else self._server.counters.bytes_sent
         ways: tuple[Way, ...] = ("tcp", "ray")
-        return Traffic({way: self._transports[way].bytes_read for way in ways}, sent)
+        received: dict[str, int] = {way: self._transports[way].bytes_read for way in ways}
+        return Traffic(received, sent, self._spared_bytes)
 
     async def fence(self, job: str, generation: int) -> None:
         """Refuse older generations of `job` from now on."""
@@ -331,9 +349,24 @@ class Holder:
         if bad is not None:
             error = ChunkCorruptError("this host's memory", str(key), bad)
             logger.error("%s; the copy no longer counts", error)
-            self._feed(messages.ChunkFoundCorrupt(key))
+            self._feed(messages.ChunkFoundCorrupt(key, bad))
             raise error
         return record
+
+    def _keep(self, fetched: messages.ChunkFetched, chunk: Chunk) -> None:
+        """Pin a verified chunk, if that is still wanted: the world may have moved on meanwhile."""
+        self._core.check_copy(fetched.key, fetched.plan)
+        if not self._core.has_chunk(fetched.key, fetched.index):
+            self._chunks.setdefault(fetched.key, {})[fetched.index] = chunk
+        self._feed(fetched)
+
+    async def _read_twin(self, twin: ShardKey, index: int) -> tuple[Chunk, bytes] | None:
+        """Read a chunk again: its bytes and checksum, or None if they are not in place any more."""
+        chunk = self._chunks.get(twin, {}).get(index)
+        if chunk is None:
+            return None
+        value = await asyncio.to_thread(digest, chunk)
+        return (chunk, value) if self._chunks.get(twin, {}).get(index) is chunk else None
 
     def _pinned(self, key: ShardKey, index: int) -> Chunk:
         """A chunk that is here; called in any thread."""
@@ -373,6 +406,10 @@ class Holder:
             match command:
                 case messages.HashChunk():
                     self._spawn(self._hash(command.key, command.index))
+                case messages.ReadTwin():
+                    self._spawn(self._compare(command))
+                case messages.ShareChunk(key, index, twin):
+                    self._chunks[key][index] = self._chunks[twin][index]
                 case messages.OfferChunk():
                     self._spawn(self._offer(command))
                 case messages.ReportShard():
@@ -408,6 +445,11 @@ class Holder:
         if chunk is not None:
             value = await asyncio.to_thread(digest, chunk)
             self._feed(messages.ChunkHashed(key, index, value))
+
+    async def _compare(self, ask: messages.ReadTwin) -> None:
+        if (same := await self._read_twin(ask.twin, ask.index)) is not None:
+            _, value = same
+            self._feed(messages.TwinRead(ask.key, ask.index, ask.expected, ask.twin, value))
 
     async def _reread(self, key: ShardKey, index: int) -> None:
         chunk = self._chunks.get(key, {}).get(index)

@@ -13,6 +13,11 @@ Rules:
     5. The budget is checked before any byte is pinned.
     6. What is pinned is read again now and then (`replication.scrub`). A copy that is found
        corrupt stops counting, the coordinator is told, and told again: a message may be late.
+    7. A chunk that did not change since another version of the same rank's shard (its twin: the
+       same place, size and checksum) shares that one's bytes, after these were read again. Bytes
+       are let go with the last shard that they are part of; found corrupt, they spoil each of
+       them. The budget counts shared bytes once for every shard: the next step may change them
+       all, and the memory for that has to be there.
 
 `handle` takes an event and returns commands (`replication.messages`); it does no I/O, knows no
 clock but `now_s`, and keeps no bytes: the shell (`replication.holder`) pins those and carries the
@@ -41,14 +46,17 @@ from replication.messages import (
     JobForgotten,
     OfferChunk,
     ReadChunk,
+    ReadTwin,
     ReplicationRequested,
     ReportCorrupt,
     ReportShard,
+    ShareChunk,
     StepDropped,
     Ticked,
+    TwinRead,
     WatermarkRaised,
 )
-from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
+from replication.records import ChunkId, HolderId, ShardKey, ShardPlan, ShardRecord, Version
 from replication.scrub import Scrub
 
 OFFER_BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
@@ -61,7 +69,7 @@ class HeldShard:
 
     plan: ShardPlan
     staged_here: bool
-    present: set[int] = field(default_factory=set)
+    blocks: dict[int, int] = field(default_factory=dict)  # which bytes each chunk here is
     digests: dict[int, bytes] = field(default_factory=dict)
     quarantined: bool = False
     extra_peers: set[HolderId] = field(default_factory=set)
@@ -97,14 +105,26 @@ class Inventory:
         self.buddies: dict[str, tuple[HolderId, ...]] = {}
         self.reservations: dict[tuple[str, int], Reservation] = {}
         self._retries: dict[tuple[HolderId, ShardKey, int], tuple[int, float]] = {}
+        self._blocks = 0  # so many were ever here
         self._remind_due_s = 0.0
 
     # -- questions ---------------------------------------------------------------------------
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of every shard here, arriving ones at their full size."""
+        """Bytes of every shard here, arriving ones at their full size, shared ones each time."""
         return sum(shard.plan.size_bytes for shard in self.shards.values())
+
+    @property
+    def shared_bytes(self) -> int:
+        """So many of them take no memory: they are those of another version, too."""
+        seen: set[int] = set()
+        shared_bytes = 0
+        for shard in self.shards.values():
+            for index, block in shard.blocks.items():
+                shared_bytes += shard.plan.chunk_sizes[index] if block in seen else 0
+                seen.add(block)
+        return shared_bytes
 
     def records(self, job: str | None = None) -> list[ShardRecord]:
         """Every sealed shard, of one job or of all."""
@@ -129,7 +149,30 @@ class Inventory:
     def has_chunk(self, key: ShardKey, index: int) -> bool:
         """Whether this chunk is already pinned here, and not known to be corrupt."""
         shard = self.shards.get(key)
-        return shard is not None and not shard.quarantined and index in shard.present
+        return shard is not None and not shard.quarantined and index in shard.blocks
+
+    def twin_of(self, chunk: ChunkId, digest: bytes) -> ShardKey | None:
+        """The newest other version of a shard here that has just this chunk in the same place."""
+        key, index = chunk.key, chunk.index
+        twins = (
+            other
+            for other, shard in self.shards.items()
+            if (other.job, other.rank) == (key.job, key.rank)
+            and other != key
+            and not shard.quarantined
+            and shard.digests.get(index) == digest
+            and shard.plan.chunk_sizes[index] == chunk.size_bytes
+        )
+        return max(twins, default=None)
+
+    def sharers(self, key: ShardKey, index: int) -> list[ShardKey]:
+        """The shards here that count and that a chunk's bytes are part of."""
+        block = self.shards[key].blocks.get(index)
+        return [
+            other
+            for other, shard in self.shards.items()
+            if block is not None and shard.blocks.get(index) == block and not shard.quarantined
+        ]
 
     def is_collected(self, key: ShardKey) -> bool:
         """Whether the watermark has passed this shard, or its step was dropped: too late.
@@ -257,8 +300,10 @@ class Inventory:
                 self.dropped.setdefault(event.job, set()).add(event.version)
                 keys = [k for k in self.shards if (k.job, k.version) == (event.job, event.version)]
                 return [self._drop(key) for key in keys]
+            case TwinRead():
+                return self._share(event, now_s)
             case ChunkFoundCorrupt():
-                return self._quarantine(event.key)
+                return self._quarantine(event.key, event.index)
             case ChunkRead():
                 return self._read(event, now_s)
             case ChunkKnown():
@@ -276,18 +321,23 @@ class Inventory:
             return [DropShard(event.key)]
         self._raise_fence(event.key.job, event.key.version.generation)
         shard = self.shards.setdefault(event.key, HeldShard(event.plan, staged_here=True))
-        if event.index in shard.present:
+        if event.index in shard.blocks:
             return []
-        shard.present.add(event.index)
+        shard.blocks[event.index] = self._new_block()
         return [HashChunk(event.key, event.index)]
 
     def _hashed(self, event: ChunkHashed, now_s: float) -> list[Command]:
         shard = self.shards.get(event.key)
-        if shard is None or event.index not in shard.present or event.index in shard.digests:
+        if shard is None or event.index not in shard.blocks or event.index in shard.digests:
             return []  # or it is of a copy that was let go meanwhile
         shard.digests[event.index] = event.digest
         self.scrub.intact(event.key, event.index, now_s)
-        return [*self._seal(event.key, shard), *self._offers(event.key.job, only=event.key)]
+        commands = [*self._seal(event.key, shard), *self._offers(event.key.job, only=event.key)]
+        chunk = ChunkId(event.key, event.index, shard.plan.chunk_sizes[event.index])
+        twin = self.twin_of(chunk, event.digest)
+        if twin is not None:
+            commands.append(ReadTwin(event.key, event.index, event.digest, twin))
+        return commands
 
     def _fetched(self, event: ChunkFetched, now_s: float) -> list[Command]:
         if self.is_collected(event.key):
@@ -299,10 +349,28 @@ class Inventory:
             self._retries = {k: v for k, v in self._retries.items() if k[1] != event.key}
         if event.index in shard.digests:
             return []
-        shard.present.add(event.index)
+        shard.blocks[event.index] = self._new_block()
         shard.digests[event.index] = event.digest
         self.scrub.intact(event.key, event.index, now_s)
         return self._seal(event.key, shard)
+
+    def _new_block(self) -> int:
+        self._blocks += 1
+        return self._blocks
+
+    def _share(self, event: TwinRead, now_s: float) -> list[Command]:
+        key, index, twin = event.key, event.index, self.shards.get(event.twin)
+        if twin is None or twin.quarantined or twin.digests.get(index) != event.expected:
+            return []
+        if event.digest != event.expected:
+            return self._quarantine(event.twin, index)
+        for sharer in self.sharers(event.twin, index):
+            self.scrub.intact(sharer, index, now_s)
+        shard = self.shards.get(key)
+        if shard is None or shard.quarantined or shard.digests.get(index) != event.expected:
+            return []
+        shard.blocks[index] = twin.blocks[index]
+        return [ShareChunk(key, index, event.twin)]
 
     def _seal(self, key: ShardKey, shard: HeldShard) -> list[Command]:
         return [ReportShard(self.record(key))] if shard.is_sealed else []
@@ -342,20 +410,24 @@ class Inventory:
 
     # -- corrupt copies ----------------------------------------------------------------------
 
-    def _quarantine(self, key: ShardKey) -> list[Command]:
-        if (shard := self.shards.get(key)) is None:
+    def _quarantine(self, key: ShardKey, index: int) -> list[Command]:
+        if key not in self.shards:
             return []
-        shard.quarantined = True
-        self.scrub.forget(key, len(shard.plan.chunk_sizes))
-        return [ReportCorrupt(key)]
+        spoilt = sorted({key, *self.sharers(key, index)})
+        for sharer in spoilt:
+            self.shards[sharer].quarantined = True
+            self.scrub.forget(sharer, len(self.shards[sharer].plan.chunk_sizes))
+        return [ReportCorrupt(sharer) for sharer in spoilt]
 
     def _read(self, event: ChunkRead, now_s: float) -> list[Command]:
         commands: list[Command] = []
-        if self.scrub.is_over(event.key, event.index):
-            if event.digest == self.shards[event.key].digests[event.index]:
-                self.scrub.intact(event.key, event.index, now_s)
+        key, index = event.key, event.index
+        if self.scrub.is_over(key, index):
+            if event.digest == self.shards[key].digests[index]:
+                for sharer in self.sharers(key, index):
+                    self.scrub.intact(sharer, index, now_s)
             else:
-                commands = self._quarantine(event.key)
+                commands = self._quarantine(key, index)
         return [*commands, *self._scrub(now_s)]
 
     def _scrub(self, now_s: float) -> list[Command]:

@@ -124,10 +124,30 @@ class StepDropped:
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkFoundCorrupt:
-    """A re-read chunk does not have its checksum: the whole copy stops counting."""
+class TwinRead:
+    """The bytes of an equal chunk of another version were read again, and are still in place.
+
+    Attributes:
+        key: The shard whose chunk, which is here, may share them.
+        index: Which chunk of both.
+        expected: The checksum of both.
+        twin: The other version's shard.
+        digest: What its bytes have now.
+    """
 
     key: ShardKey
+    index: int
+    expected: bytes
+    twin: ShardKey
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkFoundCorrupt:
+    """A re-read chunk does not have its checksum: every copy that it is part of stops counting."""
+
+    key: ShardKey
+    index: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +189,7 @@ Event = (
     | FenceRaised
     | WatermarkRaised
     | StepDropped
+    | TwinRead
     | ChunkFoundCorrupt
     | ChunkRead
     | ChunkKnown
@@ -186,6 +207,28 @@ class HashChunk:
 
     key: ShardKey
     index: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTwin:
+    """Read a chunk of `twin` again, which should equal one that was hashed; answer with TwinRead.
+
+    Without an answer, because those bytes are gone, nothing is shared, and nothing lost.
+    """
+
+    key: ShardKey
+    index: int
+    expected: bytes
+    twin: ShardKey
+
+
+@dataclass(frozen=True, slots=True)
+class ShareChunk:
+    """From now on a chunk's bytes are those that were just read of `twin`; let go of its own."""
+
+    key: ShardKey
+    index: int
+    twin: ShardKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +266,18 @@ class ReadChunk:
 
 @dataclass(frozen=True, slots=True)
 class DropShard:
-    """Let go of a shard's bytes."""
+    """Let go of a shard's bytes; those that another version shares stay."""
 
     key: ShardKey
 
 
-Command = HashChunk | OfferChunk | ReportShard | ReportCorrupt | ReadChunk | DropShard
+Command = (
+    HashChunk
+    | ReadTwin
+    | ShareChunk
+    | OfferChunk
+    | ReportShard
+    | ReportCorrupt
+    | ReadChunk
+    | DropShard
+)

@@ -159,6 +159,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ray_train":
+        return importlib.import_module("tiered.ray_train")
     if name not in _HOME:
         raise AttributeError(f"module 'tiered' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

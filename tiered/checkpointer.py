@@ -18,10 +18,10 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch.distributed as dist
@@ -56,8 +56,11 @@ from tiered.history import Resolution
 from tiered.image import Layout, chunk_sizes, front, lay_out
 from tiered.messages import Level
 from tiered.own_holder import OwnHolder
+from tiered.ray_train import run
+from tiered.ray_train.part import RunPart
 from tiered.replies import DegradedStep
 from tiered.restore import restore_into
+from tiered.rhythm import Rhythm
 from tiered.s3 import S3Store
 from tiered.saved_step import SavedStep
 from tiered.staging import Stager
@@ -116,9 +119,9 @@ class Checkpointer:
 
     def __init__(
         self,
-        job: str,
+        job: str | None = None,
         memory: Memory | None = None,
-        s3: S3 | None = None,
+        s3: S3 | Literal["auto"] | None = "auto",
         *,
         rank: int | None = None,
         world_size: int | None = None,
@@ -127,9 +130,11 @@ class Checkpointer:
         """Connect to the Ray cluster (start a local one if there is none) and to its holders.
 
         Args:
-            job: Name of the job; the next run under the same name resumes it.
+            job: Name of the job; the next run under the same name resumes it. In a Ray Train run
+                the default is the run's name.
             memory: The memory tier's cadence and policy.
-            s3: The last-resort tier, if any. S3 is never on the way of a save.
+            s3: The last-resort tier, if any. S3 is never on the way of a save. "auto": the storage
+                of the Ray Train run, where that is on S3; else none.
             rank: This process' rank; by default found from Ray Train, torch.distributed, or the
                 launcher's environment.
             world_size: The number of ranks.
@@ -140,16 +145,23 @@ class Checkpointer:
             ConfigError: A setting is wrong.
             HolderUnavailableError, DeadlineError: This host's holder does not start.
         """
-        self.job = check_job_name(job)
-        self.settings = JobSettings(memory or Memory(), s3)
+        self.job = check_job_name(run.run_name() if job is None else job)
+        durable = run.run_storage() if s3 == "auto" else s3
+        self.settings = JobSettings(memory or Memory(), durable)
         self.restored: Restored | None = None
         self._worker = find_worker(rank, world_size)
         self._allow_pickle = allow_pickle
         self._is_local = cluster.connect()
         self._coordinator = cluster.coordinator()
+        self._run = RunPart.find(self.job, self.settings.s3, self._worker.rank)
+        if self._run is not None and self._run.owns_s3 and durable is not None:
+            self.settings = replace(self.settings, s3=replace(durable, keep=None, also_keep=()))
         self._silence = cluster.Silence()
         self._holder = OwnHolder(
             self._coordinator, self.job, self.settings, self._worker, self._silence
+        )
+        self._rhythm = Rhythm(
+            self._coordinator, self.job, self.settings, self._worker.rank, self._silence
         )
         self._watcher = Watcher(self._coordinator, self.job, self._worker.rank, self._prepare)
         self._generation = 0
@@ -175,6 +187,8 @@ class Checkpointer:
             self.close()
         else:  # what is in memory is needed now: leave everything as it is
             self._stop()
+            if self._run is not None:
+                self._run.abandon()
 
     @property
     def skipped(self) -> int:
@@ -226,12 +240,22 @@ class Checkpointer:
                 whether this is a fresh start.
             DeadlineError: The cluster did not answer in time.
         """
+        if self._run is not None:
+            self._run.restoring()
+        next_step = self._restore(state, step, before, strict)
+        if self._run is not None:
+            self._run.restored(next_step - 1)
+        self._make_ready(state)
+        return next_step
+
+    def _restore(
+        self, state: MutableMapping[str, Any], step: int | None, before: int | None, strict: bool
+    ) -> int:
         resolution = self._begin(step, before)
         if resolution.version is None:
             self.restored = None
             self._log_passed_over(resolution.passed_over)
             logger.info("%s fresh start", self._tag())
-            self._make_ready(state)
             return 0
         began_s = time.monotonic()
         s3 = self.settings.s3
@@ -260,7 +284,6 @@ class Checkpointer:
             kept=filled.kept,
         )
         self._log_restored(self.restored)
-        self._make_ready(state)
         return resolution.version.step + 1
 
     def _open(self, resolution: Resolution, store: S3Store | None) -> SavedStep:
@@ -302,6 +325,10 @@ class Checkpointer:
 
     # -- save -----------------------------------------------------------------------------------
 
+    def is_due(self, step: int) -> bool:
+        """Whether `save(step, ...)` would save: `step` is due in memory or on S3."""
+        return self._rhythm.is_due(check_step(step))
+
     def save(
         self,
         step: int,
@@ -333,14 +360,32 @@ class Checkpointer:
             FencedError: A newer life of the job has taken over: end this process.
         """
         check_step(step)
-        if not force and not self.settings.is_due(step):
-            return None
+        numbers = _check_metrics(metrics or {})
+        if self._run is not None:
+            self._run.stepped(step, dict(numbers), self.settings.is_due_for_s3(step))
+        self._rhythm.entered()
+        try:
+            if not force and not self._rhythm.is_due(step):
+                return None
+            handle = self._save(step, state, numbers, force=force)
+            self._rhythm.saved(handle, self._generation)
+            return handle
+        finally:
+            self._rhythm.left()
+
+    def _save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        numbers: tuple[tuple[str, float], ...],
+        *,
+        force: bool,
+    ) -> SaveHandle:
         if self._generation == 0:
             logger.warning("%s save() without restore(): beginning from scratch", self._tag())
             self._begin()
         if self._fenced is not None:
             raise self._fenced
-        numbers = _check_metrics(metrics or {})
         began_s = time.monotonic()
         handle = SaveHandle(step, is_due_for_s3=self.settings.is_due_for_s3(step))
         self._last = handle
@@ -503,6 +548,8 @@ class Checkpointer:
             except TieredError:
                 continue  # it was logged when it happened
         self._stop()
+        if self._run is not None:
+            self._run.finish()
         self._holder.release()
         if self._is_local and end_local:
             if self._worker.world_size > 1 and dist.is_initialized():

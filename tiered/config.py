@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
-from typing import get_args
+from typing import Literal, get_args
 
 from replication.records import Way
 from tiered.admission import Backpressure
@@ -32,7 +32,8 @@ class Memory:
     """The memory tier: how often, how many steps, how many copies.
 
     Attributes:
-        every_steps: A save is due when the step is a multiple of this.
+        every_steps: A save is due when the step is a multiple of this. "auto": a power of two that
+            follows from what saves cost and how often the job fails; see `tiered.cadence`.
         keep: Committed steps kept in memory; at least 2, so that losing a host in the middle of a
             save leaves one.
         replicas: Copies on other hosts, beside the own host's. None: 1 where the cluster has
@@ -52,9 +53,11 @@ class Memory:
             addresses by which Ray knows the hosts, on ports that the system chooses. "ray": through
             Ray's object transfer, which needs no further ports and is slower. "auto": the first
             where it works, else the second.
+        max_overhead: With `every_steps="auto"`, the share of the time that saves may hold up
+            training at most.
     """
 
-    every_steps: int = 10
+    every_steps: int | Literal["auto"] = 10
     keep: int = 2
     replicas: int | None = None
     chunk_bytes: int = 64 * MIB
@@ -66,9 +69,13 @@ class Memory:
     repair_bytes_per_s: int = 500_000_000
     prepare: bool = True
     transport: Way = "auto"
+    max_overhead: float = 0.035
 
     def __post_init__(self) -> None:
-        _at_least("Memory.every_steps", self.every_steps, 1)
+        if self.every_steps != "auto":
+            _at_least("Memory.every_steps", self.every_steps, 1)
+        if type(self.max_overhead) not in (int, float) or not 0 < self.max_overhead < 1:
+            raise ConfigError(f"Memory.max_overhead={self.max_overhead!r} must be between 0 and 1")
         _at_least("Memory.keep", self.keep, 2)
         _at_least("Memory.chunk_bytes", self.chunk_bytes, 4096)
         _at_least("Memory.in_flight", self.in_flight, 1)
@@ -238,10 +245,6 @@ class JobSettings:
             raise ConfigError(f"memory={self.memory!r} must be a tiered.Memory")
         if not isinstance(self.s3, S3 | None):
             raise ConfigError(f"s3={self.s3!r} must be a tiered.S3, such as S3('s3://bucket/ckpt')")
-
-    def is_due(self, step: int) -> bool:
-        """Whether a save of `step` is due in any tier."""
-        return step % self.memory.every_steps == 0 or self.is_due_for_s3(step)
 
     def is_due_for_s3(self, step: int) -> bool:
         """Whether `step`, once committed, is to be flushed to S3."""

@@ -19,6 +19,7 @@ from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
 from tiered import messages as m
 from tiered import register
 from tiered.admission import Admission
+from tiered.cadence import Cadence, Cadences, Pace
 from tiered.config import S3, JobSettings
 from tiered.errors import DurableStoreError, StepNotFoundError
 from tiered.executor import Executor, first_line, settings_of, step_tag
@@ -60,6 +61,7 @@ class Coordinator:
         )
         self._executor = Executor(self._fleet)
         self._jobs: dict[str, Job] = {}
+        self._cadences: dict[str, Cadences] = {}
         self._leaving: set[str] = set()
         self._forgotten: dict[str, int] = {}  # job -> its newest generation then
         self._opening = asyncio.Lock()
@@ -195,6 +197,22 @@ class Coordinator:
                 reason = f"skipped: there was no room within {timeout_s:.0f} s"
                 return job.admissions.refuse(step, reason, time.monotonic())
             await self._change(left_s)
+
+    async def cadence(
+        self, job_name: str, generation: int, step: int, pace: Pace | None
+    ) -> Cadence:
+        """How often a job saves from `step` on: the same answer for every rank."""
+        await self._ready()
+        job = await self._job(job_name)
+        assert job.settings is not None, "only a job that has begun saves"
+        return self._cadences.setdefault(job_name, Cadences()).at(
+            generation,
+            step,
+            pace,
+            hosts=job.hosts,
+            max_overhead=job.settings.memory.max_overhead,
+            now_s=time.monotonic(),
+        )
 
     async def report_corrupt(self, holder: HolderId, keys: list[ShardKey]) -> None:
         """A holder's copies of these shards are corrupt, and count no more."""

@@ -7,6 +7,7 @@ from typing import Any
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+import tiered
 from examples.demo.events import Event, EventReader, EventWriter
 from examples.demo.train import TrainSettings, as_config, train_func
 
@@ -81,6 +82,13 @@ class TrainRun:
         if self._error is not None:
             raise RuntimeError(f"the {self.name} run failed: {self._error}") from self._error
 
+    def _callbacks(self) -> list[Any]:
+        """What watches the run; without checkpoints there is nothing for tiered to do."""
+        watch: list[Any] = [NoteFailure(self.settings.events_folder)]
+        if self.settings.job:
+            watch.append(tiered.ray_train.Callback(self.settings.job))
+        return watch
+
     def _fit(self) -> None:
         trainer = TorchTrainer(
             train_func,
@@ -96,7 +104,7 @@ class TrainRun:
                 name=self.name,
                 storage_path=str(self._storage),
                 failure_config=FailureConfig(max_failures=MAX_FAILURES),
-                callbacks=[NoteFailure(self.settings.events_folder)],  # type: ignore[list-item]
+                callbacks=self._callbacks(),  # type: ignore[arg-type]
             ),
         )
         try:

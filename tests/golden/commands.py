@@ -91,6 +91,10 @@ def of_holder(command: messages.Command) -> Iterator[str]:
     match command:
         case messages.HashChunk(key, index):
             yield f"hash {write_shard(key)}#{index}"
+        case messages.ReadTwin(key, index, _, twin):
+            yield f"read {write_shard(twin)}#{index} again, which equals {write_shard(key)}#{index}"
+        case messages.ShareChunk(key, index, twin):
+            yield f"share {write_shard(twin)}#{index} with {write_shard(key)}"
         case messages.OfferChunk(to, key, _, index):
             yield f"offer {write_shard(key)}#{index} to {write_holder(to)}"
         case messages.ReportShard(record):

@@ -206,7 +206,7 @@ OF_HOLDER: dict[str, Callable[[Words], messages.Event]] = {
         tuple(map(read_version, w.many("beyond"))) if "beyond" in w.options else None,
     ),
     "drop": lambda w: messages.StepDropped(JOB, read_version(w.names[0])),
-    "corrupt": lambda w: messages.ChunkFoundCorrupt(read_shard(w.names[0])),
+    "corrupt": lambda w: messages.ChunkFoundCorrupt(read_shard(w.names[0]), 0),
     "known": lambda w: messages.ChunkKnown(read_shard(w.names[0])),
     "read": lambda w: messages.ChunkRead(
         *read_chunk(w.names[0]), b"" if w.has("bad") else _digested(w)[2]

@@ -1,6 +1,7 @@
 """Placement, backpressure, hung holders, draining and retention on a real cluster of two racks."""
 
 import contextlib
+import itertools
 import os
 import signal
 import time
@@ -181,3 +182,17 @@ def test_the_best_step_is_kept_beside_the_newest(trainer: Any, job: str) -> None
     assert is_same(tiered.recover(job, step=1).state(), make_state(1))
     with pytest.raises(tiered.StepNotFoundError):
         tiered.recover(job, step=2)
+
+
+def test_an_automatic_cadence_is_the_same_on_all_ranks_and_follows_what_was_measured(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    actors = start_trainers(cluster.hosts[:2], port)
+    memory = tiered.Memory(every_steps="auto", replicas=1, chunk_bytes=MIB)
+    ray.get([a.start.remote(job, {"memory": memory}, 0) for a in actors], timeout=120)
+    runs = [a.save_what_is_due.remote(range(1, 1500)) for a in actors]
+    first, second = ray.get(runs, timeout=150)
+    assert first == second
+    assert first[:1] == [8]
+    gaps = [after - before for before, after in itertools.pairwise(first)]
+    assert gaps[-1] > 8, "steps that take no time are saved more rarely"

@@ -84,6 +84,17 @@ class Trainer:
         self.handles[step] = handle
         return str(handle.error or ""), handle.stall_s
 
+    def save_what_is_due(self, steps: range) -> list[int]:
+        """Run these steps; returns those that were saved, each committed before the next step."""
+        saved = []
+        for step in steps:
+            self.state["count"] = torch.tensor(step)
+            handle = self.checkpointer.save(step, self.state)
+            if handle is not None and not handle.error:
+                handle.wait("replicated", timeout_s=60)
+                saved.append(step)
+        return saved
+
     def counters(self) -> tuple[int, tuple[tiered.DegradedStep, ...]]:
         """Skipped saves, and what is known to be degraded."""
         return self.checkpointer.skipped, self.checkpointer.degraded

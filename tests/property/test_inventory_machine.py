@@ -24,11 +24,18 @@ PROFILE = settings(max_examples=100, stateful_step_count=40, deadline=None, dera
 
 
 def digest(key: ShardKey, index: int) -> bytes:
+    """The second chunk does not change before step 2."""
+    if index == 1 and key.version.step < 2:
+        return f"frozen of {key.rank}".encode().rjust(16)
     return f"{key.version.generation}.{key.version.step}.{key.rank}#{index}".encode().rjust(16)
 
 
 class InventoryLife(RuleBasedStateMachine):
-    """One holder's core. The model: per shard, which chunks were pinned and which were verified."""
+    """One holder's core.
+
+    The model: per shard, which chunks were pinned and which were verified, and for each of them the
+    number of the bytes that it is.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,6 +44,9 @@ class InventoryLife(RuleBasedStateMachine):
         self.pinned: dict[ShardKey, set[int]] = {}
         self.verified: dict[ShardKey, set[int]] = {}
         self.corrupt: set[ShardKey] = set()
+        self.places: dict[tuple[ShardKey, int], int] = {}
+        self.comparing: list[messages.ReadTwin] = []
+        self.count = 0
         self.fence = 0
         self.mark = Version(0, 0)
         self.dropped: set[Version] = set()
@@ -50,6 +60,9 @@ class InventoryLife(RuleBasedStateMachine):
                 self.pinned.pop(command.key, None)
                 self.verified.pop(command.key, None)
                 self.corrupt.discard(command.key)
+                for index in range(CHUNKS):
+                    self.places.pop((command.key, index), None)
+        self.comparing += [c for c in commands if isinstance(c, messages.ReadTwin)]
         before = self.seen()
         again = self.core.handle(event, self.now_s)
         assert self.seen() == before
@@ -58,10 +71,20 @@ class InventoryLife(RuleBasedStateMachine):
 
     def seen(self) -> Any:
         shards = {
-            key: (frozenset(s.present), tuple(sorted(s.digests.items())), s.quarantined)
+            key: (tuple(s.blocks.items()), tuple(sorted(s.digests.items())), s.quarantined)
             for key, s in self.core.shards.items()
         }
         return shards, dict(self.core.watermarks), dict(self.core.fences)
+
+    def place(self, key: ShardKey, index: int) -> None:
+        self.count += 1
+        self.places.setdefault((key, index), self.count)
+
+    def sharers(self, key: ShardKey, index: int) -> list[ShardKey]:
+        """Who counts and has the same bytes."""
+        place = self.places.get((key, index))
+        keys = {k for (k, i), p in self.places.items() if (i, p) == (index, place)}
+        return sorted((keys - self.corrupt) | {key})
 
     def is_gone(self, key: ShardKey) -> bool:
         is_dropped = key.version in self.dropped and key.version.generation >= self.fence
@@ -86,6 +109,7 @@ class InventoryLife(RuleBasedStateMachine):
         self.fence = max(self.fence, key.version.generation)
         if key not in self.corrupt:
             self.pinned.setdefault(key, set()).add(index)
+            self.place(key, index)
             assert commands == ([messages.HashChunk(key, index)] if is_new else [])
 
     @precondition(lambda self: self.pinned)
@@ -118,16 +142,41 @@ class InventoryLife(RuleBasedStateMachine):
         if key in self.corrupt:  # a good copy takes its place, chunk by chunk
             self.corrupt.discard(key)
             self.pinned[key], self.verified[key] = set(), set()
+            self.places = {slot: p for slot, p in self.places.items() if slot[0] != key}
         self.pinned.setdefault(key, set()).add(index)
         self.verified.setdefault(key, set()).add(index)
+        self.place(key, index)
+
+    @precondition(lambda self: self.comparing)
+    @rule(data=st.data(), is_well=st.booleans())
+    def compare(self, data: st.DataObject, is_well: bool) -> None:
+        """A chunk that equals an earlier one is to share its bytes, if these are still right."""
+        ask = data.draw(st.sampled_from(self.comparing))
+        self.comparing.remove(ask)
+        key, index, twin = ask.key, ask.index, ask.twin
+        assert ask.expected == digest(key, index) == digest(twin, index)
+        counts = index in self.verified.get(twin, ()) and twin not in self.corrupt
+        spoilt = self.sharers(twin, index)
+        value = digest(twin, index) if is_well else b"?" * 16
+        commands = self.feed(messages.TwinRead(key, index, ask.expected, twin, value))
+        if counts and not is_well:
+            assert commands == [messages.ReportCorrupt(k) for k in spoilt]
+            self.corrupt.update(spoilt)
+        elif counts and index in self.verified.get(key, ()) and key not in self.corrupt:
+            assert commands == [messages.ShareChunk(key, index, twin)]
+            self.places[key, index] = self.places[twin, index]
+        else:
+            assert commands == []
 
     @precondition(lambda self: any(len(v) == CHUNKS for v in self.verified.values()))
     @rule(data=st.data())
     def find_corrupt(self, data: st.DataObject) -> None:
         sealed = sorted(k for k, v in self.verified.items() if len(v) == CHUNKS)
-        key = data.draw(st.sampled_from(sealed))
-        assert self.feed(messages.ChunkFoundCorrupt(key)) == [messages.ReportCorrupt(key)]
-        self.corrupt.add(key)
+        key, index = data.draw(st.sampled_from(sealed)), data.draw(INDEX)
+        spoilt = self.sharers(key, index)
+        commands = self.feed(messages.ChunkFoundCorrupt(key, index))
+        assert commands == [messages.ReportCorrupt(k) for k in spoilt]
+        self.corrupt.update(spoilt)
 
     @rule(is_well=st.booleans())
     def read_again(self, is_well: bool) -> None:
@@ -141,9 +190,9 @@ class InventoryLife(RuleBasedStateMachine):
             value = digest(key, index) if is_well else b"?" * 16
             answers = self.core.handle(messages.ChunkRead(key, index, value), self.now_s)
             told = [c for c in answers if isinstance(c, messages.ReportCorrupt)]
-            assert told == ([] if is_well else [messages.ReportCorrupt(key)])
-            if not is_well:
-                self.corrupt.add(key)
+            spoilt = [] if is_well else self.sharers(key, index)
+            assert told == [messages.ReportCorrupt(k) for k in spoilt]
+            self.corrupt.update(spoilt)
 
     @rule(key=KEYS)
     def be_offered_what_is_here(self, key: ShardKey) -> None:
@@ -233,6 +282,10 @@ class InventoryLife(RuleBasedStateMachine):
         assert set(self.core.shards) == set(self.pinned)
 
     @invariant()
+    def shared_bytes_are_counted(self) -> None:
+        assert self.core.shared_bytes == len(self.places) - len(set(self.places.values()))
+
+    @invariant()
     def sealed_means_every_chunk_verified(self) -> None:
         whole = {k for k, v in self.verified.items() if len(v) == CHUNKS} - self.corrupt
         assert {record.key for record in self.core.records()} == whole
@@ -251,6 +304,8 @@ def _is_said_again(event: messages.Event, command: messages.Command) -> bool:
         case messages.ChunkStaged() | messages.ChunkFetched(), messages.DropShard():
             return True
         case messages.ReplicationRequested(), messages.OfferChunk():
+            return True
+        case messages.TwinRead(), messages.ShareChunk():
             return True
     return False
 

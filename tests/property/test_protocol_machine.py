@@ -53,6 +53,7 @@ class Protocol(RuleBasedStateMachine):
         in_flight=st.integers(1, 3),
         backpressure=BACKPRESSURE,
         is_tight=st.sampled_from([False, False, True]),
+        is_frozen=st.booleans(),
     )
     def build(
         self,
@@ -63,11 +64,12 @@ class Protocol(RuleBasedStateMachine):
         in_flight: int,
         backpressure: Any,
         is_tight: bool,
+        is_frozen: bool,
     ) -> None:
         memory = Memory(1, 2, replicas, in_flight=in_flight, backpressure=backpressure)
         capacity = memory.steps_held * chunks if is_tight else 1 << 20
         self.cluster = Cluster(
-            Setup(hosts, ranks, chunks, JobSettings(memory), capacity), self.cores
+            Setup(hosts, ranks, chunks, JobSettings(memory), capacity, is_frozen), self.cores
         )
         self.cluster.start_life(0)
         self.cluster.settle()

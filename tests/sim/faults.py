@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from tests.sim.holder import FLIP
 from tests.sim.limits import MINUTE_S, S3_DELAY_S, S3_SLOW_S
 from tests.sim.network import CALM, HEAD, Host, Weather
 from tiered import register
@@ -26,7 +27,6 @@ PROFILES = {
     # A job that crashes again and again, on hosts with not a byte to spare.
     "crashes": ("rank",),
 }
-FLIP = 1 << 40  # added to a chunk's content; never back to what it was
 
 
 class Faults:
@@ -243,9 +243,9 @@ class Faults:
         key = random.choice(keys) if keys else None
         if key is not None and holder.chunks.get(key):
             index = random.choice(sorted(holder.chunks[key]))
-            holder.chunks[key][index] += FLIP
-            self.world.oracle.flipped(holder.id, key)
-            self.world.kernel.log("a bit of %s flips on %s", key, holder.id)
+            for spoilt in holder.flip(key, index):
+                self.world.oracle.flipped(holder.id, spoilt)
+                self.world.kernel.log("a bit of %s flips on %s", spoilt, holder.id)
 
     def _disturb_s3(self) -> None:
         store, random = self.world.store, self.world.kernel.random

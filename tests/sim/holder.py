@@ -4,12 +4,12 @@ A chunk's bytes are one integer; its checksum is that integer, so that a flipped
 order of checks and events is the real shell's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, assert_never
 
 from replication import messages
 from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
-from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
+from replication.records import ChunkId, HolderId, ShardKey, ShardPlan, ShardRecord, Version
 from replication.scrub import Scrub
 from tests.sim.limits import (
     FETCH_TIMEOUT_S,
@@ -27,10 +27,16 @@ from tiered.errors import DurableStoreError
 if TYPE_CHECKING:
     from tests.sim.world import World
 
+FLIP = 1 << 40  # added to a chunk's content; never back to what it was
+
 
 def digest(content: int) -> bytes:
     """The checksum of a chunk."""
     return content.to_bytes(16, "big")
+
+
+class Bytes(int):
+    """A chunk's bytes in one holder's memory: shards that share them have the same object."""
 
 
 class Holder(Process):
@@ -41,7 +47,7 @@ class Holder(Process):
         self.world = world
         self.id = HolderId(host.place, incarnation)
         self.core = world.cores.inventory(self.id, world.setup.capacity)
-        self.chunks: dict[ShardKey, dict[int, int]] = {}
+        self.chunks: dict[ShardKey, dict[int, Bytes]] = {}
         self.fence_seen = 0
         self.born_s = world.kernel.now_s
         self.core.scrub = Scrub(SCRUB_PERIOD_S)
@@ -58,19 +64,48 @@ class Holder(Process):
         self.core.check_write(key, plan)
         self.world.oracle.staged(self.id, key, self.fence_seen)
         if not self.core.has_chunk(key, index):
-            self.chunks.setdefault(key, {})[index] = content
+            self.chunks.setdefault(key, {})[index] = Bytes(content)
         self.feed(messages.ChunkStaged(key, plan, index))
         self.world.oracle.pinned(self.id, self.chunks)
 
     # -- called by other holders, and by whoever restores ---------------------------------------
 
     def take_chunk(self, offer: messages.OfferChunk, source: HolderId, reply: Reply) -> None:
-        """Fetch a chunk, verify it, keep a copy."""
+        """Fetch a chunk, verify it, keep a copy; or share an earlier version's."""
         self.check_take(offer)
         if self.core.has_chunk(offer.key, offer.index):
             self.feed(messages.ChunkKnown(offer.key))
             reply(None)
             return
+        twin = self.core.twin_of(ChunkId(offer.key, offer.index, 1), offer.digest)
+        if twin is None:
+            self._fetch(offer, source, reply)
+            return
+
+        def read(value: bytes | None) -> None:
+            try:
+                if value is not None:
+                    self._take_twin(offer, source, twin, value)
+            except Exception as error:  # noqa: BLE001 - it goes to the caller, as Ray has it
+                reply(error)
+                return
+            if self.core.has_chunk(offer.key, offer.index):
+                self.world.oracle.counts["chunks shared"] += 1
+                reply(None)
+            else:
+                self._fetch(offer, source, reply)
+
+        self._read_twin(twin, offer.index, read)
+
+    def _take_twin(
+        self, offer: messages.OfferChunk, source: HolderId, twin: ShardKey, value: bytes
+    ) -> None:
+        index, expected = offer.index, offer.digest
+        if self.is_same(value, expected) and self.core.has_chunk(twin, index):
+            self._keep(offer, source, self.chunks[twin][index])
+        self.feed(messages.TwinRead(offer.key, index, expected, twin, value))
+
+    def _fetch(self, offer: messages.OfferChunk, source: HolderId, reply: Reply) -> None:
 
         def got(outcome: Outcome) -> None:
             try:
@@ -93,10 +128,11 @@ class Holder(Process):
     def _keep(self, offer: messages.OfferChunk, source: HolderId, outcome: Outcome) -> None:
         if isinstance(outcome, Exception):
             raise outcome
-        if not self.world.cores.is_same(digest(outcome), offer.digest):
+        if not self.is_same(digest(outcome), offer.digest):
             raise ChunkCorruptError(source.node_id, str(offer.key), offer.index)
         self.check_take(offer)
-        self.chunks.setdefault(offer.key, {})[offer.index] = outcome
+        if not self.core.has_chunk(offer.key, offer.index):
+            self.chunks.setdefault(offer.key, {})[offer.index] = Bytes(outcome)
         self.feed(messages.ChunkFetched(offer.key, offer.plan, offer.index, offer.digest))
         self.world.oracle.pinned(self.id, self.chunks)
         if (shard := self.core.shards.get(offer.key)) is not None and shard.is_sealed:
@@ -149,12 +185,11 @@ class Holder(Process):
                 bad.append(key)
                 continue
             chunks = self.chunks.get(key, {})
-            is_same = self.world.cores.is_same
-            if not all(
-                i in chunks and is_same(digest(chunks[i]), d) for i, d in enumerate(record.digests)
-            ):
-                self.feed(messages.ChunkFoundCorrupt(key))
-                bad.append(key)
+            for index, expected in enumerate(record.digests):
+                if index not in chunks or not self.is_same(digest(chunks[index]), expected):
+                    self.feed(messages.ChunkFoundCorrupt(key, index))
+                    bad.append(key)
+                    break
         return bad
 
     def upload(self, key: ShardKey, reply: Reply) -> None:
@@ -187,6 +222,10 @@ class Holder(Process):
                 case messages.HashChunk():
                     delay_s = world.kernel.uniform(0.001, 0.02)
                     world.kernel.after(delay_s, self._hash, command.key, command.index)
+                case messages.ReadTwin():
+                    self._compare(command)
+                case messages.ShareChunk(key, index, twin):
+                    self.chunks[key][index] = self.chunks[twin][index]
                 case messages.OfferChunk():
                     self._offer(command)
                 case messages.ReportShard():
@@ -202,11 +241,46 @@ class Holder(Process):
                     world.kernel.after(READ_S, self._reread, command.key, command.index)
                 case messages.DropShard():
                     world.oracle.dropped(self.id, command.key)
-                    self.chunks.pop(command.key, None)
+                    self.let_go(command.key)
                     self._unreported.pop(command.key, None)
                     self._corrupt.discard(command.key)
                 case _:
                     assert_never(command)
+
+    def let_go(self, key: ShardKey) -> None:
+        """Unpin a shard's bytes, but for those that another one shares."""
+        self.chunks.pop(key, None)
+
+    def flip(self, key: ShardKey, index: int) -> list[ShardKey]:
+        """A bit flips; return every shard that it spoils: all that share those bytes."""
+        old = self.chunks[key][index]
+        sharers = [k for k, held in self.chunks.items() if held.get(index) is old]
+        new = Bytes(old + FLIP)
+        for sharer in sharers:
+            self.chunks[sharer][index] = new
+        return sharers
+
+    def is_same(self, have: bytes, expected: bytes) -> bool:
+        """Compare checksums."""
+        return self.world.cores.is_same(have, expected)
+
+    def _compare(self, ask: messages.ReadTwin) -> None:
+        def read(value: bytes | None) -> None:
+            if value is not None:
+                self.feed(messages.TwinRead(ask.key, ask.index, ask.expected, ask.twin, value))
+
+        self._read_twin(ask.twin, ask.index, read)
+
+    def _read_twin(self, twin: ShardKey, index: int, read: Callable[[bytes | None], None]) -> None:
+        """Hash a chunk again; its checksum, or None if it is not in place any more."""
+        content = self.chunks.get(twin, {}).get(index)
+
+        def fire() -> None:
+            is_here = content is not None and self.chunks.get(twin, {}).get(index) is content
+            if self.is_alive:
+                read(digest(content) if is_here else None)
+
+        self.world.kernel.after(self.world.kernel.uniform(0.001, 0.02), fire)
 
     def _hash(self, key: ShardKey, index: int) -> None:
         if not self.is_alive:

@@ -15,8 +15,7 @@ from replication import messages
 from replication.inventory import Inventory
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
 from tests.sim.coordinator import Coordinator, Copies
-from tests.sim.faults import FLIP
-from tests.sim.holder import Holder, digest
+from tests.sim.holder import FLIP, Holder, digest
 from tests.sim.network import Outcome, Reply
 from tests.sim.world import Cores, World, draw_setup
 from tiered import messages as m
@@ -296,8 +295,8 @@ class NeverScrubs(Inventory):
 class CorruptUntold(Inventory):
     """A corrupt copy is told of to whoever asked to have it read, if to anybody."""
 
-    def _quarantine(self, key: ShardKey) -> list[messages.Command]:
-        return super()._quarantine(key) and []
+    def _quarantine(self, key: ShardKey, index: int) -> list[messages.Command]:
+        return super()._quarantine(key, index) and []
 
     def _remind(self, now_s: float) -> list[messages.Command]:
         return []
@@ -322,7 +321,34 @@ class KeepsQuarantined(Inventory):
 
     def has_chunk(self, key: ShardKey, index: int) -> bool:
         shard = self.shards.get(key)
-        return shard is not None and index in shard.present
+        return shard is not None and index in shard.blocks
+
+
+class FreesShared(Holder):
+    """The bytes of a dropped shard go, whoever shares them."""
+
+    def let_go(self, key: ShardKey) -> None:
+        gone = self.chunks.get(key, {})
+        super().let_go(key)
+        for index, content in gone.items():
+            for held in self.chunks.values():
+                if held.get(index) is content:
+                    del held[index]
+
+
+class SharesUnread(Holder):
+    """A twin is believed to be what it was when it was hashed."""
+
+    def _read_twin(self, twin: ShardKey, index: int, read: Callable[[bytes | None], None]) -> None:
+        digests = self.core.shards[twin].digests
+        super()._read_twin(twin, index, lambda value: read(value and digests[index]))
+
+
+class SpoilsOne(Inventory):
+    """Of the shards that share corrupt bytes only one stops counting."""
+
+    def sharers(self, key: ShardKey, index: int) -> list[ShardKey]:
+        return [key]
 
 
 class UploadsUnverified(Holder):
@@ -424,6 +450,9 @@ MUTANTS: dict[str, Mutant] = {
     "corrupt_told_once": Mutant(Cores(inventory=CorruptToldOnce), None),
     "refuses_old_copies": Mutant(Cores(inventory=RefusesOldCopies), 100),
     "keeps_quarantined": Mutant(Cores(inventory=KeepsQuarantined), None),
+    "frees_shared": Mutant(Cores(holder=FreesShared), 100),
+    "shares_unread": Mutant(Cores(holder=SharesUnread), None),
+    "spoils_one": Mutant(Cores(inventory=SpoilsOne), None),
     "uploads_unverified": Mutant(Cores(holder=UploadsUnverified), 200),
     "collects_unconfirmed": Mutant(Cores(coordinator=CollectsUnconfirmed), None),
     "unread_is_bad": Mutant(Cores(coordinator=UnreadIsBad), None),

@@ -48,6 +48,7 @@ class Oracle:
         self.world = world
         self.violations: list[str] = []
         self.saved: dict[ShardKey, tuple[int, ...]] = {}
+        self._latest: dict[int, tuple[int, ...]] = {}  # of each rank
         self.copies: dict[Version, dict[int, dict[HolderId, float]]] = {}
         self.lost_s: dict[tuple[HolderId, ShardKey], float] = {}
         self.died_s: dict[HolderId, float] = {}
@@ -77,10 +78,19 @@ class Oracle:
     # -- what happened ------------------------------------------------------------------------
 
     def save(self, key: ShardKey, chunks: int) -> tuple[int, ...]:
-        """A rank is about to save; these are its bytes, like no other's."""
+        """A rank is about to save; these are its bytes, like no other's.
+
+        But for what has not changed since its last save: never the first chunk.
+        """
         self._tokens += 1
         content = tuple((self._tokens << 16) + (index << 8) for index in range(chunks))
-        self.saved[key] = content
+        before, unchanged = self._latest.get(key.rank, content), self.world.setup.unchanged
+        if unchanged:
+            roll = self.world.kernel.random.random
+            content = (content[0], *(b if roll() < unchanged else c for b, c in zip(
+                before[1:], content[1:], strict=True
+            )))  # fmt: skip
+        self.saved[key] = self._latest[key.rank] = content
         return content
 
     def sealed(self, holder: HolderId, key: ShardKey, held: dict[ShardKey, dict[int, int]]) -> None:

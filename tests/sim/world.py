@@ -58,6 +58,7 @@ class Setup:
         fault_s: Length of the first phase.
         idle_s: Then, with everything healed, training pauses for so long.
         calm_s: Then it goes on for so long.
+        unchanged: The probability that a chunk, but the first, is what it was in the save before.
         profile: Which faults there are: one of `faults.PROFILES`.
         is_patient: Both end when their time is over, not when all is well.
     """
@@ -73,6 +74,7 @@ class Setup:
     fault_s: float = 100.0
     idle_s: float = 60.0
     calm_s: float = 80.0
+    unchanged: float = 0.0
     profile: str = "any"
     is_patient: bool = False
 
@@ -111,6 +113,7 @@ def draw_setup(seed: int, hosts: int | None = None, hours: float | None = None) 
         need=need,
         profile=profile,
         is_patient=rng.random() < 0.1,
+        unchanged=rng.choice((0.0, 0.8)) if chunks > 1 else 0.0,
     )
     if hours is None:
         return setup

@@ -7,7 +7,7 @@ from replication import messages
 from replication.inventory import Inventory
 from replication.records import HolderId, Life, ShardKey, Version
 from tests.property.protocol.coordinator import Coordinator, Register
-from tests.property.protocol.holder import Holder
+from tests.property.protocol.holder import Bytes, Holder
 from tests.property.protocol.model import Broken, Model
 from tests.property.protocol.network import HEAD, Network
 from tests.property.protocol.trainer import JobLife, Rank
@@ -41,6 +41,7 @@ class Setup:
     chunks: int
     settings: JobSettings
     capacity: int = 1 << 20
+    is_frozen: bool = False  # what is not in the first chunk never changes
 
     @property
     def is_roomy(self) -> bool:
@@ -155,8 +156,11 @@ class Cluster:
             key, index = where[pick % len(where)]
             # Only of a shard that was sealed: before, the checksum is taken of what is there.
             if self.holders[host].id in self.model.copies[key]:
-                chunks[key][index] |= 1  # true contents are even
-                self.model.flipped(self.holders[host].id, key)
+                old = chunks[key][index]
+                new = Bytes(old | 1)  # true contents are even
+                for sharer in [k for k, held in chunks.items() if held.get(index) is old]:
+                    chunks[sharer][index] = new
+                    self.model.flipped(self.holders[host].id, sharer)
 
     def replace_coordinator(self) -> None:
         self.coordinator.is_alive = False

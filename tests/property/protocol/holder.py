@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, assert_never
 
 from replication import messages
 from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
-from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord
+from replication.records import ChunkId, HolderId, ShardKey, ShardPlan, ShardRecord
 from tests.property.protocol.network import HEAD, Message
 
 if TYPE_CHECKING:
@@ -16,6 +16,10 @@ def digest(content: int) -> bytes:
     return content.to_bytes(16, "big")
 
 
+class Bytes(int):
+    """A chunk's bytes in one holder's memory: shards that share them have the same object."""
+
+
 class Holder:
     """One life of a host's holder."""
 
@@ -24,7 +28,7 @@ class Holder:
         self.id = identity
         self.host = identity.node_id
         self.core = cluster.cores.inventory(identity, cluster.setup.capacity)
-        self.chunks: dict[ShardKey, dict[int, int]] = {}
+        self.chunks: dict[ShardKey, dict[int, Bytes]] = {}
         self.unreported: dict[ShardKey, ShardRecord] = {}
         self.corrupt: set[ShardKey] = set()  # and not yet reported
         self.fence_seen = 0
@@ -41,7 +45,7 @@ class Holder:
         self.core.check_write(key, plan)
         self.cluster.model.staged(self, key)
         if not self.core.has_chunk(key, index):
-            self.chunks.setdefault(key, {})[index] = content
+            self.chunks.setdefault(key, {})[index] = Bytes(content)
         self.feed(messages.ChunkStaged(key, plan, index))
 
     def take(self, offer: messages.OfferChunk, source: "Holder") -> None:
@@ -50,14 +54,29 @@ class Holder:
         if self.core.has_chunk(offer.key, offer.index):
             self.feed(messages.ChunkKnown(offer.key))
             return
+        if self.take_twin(offer):
+            return
         source.check_alive()
         content = source.chunks.get(offer.key, {}).get(offer.index)
         if content is None:
             raise ShardNotHeldError(source.host, str(offer.key))
         if not self.cluster.cores.is_same(digest(content), offer.digest):
             raise ChunkCorruptError(source.host, str(offer.key), offer.index)
-        self.chunks.setdefault(offer.key, {})[offer.index] = content
+        self.chunks.setdefault(offer.key, {})[offer.index] = Bytes(content)
         self.feed(messages.ChunkFetched(offer.key, offer.plan, offer.index, offer.digest))
+
+    def take_twin(self, offer: messages.OfferChunk) -> bool:
+        """Share an earlier version's chunk, if there is one and its bytes are what they were."""
+        key, index = offer.key, offer.index
+        twin = self.core.twin_of(ChunkId(key, index, 1), offer.digest)
+        if twin is None:
+            return False
+        value = digest(self.chunks[twin][index])
+        if value == offer.digest:
+            self.chunks.setdefault(key, {})[index] = self.chunks[twin][index]
+            self.feed(messages.ChunkFetched(key, offer.plan, index, offer.digest))
+        self.feed(messages.TwinRead(key, index, offer.digest, twin, value))
+        return value == offer.digest
 
     def fence(self, generation: int) -> None:
         self.check_alive()
@@ -75,8 +94,9 @@ class Holder:
                 bad.append(key)
                 continue
             chunks = self.chunks.get(key, {})
-            if any(digest(chunks[index]) != want for index, want in enumerate(digests)):
-                self.feed(messages.ChunkFoundCorrupt(key))
+            wrong = (i for i, expected in enumerate(digests) if digest(chunks[i]) != expected)
+            if (index := next(wrong, None)) is not None:
+                self.feed(messages.ChunkFoundCorrupt(key, index))
                 bad.append(key)
         return bad
 
@@ -88,6 +108,10 @@ class Holder:
             match command:
                 case messages.HashChunk(key, index):
                     self._later("hash", lambda k=key, i=index: self._hash(k, i))
+                case messages.ReadTwin():
+                    self._later("compare", lambda c=command: self._compare(c))
+                case messages.ShareChunk(key, index, twin):
+                    self.chunks[key][index] = self.chunks[twin][index]
                 case messages.OfferChunk():
                     self._offer(command)
                 case messages.ReadChunk(key, index):
@@ -122,6 +146,12 @@ class Holder:
         content = self.chunks.get(key, {}).get(index)
         if self.is_alive and content is not None:
             self.feed(messages.ChunkHashed(key, index, digest(content)))
+
+    def _compare(self, ask: messages.ReadTwin) -> None:
+        content = self.chunks.get(ask.twin, {}).get(ask.index)
+        if self.is_alive and content is not None:
+            value = digest(content)
+            self.feed(messages.TwinRead(ask.key, ask.index, ask.expected, ask.twin, value))
 
     def _read(self, key: ShardKey, index: int) -> None:
         if self.is_alive:

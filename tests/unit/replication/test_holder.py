@@ -10,8 +10,9 @@ from replication import messages
 from replication.checksum import digest
 from replication.holder import Holder
 from replication.inventory import Inventory
-from replication.records import Chunk, HolderId, ShardKey, ShardPlan, Version
+from replication.records import Chunk, ChunkId, HolderId, ShardKey, ShardPlan, Version
 from replication.scrub import Scrub
+from replication.sink import Sink
 from replication.wire import Secret
 
 KEY = ShardKey("job", Version(1, 10), 0)
@@ -86,7 +87,7 @@ def test_a_corrupt_copy_is_reported_until_the_observer_answers(observer: Observe
 
     async def run() -> None:
         holder = holder_with_a_shard()
-        holder._feed(messages.ChunkFoundCorrupt(KEY))
+        holder._feed(messages.ChunkFoundCorrupt(KEY, 0))
         await holder.hello()
         await until_told(observer, "corrupt")
 
@@ -97,7 +98,7 @@ def test_a_corrupt_copy_is_reported_until_the_observer_answers(observer: Observe
 def test_a_good_copy_in_the_place_of_a_corrupt_one_is_what_is_told(observer: Observer) -> None:
     async def run() -> None:
         holder = holder_with_a_shard()
-        holder._feed(messages.ChunkFoundCorrupt(KEY))
+        holder._feed(messages.ChunkFoundCorrupt(KEY, 0))
         holder._feed(messages.ChunkFetched(KEY, PLAN, 0, digest(chunk(1, 2, 3))))
         await holder.hello()
         await until_told(observer, "shards")
@@ -116,3 +117,85 @@ def test_a_bit_that_flips_is_found_though_nobody_asks(observer: Observer) -> Non
 
     asyncio.run(run())
     assert observer.told[-1] == ("corrupt", [KEY])
+
+
+# --- chunks that did not change -------------------------------------------------------------------
+
+LATER = ShardKey("job", Version(1, 20), 0)
+SOURCE = HolderId("elsewhere", "1")
+
+
+class NoTransport:
+    """A way to other hosts on which every byte is counted, and damaged where it is said so."""
+
+    def __init__(self) -> None:
+        self.bytes_read = 0
+
+    def read(self, source: Any, wanted: ChunkId, sink: Sink, timeout_s: float) -> None:
+        sink.fill([memoryview(bytes([1, 2, 3]))])
+        self.bytes_read += 3
+
+
+async def settled(holder: Holder) -> None:
+    """Wait until nothing is done in the background any more."""
+    while holder._tasks:
+        await asyncio.wait(holder._tasks, timeout=5.0)
+
+
+def test_a_staged_chunk_that_did_not_change_shares_the_earlier_bytes() -> None:
+    async def run() -> None:
+        holder = holder_with_a_shard()
+        own = chunk(1, 2, 3)
+        await holder.stage_chunk(LATER, PLAN, 0, own)
+        await settled(holder)
+        assert holder._chunks[LATER][0] is holder._chunks[KEY][0]
+        assert holder._core.shared_bytes == 3
+        holder._feed(messages.WatermarkRaised("job", 1, LATER.version))
+        assert list(holder._chunks) == [LATER]
+        assert digest(holder._chunks[LATER][0]) == holder._core.record(LATER).digests[0]
+        assert await holder.verify([LATER]) == []
+
+    asyncio.run(run())
+
+
+def test_a_chunk_that_changed_keeps_its_own_bytes() -> None:
+    async def run() -> None:
+        holder = holder_with_a_shard()
+        await holder.stage_chunk(LATER, PLAN, 0, chunk(1, 2, 4))
+        await settled(holder)
+        assert len(holder._core.records()) == 2
+        assert holder._core.shared_bytes == 0
+
+    asyncio.run(run())
+
+
+def test_of_an_offered_chunk_that_is_here_as_an_earlier_one_no_byte_moves(
+    observer: Observer,
+) -> None:
+    async def run() -> None:
+        holder = holder_with_a_shard()
+        holder._transports["auto"] = way = NoTransport()
+        expected = digest(chunk(1, 2, 3))
+        await holder.take_chunk(LATER, PLAN, 0, expected, SOURCE)
+        assert way.bytes_read == 0
+        assert holder._chunks[LATER][0] is holder._chunks[KEY][0]
+        assert (await holder.traffic()).spared == 3
+        assert {record.key for record in await holder.list_shards()} == {KEY, LATER}
+
+    asyncio.run(run())
+
+
+def test_an_earlier_chunk_that_rotted_is_not_shared_but_told_of(observer: Observer) -> None:
+    async def run() -> None:
+        holder = holder_with_a_shard()
+        holder._chunks[KEY][0] = chunk(1, 2, 4)
+        holder._transports["auto"] = way = NoTransport()
+        await holder.take_chunk(LATER, PLAN, 0, digest(chunk(1, 2, 3)), SOURCE)
+        assert way.bytes_read == 3
+        assert [record.key for record in await holder.list_shards()] == [LATER]
+        assert await holder.verify([LATER]) == []
+        await holder.hello()
+        await until_told(observer, "corrupt")
+
+    asyncio.run(run())
+    assert ("corrupt", [KEY]) in observer.told

@@ -51,7 +51,7 @@ def test_an_offer_of_a_chunk_that_was_found_corrupt_is_not_repeated() -> None:
     for index in range(2):
         core.handle(ChunkStaged(KEY, PLAN, index), 0.0)
         core.handle(ChunkHashed(KEY, index, b"%016d" % index), 0.0)
-    core.handle(ChunkFoundCorrupt(KEY), 0.0)
+    core.handle(ChunkFoundCorrupt(KEY, 0), 0.0)
     core.handle(ChunkFetched(KEY, PLAN, 0, b"%016d" % 0), 0.0)
     core.handle(ChunkNotTaken(peer, KEY, 1), 0.0)
     assert core.handle(Ticked(), 100.0) == []
@@ -70,7 +70,7 @@ def test_a_corrupt_copy_is_replaced_by_a_verified_one() -> None:
     for index in range(2):
         core.handle(ChunkStaged(KEY, PLAN, index), 0.0)
         core.handle(ChunkHashed(KEY, index, b"%016d" % index), 0.0)
-    core.handle(ChunkFoundCorrupt(KEY), 0.0)
+    core.handle(ChunkFoundCorrupt(KEY, 0), 0.0)
     assert not core.has_chunk(KEY, 0)
     assert core.handle(ChunkFetched(KEY, PLAN, 0, b"%016d" % 0), 0.0) == []
     assert core.records() == []
@@ -102,7 +102,7 @@ def test_a_corrupt_copy_is_told_of_and_told_of_again_until_it_is_replaced() -> N
     core = Inventory(HolderId("a", "1"), 100)
     sealed(core)
     core.handle(Ticked(), 0.0)
-    assert core.handle(ChunkFoundCorrupt(KEY), 1.0) == [ReportCorrupt(KEY)]
+    assert core.handle(ChunkFoundCorrupt(KEY, 0), 1.0) == [ReportCorrupt(KEY)]
     assert core.handle(Ticked(), 14.0) == []
     assert core.handle(Ticked(), 15.0) == [ReportCorrupt(KEY)]  # an older report may be late
     sealed(core, 16.0)

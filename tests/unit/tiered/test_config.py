@@ -139,13 +139,19 @@ def test_a_job_takes_settings_and_nothing_like_them(memory: Any, s3: Any, name: 
     assert "tiered." in str(caught.value)
 
 
-def test_a_step_is_due_when_any_tier_asks_for_it() -> None:
+def test_a_step_is_due_for_s3_when_that_tier_asks_for_it() -> None:
     both = JobSettings(Memory(every_steps=4), S3("s3://bucket", every_steps=6))
-    assert [s for s in range(14) if both.is_due(s)] == [0, 4, 6, 8, 12]
     assert [s for s in range(14) if both.is_due_for_s3(s)] == [0, 6, 12]
     memory_only = JobSettings(Memory(every_steps=4))
-    assert [s for s in range(10) if memory_only.is_due(s)] == [0, 4, 8]
     assert not any(memory_only.is_due_for_s3(s) for s in range(10))
+
+
+def test_the_cadence_may_be_automatic_with_a_cap() -> None:
+    assert Memory(every_steps="auto").max_overhead == 0.035
+    with pytest.raises(ConfigError, match="every_steps='often'"):
+        Memory(every_steps="often")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="max_overhead"):
+        Memory(every_steps="auto", max_overhead=1.5)
 
 
 @pytest.mark.parametrize("job", ["a", "A9", "llama-70b", "a.b_c-d", "0" * 128])

@@ -1,0 +1,22 @@
+"""Every mechanism of faults, by name: how each takes aim at what is there.
+
+A mechanism returns None when there is nothing to strike now, and then the fault is left out.
+"""
+
+from collections.abc import Callable, Mapping
+
+from chaos.faults import gcs, hosts, links, memory, processes, ray_api, store
+from chaos.schedule import Planned
+from chaos.world import Aim, World
+
+Mechanism = Callable[[World, Planned], Aim | None]
+
+LOCAL: Mapping[str, Mechanism] = {
+    **processes.MECHANISMS,
+    **hosts.MECHANISMS,
+    **memory.MECHANISMS,
+    **store.MECHANISMS,
+    **links.MECHANISMS,
+    **gcs.MECHANISMS,
+}
+RAY: Mapping[str, Mechanism] = ray_api.MECHANISMS

@@ -1,0 +1,239 @@
+"""The callback for `RunConfig(callbacks=[...])`.
+
+Its hooks are Ray Train's developer API, for which there is no stable way in: `UserCallback`, the
+stable one, hears of reports and exceptions only. They run in the controller's process, but for
+`after_init_train_context`, which runs in each worker. Nothing in here ends a run that would go on
+without it: what fails is logged.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Callable as Function
+from typing import Any, ParamSpec, TypeVar
+
+import ray
+from ray.train.v2._internal.execution.callback import (
+    ControllerCallback,
+    WorkerCallback,
+    WorkerGroupCallback,
+)
+
+from replication.holder import NAMESPACE, holder_name
+from tiered import cluster
+from tiered.config import check_job_name
+from tiered.ray_train import run
+from tiered.ray_train.pulse import read_pulse
+from tiered.ray_train.summary import Summary, write_summary
+from tiered.ray_train.timeline import Pulse, Recovery, Timeline
+
+logger = logging.getLogger(__name__)
+
+HOLDERS_TIMEOUT_S = 45.0
+PING_TIMEOUT_S = 1.5
+NODE_LABEL = "ray.io/node-id"
+CAUSE_LENGTH = 200
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _harmless(hook: Function[P, T]) -> Function[P, T | None]:
+    """What goes wrong in a hook is logged: Ray Train would count it as a failure of the run."""
+
+    @functools.wraps(hook)
+    def run_it(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        try:
+            return hook(*args, **kwargs)
+        except Exception:  # a run must not end because it is watched
+            logger.exception("tiered's callback failed in %s; the run goes on", hook.__name__)
+            return None
+
+    return run_it
+
+
+class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
+    """Makes a Ray Train run and the checkpoints in its hosts' memory know of each other.
+
+    Starts the holders before the first attempt. After a failure it keeps the new workers away from
+    hosts that do not answer, which Ray itself would find out 3 to 65 s later. Measures each
+    recovery; `tiered.ray_train.read_summary(result)` returns them. Has each worker's
+    `Checkpointer` register the steps on S3, so that `Result.checkpoint` is one of them.
+    """
+
+    def __init__(self, job: str | None = None, *, avoid_silent_hosts: bool = True) -> None:
+        """Make one for one run.
+
+        Args:
+            job: The `Checkpointer`'s, where it is not the run's name.
+            avoid_silent_hosts: See above. Only where `ScalingConfig.label_selector` is not given
+                for each worker apart, and the other hosts have room for all of them.
+        """
+        self._job = "" if job is None else check_job_name(job)
+        self._avoids = avoid_silent_hosts
+        self._run_id = ""
+        self._timeline = Timeline()
+        self._problem: tuple[str, tuple[int, ...]] | None = None
+        self._last: Pulse | None = None
+        self._nodes: tuple[str, ...] = ()
+        self._is_after_failure = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker needs; the controller keeps the rest to itself."""
+        return {**self.__dict__, "_problem": None, "_last": None}
+
+    # -- the run, in the controller -------------------------------------------------------------
+
+    @_harmless
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Start a holder on every host, and wait for them."""
+        self._run_id = train_run_context.run_id
+        self._job = self._job or str(train_run_context.run_config.name)
+        cluster.ask(cluster.coordinator(), "hello", timeout_s=HOLDERS_TIMEOUT_S)
+
+    @_harmless
+    def after_controller_finish(self, result: Any) -> None:
+        """Write down what happened."""
+        self._listen()
+        timeline = self._timeline
+        summary = Summary(
+            self._job,
+            self._run_id,
+            len(timeline.recoveries),
+            timeline.lost_steps,
+            tuple(timeline.recoveries),
+        )
+        logger.info("[%s] %s", self._job, summary)
+        write_summary(result, summary)
+
+    # -- a failure ------------------------------------------------------------------------------
+
+    @_harmless
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Remember what failed; follow a recovery to its end."""
+        if errors := worker_group_status.errors:
+            rank = min(errors)
+            cause = f"rank {rank}: {_one_line(errors[rank])}"
+            self._problem = (cause, tuple(sorted(errors)))
+        if self._timeline.is_recovering:
+            self._listen()
+
+    @_harmless
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        """A failure was seen: what was the last that was heard of the run?"""
+        now_s = time.time()
+        self._listen()
+        cause, ranks = self._problem or ("the workers did not start", ())
+        self._problem = None
+        self._timeline.failed(cause, ranks, now_s, self._last)
+        self._is_after_failure = True
+        last = self._timeline.recoveries[-1]
+        logger.warning(
+            "[%s] failure %d: %s; last step %d", self._job, last.number, cause, last.last_step
+        )
+
+    @_harmless
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        """The old workers are ended."""
+        self._timeline.reached("tear_down_s", time.time())
+
+    @_harmless
+    def on_controller_start_worker_group(
+        self, *, scaling_config: Any, num_workers: int
+    ) -> dict[str, str] | None:
+        """Keep the new workers from hosts that do not answer, if there is room without them."""
+        is_after_failure, self._is_after_failure = self._is_after_failure, False
+        chosen = scaling_config.label_selector
+        if not (is_after_failure and self._avoids and self._nodes) or isinstance(chosen, list):
+            return None
+        if chosen and NODE_LABEL in chosen:
+            return None
+        silent = _silent(self._nodes)
+        self._nodes = ()  # another failure without a start in between may have been our doing
+        default = {"GPU": 1.0} if scaling_config.use_gpu else {"CPU": 1.0}
+        need = scaling_config.resources_per_worker or default
+        if not silent or not _have_room(silent, need, num_workers):
+            return None
+        self._timeline.avoided(silent)
+        names = ", ".join(node_id[:8] for node_id in silent)
+        logger.warning("[%s] hosts that do not answer are left out: %s", self._job, names)
+        return {**(chosen or {}), NODE_LABEL: f"!in({','.join(silent)})"}
+
+    # -- a worker group -------------------------------------------------------------------------
+
+    @_harmless
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """The workers know their ranks, and torch.distributed is up."""
+        now_s = time.time()
+        workers = worker_group.get_workers()
+        self._nodes = tuple(sorted({worker.metadata.node_id for worker in workers}))
+        known = [facts for facts in worker_group.execute(run.facts) if facts is not None]
+        if known:
+            self._timeline.reached("schedule_s", max(f.process_started_s for f in known))
+            self._timeline.reached("process_start_s", max(f.ready_s for f in known))
+        self._timeline.reached("process_group_s", now_s)
+
+    @_harmless
+    def after_init_train_context(self) -> None:
+        """In each worker: tell it of which run it is, and after how many failures."""
+        run.introduce(self._run_id, len(self._timeline.recoveries))
+
+    def _listen(self) -> None:
+        """Take the newest pulse in."""
+        pulse = read_pulse(self._job)
+        if pulse is None or pulse.run_id != self._run_id:
+            return
+        self._last = pulse
+        was_recovering = self._timeline.is_recovering
+        self._timeline.heard(pulse)
+        if was_recovering and not self._timeline.is_recovering:
+            logger.warning("[%s] %s", self._job, describe(self._timeline.recoveries[-1]))
+
+
+def describe(recovery: Recovery) -> str:
+    """A recovery in one line of the log."""
+    parts = ", ".join(
+        f"{name.removesuffix('_s').replace('_', ' ')} {seconds:.1f}"
+        for name, seconds in recovery.parts.items()
+    )
+    total = "" if recovery.total_s is None else f" in {recovery.total_s:.1f} s"
+    return (
+        f"failure {recovery.number}: training again{total} ({parts}), from step "
+        f"{recovery.resumed_step}; {recovery.lost_steps} steps lost"
+    )
+
+
+def _silent(node_ids: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of these hosts whose holder does not answer, or that Ray knows to be dead."""
+    calls: dict[Any, str] = {}
+    silent = set(node_ids)
+    for node_id in node_ids:
+        try:
+            holder = ray.get_actor(holder_name(node_id), NAMESPACE)
+        except ValueError:  # Ray's word for: no such actor
+            continue
+        calls[holder.hello.remote()] = node_id
+    if calls:
+        ray.wait(list(calls), num_returns=len(calls), timeout=PING_TIMEOUT_S)
+    for call, node_id in calls.items():
+        try:
+            ray.get(call, timeout=0)
+        except ray.exceptions.RayError:
+            continue
+        silent.discard(node_id)
+    return tuple(sorted(silent))
+
+
+def _have_room(silent: tuple[str, ...], need: dict[str, float], num_workers: int) -> bool:
+    """Whether the other hosts could have room for the workers, each on one of them."""
+    places = 0
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        if node["Alive"] and node["NodeID"] not in silent:
+            fits = [node["Resources"].get(name, 0.0) // n for name, n in need.items() if n > 0]
+            places += int(min(fits, default=num_workers))
+    return places >= num_workers
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{type(error).__name__}: {lines[-1].strip() or lines[0]}"[:CAUSE_LENGTH]

@@ -157,8 +157,9 @@ class TieredCallback(TrainerCallback):
         assert self._trainer is not None
         assert self._checkpointer is not None
         step = self._trainer.state.global_step
-        if self.settings.is_due(step):
-            self._checkpointer.save(step, _parts(self._trainer))
+        # called at every step all the same: it measures what `every_steps="auto"` goes by
+        is_due = self._checkpointer.is_due(step)
+        self._checkpointer.save(step, _parts(self._trainer) if is_due else {})
 
 
 def _parts(trainer: Trainer) -> dict[str, Any]:

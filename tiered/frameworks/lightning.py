@@ -52,6 +52,11 @@ class TieredCallback(Callback):
         self.job = check_job_name(job)
         self.path = f"tiered://{job}"
         self.settings = JobSettings(memory or Memory(), s3)
+        if self.settings.memory.every_steps == "auto":
+            raise ConfigError(
+                'every_steps="auto" is measured on each rank, and here only rank 0 saves; give '
+                "Memory(every_steps=...) a number"
+            )
         self._allow_pickle = allow_pickle
         self._checkpointer: Checkpointer | None = None
         self._has_looked = False
@@ -113,8 +118,9 @@ class TieredCallback(Callback):
         batch_idx: int,
     ) -> None:
         """Save if the optimizer has stepped and its step is due."""
-        step = trainer.global_step
-        if step != self._saved_step and self.settings.is_due(step):
+        step, memory = trainer.global_step, self.settings.memory
+        is_due = step % int(memory.every_steps) == 0 or self.settings.is_due_for_s3(step)
+        if is_due and step != self._saved_step:
             self._saved_step = step
             trainer.save_checkpoint(self.path)
 
@@ -167,7 +173,7 @@ class TieredCallback(Callback):
 
     def _save(self, checkpoint: dict[str, Any]) -> None:
         assert self._checkpointer is not None
-        self._checkpointer.save(checkpoint["global_step"], {"checkpoint": checkpoint}, force=True)
+        self._checkpointer.save(checkpoint["global_step"], {"checkpoint": checkpoint})
 
 
 class MemoryIO(CheckpointIO):

@@ -99,6 +99,7 @@ def import_step(
         content = {key: state} if key else state
         checkpointer = Checkpointer(job, memory, s3, rank=0, world_size=1)
         try:
+            checkpointer.restore({})  # there is nothing to restore: it begins
             handle = checkpointer.save(step, content, force=True)
             assert handle is not None
             handle.wait("replicated" if s3 is None else "durable", timeout_s)

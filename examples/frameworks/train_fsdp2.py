@@ -1,6 +1,7 @@
 """FSDP2: torchrun --nproc-per-node=2 --max-restarts=3 train_fsdp2.py.
 
-Each rank saves the parts of the model and the optimizer that it has.
+Each rank saves the parts of the model and the optimizer that it has. About restarts with gloo see
+train_torchrun.py.
 """
 
 import os

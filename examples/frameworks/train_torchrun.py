@@ -1,6 +1,8 @@
 """Plain PyTorch, data parallel: torchrun --nproc-per-node=2 --max-restarts=3 train_torchrun.py.
 
-Kill a worker: torchrun starts all of them again, and they go on from memory.
+Kill a worker: torchrun starts all of them again, and they go on from memory. Set
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for that with gloo: the store that torch 2.13 shares between
+the lives of the workers keeps the addresses of the dead ones.
 """
 
 import os

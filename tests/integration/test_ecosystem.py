@@ -28,18 +28,22 @@ from tiered.whole_step import WholeStep
 pytestmark = pytest.mark.cluster
 EXAMPLES = Path(__file__).parents[2] / "examples" / "frameworks"
 KILLED = Path(__file__).with_name("killed.py")
-KILL_AT = 13  # in the middle of this step; steps that are multiples of 5 are saved
+KILL_AT = 14  # in the middle of this step of the optimizer; every fifth step is saved
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(hosts=2, object_store_bytes=700 << 20) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:  # the processes here are the head's
+        patch.setattr("chaos.local_cluster.HEAD_STORE_BYTES", 700 << 20)
+        with LocalCluster(hosts=1, object_store_bytes=150 << 20) as running:
+            yield running
 
 
 def start(command: list[str], cluster: LocalCluster, job: str) -> "subprocess.Popen[str]":
     environment = {**os.environ, "RAY_ADDRESS": cluster.address, "JOB": job, "OMP_NUM_THREADS": "1"}
+    # else torch 2.13's restarted workers may read the addresses of the last life from its store
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return subprocess.Popen(
         [sys.executable, *command], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -1,4 +1,4 @@
-# Three commands do everything on a fresh machine: `make demo`, `make test` and `make bench`.
+# These do everything on a fresh machine: `make demo`, `make test`, `make bench` and `make chaos`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 BENCH_ARGS = $(if $(QUICK),--size-mib 128 --repeat 3 --peers torch.save$(comma)dcp-async$(comma)lm-resiliency,)
 comma := ,
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow bench chaos lint clean
 
 demo: $(STAMP)
 	@$(BIN)/python -m examples.demo $(ARGS)
@@ -22,6 +22,10 @@ test-slow: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks $(if $(QUICK),compare,all) $(BENCH_ARGS) $(ARGS)
+
+# Half an hour of faults; ARGS="--seed 7 --minutes 5 --scenario network" chooses others.
+chaos: $(STAMP)
+	@$(BIN)/python -m chaos --minutes 30 $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -36,4 +40,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .bench demo_out bench_out
+	rm -rf $(VENV) .bench demo_out bench_out chaos_out

@@ -3,6 +3,7 @@
 import json
 import logging
 import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,9 @@ def main(
     scenario: Annotated[str, typer.Option(help=f"One of {NAMES}.")] = "",
     address: Annotated[str, typer.Option(help="Of a running cluster; default: a local one.")] = "",
     s3_uri: Annotated[str, typer.Option(help="With --address: where the S3 tier is.")] = "",
+    gap_s: Annotated[
+        float | None, typer.Option(min=0.1, help="Between faults, on average; the scenario's own.")
+    ] = None,
     state_mib: Annotated[int, typer.Option(min=1, help="Of a rank.")] = 4,
     out: Annotated[Path, typer.Option(help="Folder for history, summary, picture.")] = Path(
         "chaos_out"
@@ -53,6 +57,8 @@ def main(
     if not address and ranks >= hosts:
         raise typer.BadParameter(f"{ranks} ranks need more than {hosts} hosts, to lose one of them")
     chosen = SCENARIOS[name]
+    if gap_s is not None:
+        chosen = replace(chosen, gap_s=gap_s)
     seed = secrets.randbelow(1_000_000) if seed is None else seed
     console.print(f"seed {seed}")
     plan = draw(seed, minutes, chosen)
@@ -63,13 +69,17 @@ def main(
         return
     logging.getLogger("tiered").setLevel(logging.ERROR)
     options = Options(
-        seed, name, chosen, hosts, ranks, address, s3_uri, state_bytes=state_mib << 20
+        seed, name, chosen, minutes, hosts, ranks, address, s3_uri, state_bytes=state_mib << 20
     )
-    outcome = Run(options, plan, lambda line: console.print(line, soft_wrap=True)).run()
-    verdict = check(outcome.records)
     folder = out / f"{name}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_history(folder / "history.jsonl", outcome.records)
+    run = Run(options, plan, lambda line: console.print(line, soft_wrap=True, markup=False))
+    outcome = run.outcome
+    try:
+        run.run()
+    finally:
+        write_history(folder / "history.jsonl", outcome.records)
+    verdict = check(outcome.records)
     told = report.summary(outcome.records, verdict, outcome.left_out)
     (folder / "summary.json").write_text(json.dumps(told, indent=1) + "\n")
     picture.draw(outcome.records, verdict, folder / "timeline.png")

@@ -1,5 +1,6 @@
 """After the faults: what is left of the newest step, and what is left behind."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -8,10 +9,9 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private import internal_api
 
 import tiered
-from chaos.history import HistoryWriter
+from chaos.recorder import HistoryWriter
 from chaos.workload import digest
 from chaos.world import World
 from replication.holder import NAMESPACE, holder_name
@@ -22,12 +22,19 @@ from tiered.s3 import S3Store
 ASK_TIMEOUT_S = 30.0
 GONE_WITHIN_S = 30.0
 SHARED_MEMORY = Path("/dev/shm")
-STORE_IS_EMPTY_BYTES = 1 << 20  # Ray's own small objects
 
 
 def segments() -> set[str]:
-    """Files in shared memory."""
-    return {path.name for path in SHARED_MEMORY.iterdir()}
+    """Files in shared memory that no live process has mapped.
+
+    Those of a run are nobody's once its processes are gone; others may be at work on this machine.
+    """
+    mapped = []
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # it is gone
+            mapped.append(maps.read_text())
+    names = {path.name for path in SHARED_MEMORY.iterdir()}
+    return {name for name in names if not any(f"/dev/shm/{name}" in text for text in mapped)}
 
 
 def inspect(job: str, history: HistoryWriter) -> None:
@@ -58,7 +65,6 @@ def forget(world: World) -> dict[str, list[str]]:
     return {
         "trainers": _until_empty(lambda: _trainers(world), deadline_s),
         "shards": _until_empty(_shards, deadline_s),
-        "objects": _until_empty(_objects, deadline_s),
     }
 
 
@@ -105,19 +111,6 @@ def _shards() -> list[str]:
         info = ray.get(holder.hello.remote(), timeout=ASK_TIMEOUT_S)
         if info.used_bytes:
             found.append(f"{info.used_bytes} bytes at {info.holder}")
-    return found
-
-
-def _objects() -> list[str]:
-    """What is still in the hosts' object stores."""
-    found = []
-    for node in _alive():
-        stats = internal_api.node_stats(  # type: ignore[no-untyped-call]
-            node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False
-        )
-        used = stats.store_stats.object_store_bytes_used
-        if used > STORE_IS_EMPTY_BYTES:
-            found.append(f"{used} bytes in the object store of {node['NodeID'][:8]}")
     return found
 
 

@@ -25,15 +25,12 @@ for, such as a level that a save has reached, is an `ok` record of its own.
     inspect   ok       step, copies (of each rank), digests (by rank): read from outside
     leaks     ok       one list for each kind of thing that may be left; what was found
 
-Each process appends to a file of its own, so that nothing is shared and a SIGKILL can cut off no
-more than the line being written; a reader leaves such a line out. Times are wall-clock seconds.
+Times are wall-clock seconds. `chaos.recorder` writes a history while it happens.
 """
 
 import gzip
 import json
-import os
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -59,73 +56,6 @@ class Record:
     id: str
     time_s: float
     data: dict[str, Any] = field(default_factory=dict)
-
-
-class HistoryWriter:
-    """Appends the records of one process.
-
-    Args:
-        who: Unique among the writers of a run; operations' ids begin with it.
-        append: Called with each line, and returns when it is kept.
-    """
-
-    def __init__(self, who: str, append: Callable[[str], None]) -> None:
-        self._who = who
-        self._append = append
-        self._count = 0
-
-    def invoke(self, op: str, **data: Any) -> str:
-        """Note that an operation is about to begin; returns its id."""
-        self._count += 1
-        name = f"{self._who}-{self._count}"
-        self.write(op, "invoke", name, **data)
-        return name
-
-    def note(self, op: str, **data: Any) -> str:
-        """Note what was not asked for; returns its id."""
-        self._count += 1
-        name = f"{self._who}-{self._count}"
-        self.write(op, "ok", name, **data)
-        return name
-
-    def write(self, op: str, phase: Phase, name: str, **data: Any) -> None:
-        """Append one record of now."""
-        record = Record(op, phase, name, time.time(), data)
-        self._append(json.dumps(asdict(record), separators=(",", ":")))
-
-
-def file_writer(folder: str | Path, who: str) -> HistoryWriter:
-    """A writer to a file of its own in `folder`, whose lines outlive the process."""
-    # Line buffered: a line is in the file before the next statement runs.
-    file = open(  # noqa: SIM115 -- kept open as long as the process
-        Path(folder) / f"{who}-{os.getpid()}.jsonl", "a", buffering=1, encoding="utf-8"
-    )
-
-    def append(line: str) -> None:
-        file.write(line + "\n")
-
-    return HistoryWriter(f"{who}-{os.getpid()}", append)
-
-
-class HistoryFolder:
-    """Follows every writer's file in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._offsets: dict[Path, int] = {}
-
-    def read_new(self) -> list[Record]:
-        """Records that were not returned before, by time."""
-        found: list[Record] = []
-        for path in sorted(self._folder.glob("*.jsonl")):
-            offset = self._offsets.get(path, 0)
-            with path.open("rb") as file:
-                file.seek(offset)
-                new = file.read()
-            whole = new[: new.rfind(b"\n") + 1]
-            self._offsets[path] = offset + len(whole)
-            found.extend(parse(line) for line in whole.splitlines())
-        return by_time(found)
 
 
 def parse(line: str | bytes) -> Record:

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from chaos.history import HistoryWriter
+from chaos.recorder import HistoryWriter
 from chaos.workload import Work, start_ranks
 
 logger = logging.getLogger(__name__)

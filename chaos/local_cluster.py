@@ -47,6 +47,10 @@ QUICK_DETECTION: Mapping[str, int] = {
 }
 
 
+class ProcessesLeftError(RuntimeError):
+    """A cluster was ended, and some of its processes still run."""
+
+
 class LocalCluster:
     """A head and `hosts` raylets; on exit nothing of it is left, whatever happened inside.
 
@@ -233,7 +237,7 @@ class LocalCluster:
         """Disconnect and end every process of the cluster; idempotent.
 
         Raises:
-            RuntimeError: Some process outlived SIGKILL.
+            ProcessesLeftError: Some process outlived SIGKILL.
         """
         if not self._folder:
             return
@@ -247,7 +251,7 @@ class LocalCluster:
             self._folder = ""
             self._nodes.clear()
         if left:
-            raise RuntimeError(f"processes of {folder} are left: {[p.pid for p in left]}")
+            raise ProcessesLeftError(f"processes of {folder} are left: {[p.pid for p in left]}")
 
     def __enter__(self) -> Self:
         return self.start()

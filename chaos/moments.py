@@ -12,10 +12,14 @@ from chaos.s3_proxy import FaultProxy
 
 
 class Moments:
-    """Counts the signs of each moment since it was last waited for."""
+    """Looks for the signs of a moment from when it is waited for.
 
-    def __init__(self, proxy: FaultProxy | None) -> None:
-        self._proxy = proxy
+    Attributes:
+        proxy: In front of S3, if there is one.
+    """
+
+    def __init__(self, proxy: FaultProxy | None = None) -> None:
+        self.proxy = proxy
         self._wanted = ""
         self._seen = False
         self._lives_with_saves: set[int] = set()
@@ -23,8 +27,8 @@ class Moments:
     def wait_for(self, moment: str) -> None:
         """From now on `is_here` tells whether it has come."""
         self._wanted, self._seen = moment, False
-        if self._proxy is not None:
-            self._proxy.forget_requests()
+        if self.proxy is not None:
+            self.proxy.forget_requests()
 
     def see(self, records: Iterable[Record]) -> None:
         """Take note of what is new in the history."""
@@ -34,11 +38,11 @@ class Moments:
 
     def is_here(self) -> bool:
         """Whether the moment has come since it was first waited for."""
-        if self._proxy is not None and self._wanted in ("flush", "manifest"):
+        if self.proxy is not None and self._wanted in ("flush", "manifest"):
             sign = "/data/" if self._wanted == "flush" else "/index/step/"
             self._seen = self._seen or any(
                 request.method == "PUT" and sign in request.target
-                for request in self._proxy.requests
+                for request in self.proxy.requests
             )
         return self._seen
 

@@ -5,7 +5,7 @@ import threading
 from ray.exceptions import RayError
 
 import tiered
-from chaos.history import HistoryWriter
+from chaos.recorder import HistoryWriter
 from tiered import TieredError
 
 PERIOD_S = 0.7

@@ -14,19 +14,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import tiered
 from chaos import aftermath, faults
-from chaos.history import HistoryFolder, HistoryWriter, Record, by_time, file_writer
+from chaos.history import Record, by_time
 from chaos.host_network import HostNetwork
 from chaos.launcher import Launcher
-from chaos.local_cluster import LocalCluster
+from chaos.local_cluster import LocalCluster, ProcessesLeftError
 from chaos.moments import Moments
 from chaos.observer import Observer
+from chaos.recorder import HistoryFolder, Notebook, file_writer
 from chaos.s3_proxy import FaultProxy
 from chaos.s3_server import S3Server
 from chaos.schedule import Planned, Scenario
@@ -41,7 +44,7 @@ BUCKET = "chaos"
 POLL_S = 0.01
 READ_S = 0.03  # between two looks at what clients have written
 TEND_S = 2.0
-MOMENT_TIMEOUT_S = 15.0  # a moment that does not come: strike at random
+MOMENT_TIMEOUT_S = 8.0  # a moment that does not come: strike at random
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 90.0
 MISSED_STRIKES = (OSError, RuntimeError, ValueError, RayError, TieredError, psutil.Error,
@@ -55,6 +58,7 @@ class Options:
     Attributes:
         seed: Of the schedule, and of everything else that is drawn.
         scenario: Its name and what it is.
+        minutes: After that no fault is begun.
         hosts: Of the local cluster.
         ranks: Of the job.
         address: Of somebody's running cluster; empty: a local one.
@@ -68,6 +72,7 @@ class Options:
     seed: int
     name: str
     scenario: Scenario
+    minutes: float
     hosts: int = 4
     ranks: int = 2
     address: str = ""
@@ -88,7 +93,11 @@ class Outcome:
 
 
 class Run:
-    """Carries one schedule out; use `run` once."""
+    """Carries one schedule out; use `run` once.
+
+    Attributes:
+        outcome: What has happened so far.
+    """
 
     def __init__(
         self, options: Options, plan: tuple[Planned, ...], say: Callable[[str], None]
@@ -96,14 +105,16 @@ class Run:
         self._options = options
         self._plan = plan
         self._say = say
-        self._outcome = Outcome()
+        self.outcome = Outcome()
         self._heard: dict[int, float] = {}
+        self._settings: tiered.S3 | None = None
         self._mends: list[tuple[float, int, str, Aim]] = []
         self._numbers = count()
+        self._moments = Moments()
         self._read_s = self._tended_s = 0.0
 
-    def run(self) -> Outcome:
-        """Do all of it; the history is whole even if a part of it could not be done.
+    def run(self) -> None:
+        """Do all of it; `outcome` has what happened so far, whatever is raised.
 
         Raises:
             TieredError, OSError, RuntimeError: The cluster could not be started, or not be ended.
@@ -113,90 +124,103 @@ class Run:
         folder = Path(tempfile.mkdtemp(prefix="chaos-"))
         self._folder = HistoryFolder(folder)
         self._history = file_writer(folder, "driver")
+        others = file_writer(folder, "launcher"), file_writer(folder, "observer")
+        self._launchers, self._observers = others
         try:
             try:
                 with ExitStack() as stack:
                     self._start(stack, folder)
                     left = self._phases()
-            except RuntimeError as error:
-                if "are left" not in str(error):  # of LocalCluster.shutdown
-                    raise
+            except ProcessesLeftError as error:
                 left["processes"] = [str(error)]
             left.setdefault("processes", [])
             left["segments"] = sorted(aftermath.segments() - before)
             if "shards" in left:
                 self._history.note("leaks", **left)
-            self._look()
-            self._outcome.records = by_time(self._outcome.records)
         finally:
+            for writer in (self._history, self._launchers, self._observers):
+                writer.close()
+            self._look()
+            self.outcome.records = by_time(self.outcome.records)
             shutil.rmtree(folder, ignore_errors=True)
-        return self._outcome
 
     # -- start ----------------------------------------------------------------------------------
 
     def _start(self, stack: ExitStack, folder: Path) -> None:
         options = self._options
         job = f"chaos-{options.name}-{options.seed}-{os.getpid()}"
-        network = None
-        if options.scenario.has_network:
-            network = HostNetwork()
-            stack.callback(network.close)
-            network.start()
-        server = proxy = cluster = None
-        settings = tiered.S3(options.s3_uri, every_steps=10) if options.s3_uri else None
-        if not options.address:
-            server = stack.enter_context(S3Server())
-            server.create_bucket(BUCKET)
-            host = "127.0.0.1" if network is None else network.head_address
-            proxy = stack.enter_context(FaultProxy(server.endpoint_url, host=host))
-            stack.enter_context(_environment(self._variables(server, proxy, network, folder)))
-            settings = tiered.S3(
-                f"s3://{BUCKET}/runs", every_steps=10, keep=3, read_timeout_s=5.0, max_attempts=3
-            )
-            cluster = LocalCluster(
-                options.hosts,
-                object_store_bytes=max(128 * MIB, 24 * options.state_bytes),
-                system_config=_system_config(options.scenario),
-                network=network,
-            )
-            stack.enter_context(cluster)
-        else:
-            ray.init(address=options.address, log_to_driver=False, logging_level=logging.WARNING)
-            stack.callback(ray.shutdown)
-        memory = tiered.Memory(every_steps=2, keep=2, replicas=options.replicas, chunk_bytes=MIB)
-        self._settings = settings
-        work = Work(
-            job, options.ranks, memory, settings, options.state_bytes, options.step_s, str(folder)
+        self._world = World(
+            job,
+            self._history,
+            least_hosts=max(options.ranks, options.replicas + 1),
         )
+        if options.address:
+            self._join_cluster(stack)
+        else:
+            self._start_cluster(stack, folder)
+        memory = tiered.Memory(every_steps=2, keep=2, replicas=options.replicas, chunk_bytes=MIB)
+        work = Work(
+            job, options.ranks, memory, self._settings, options.state_bytes, options.step_s,
+            str(folder), self._folder.notebook,
+        )  # fmt: skip
         self._history.note(
             "setup", seed=options.seed, scenario=options.name, replicas=options.replicas,
             world_size=options.ranks, hosts=options.hosts,
             recover_within_s=options.recover_within_s, repair_within_s=options.repair_within_s,
         )  # fmt: skip
-        launcher = Launcher(
-            work, _other(folder, "launcher"), lambda life: self._heard.get(life, 0.0), self._is_away
-        )
-        self._world = World(
-            job, self._history, launcher, cluster, network, server, proxy,
-            least_hosts=max(options.ranks, options.replicas + 1),
-        )  # fmt: skip
-        self._moments = Moments(proxy)
-        launcher.start()
-        self._observer = Observer(job, _other(folder, "observer"))
+        self._observer = Observer(job, self._observers)
+        self._moments.proxy = self._world.proxy
+        self._world.launcher = Launcher(work, self._launchers, self._heard_of, self._is_away)
+        self._world.launcher.start()
 
-    def _variables(
-        self, server: S3Server, proxy: FaultProxy, network: HostNetwork | None, folder: Path
-    ) -> dict[str, str]:
+    def _join_cluster(self, stack: ExitStack) -> None:
+        options = self._options
+        if options.s3_uri:
+            self._settings = tiered.S3(options.s3_uri, every_steps=10)
+        ray.init(address=options.address, log_to_driver=False, logging_level=logging.WARNING)
+        stack.callback(ray.shutdown)
+        # On this host, whose loss ends the run anyway.
+        node_id = ray.get_runtime_context().get_node_id()
+        here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        notebook: Any = ray.remote(Notebook).options(num_cpus=0, scheduling_strategy=here)
+        self._folder.notebook = notebook.remote()
+
+    def _start_cluster(self, stack: ExitStack, folder: Path) -> None:
+        options, world = self._options, self._world
+        if options.scenario.has_network:
+            world.network = network = HostNetwork()
+            stack.callback(network.close)
+            network.start()
+        world.server = server = stack.enter_context(S3Server())
+        server.create_bucket(BUCKET)
+        host = "127.0.0.1" if world.network is None else world.network.head_address
+        world.proxy = proxy = stack.enter_context(FaultProxy(server.endpoint_url, host=host))
+        stack.enter_context(_environment(self._variables(server, proxy, folder)))
+        self._settings = tiered.S3(
+            f"s3://{BUCKET}/runs", every_steps=10, keep=3, read_timeout_s=5.0, max_attempts=3
+        )
+        world.cluster = LocalCluster(
+            options.hosts,
+            object_store_bytes=max(128 * MIB, 24 * options.state_bytes),
+            system_config=_system_config(options.scenario),
+            network=world.network,
+        )
+        stack.enter_context(world.cluster)
+
+    def _variables(self, server: S3Server, proxy: FaultProxy, folder: Path) -> dict[str, str]:
         variables = {**server.environment(), "AWS_ENDPOINT_URL": proxy.endpoint_url}
         variables["PYTHONPATH"] = os.pathsep.join(
             [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         ).rstrip(os.pathsep)
-        if network is not None:
+        if self._world.network is not None:
             variables["GLOO_SOCKET_IFNAME"] = "eth0"
         if self._options.scenario.has_gcs_storage:
             variables["RAY_gcs_storage"] = "rocksdb"
             variables["RAY_gcs_storage_path"] = str(folder / "gcs")
         return variables
+
+    def _heard_of(self, life: int) -> float:
+        return self._heard.get(life, 0.0)
 
     def _is_away(self, node_id: str) -> bool:
         return node_id in self._world.avoided
@@ -209,8 +233,11 @@ class Run:
         self._observer.start()
         if not first:
             self._say("no step was committed: striking all the same")
+        end_s = time.monotonic() + 60 * self._options.minutes
         for planned in self._plan:
-            self._until(_never, planned.after_s)
+            self._until(_never, min(planned.after_s, max(0.0, end_s - time.monotonic())))
+            if time.monotonic() >= end_s:  # moments that were waited for took their time
+                break
             if planned.moment:
                 self._moments.wait_for(planned.moment)
                 self._until(self._moments.is_here, MOMENT_TIMEOUT_S)
@@ -256,7 +283,7 @@ class Run:
             self._say(f"{planned.mechanism}: no aim: {error}")
             aim = None
         if aim is None:
-            self._outcome.left_out[planned.mechanism] += 1
+            self.outcome.left_out[planned.mechanism] += 1
             return
         name = self._history.invoke(
             "fault", mechanism=planned.mechanism, target=aim.target, moment=planned.moment,
@@ -318,9 +345,8 @@ class Run:
         """Read what clients have written since."""
         self._read_s = time.monotonic()
         new = self._folder.read_new()
-        self._outcome.records += new
-        if hasattr(self, "_moments"):
-            self._moments.see(new)
+        self.outcome.records += new
+        self._moments.see(new)
         for record in new:
             if record.op in ("restore", "save", "level"):
                 self._heard[int(record.data["life"])] = record.time_s
@@ -332,7 +358,7 @@ class Run:
 
         def has() -> bool:
             nonlocal seen
-            records = self._outcome.records
+            records = self.outcome.records
             new, seen = records[seen:], len(records)
             for record in new:
                 if record.op == "save" and record.phase == "invoke" and record.time_s > since_s:
@@ -350,7 +376,7 @@ class Run:
         """Whether the status has been without degraded steps since."""
 
         def is_whole() -> bool:
-            for record in reversed(self._outcome.records):
+            for record in reversed(self.outcome.records):
                 if record.time_s < since_s + 1.0:
                     return False
                 if record.op == "observe" and record.phase == "ok":
@@ -362,10 +388,6 @@ class Run:
 
 def _never() -> bool:
     return False
-
-
-def _other(folder: Path, who: str) -> HistoryWriter:
-    return file_writer(folder, who)
 
 
 @contextmanager

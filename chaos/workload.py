@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import tiered
-from chaos.history import HistoryWriter, file_writer
+from chaos.recorder import HistoryWriter, file_writer, notebook_writer
 from replication.errors import DeadlineError, FencedError, TieredError
 
 PEERS_TIMEOUT_S = 15.0  # of a collective: so long a hung rank holds up the others
@@ -37,6 +37,7 @@ class Work:
         state_bytes: Of a rank, about.
         step_s: What a step takes beside its save.
         folder: Where ranks write their history.
+        notebook: The actor to which they write it instead, where they share no folder.
     """
 
     job: str
@@ -46,6 +47,7 @@ class Work:
     state_bytes: int
     step_s: float
     folder: str
+    notebook: Any = None
 
 
 def make_state(state_bytes: int) -> dict[str, Any]:
@@ -100,7 +102,12 @@ class Rank:
         """Train until told to stop, or until something fails; returns why it ended."""
         work = self._work
         torch.set_num_threads(1)
-        history = file_writer(work.folder, f"life{self._life}-rank{self._rank}")
+        who = f"life{self._life}-rank{self._rank}"
+        history = (
+            file_writer(work.folder, who)
+            if work.notebook is None
+            else notebook_writer(work.notebook, who)
+        )
         dist.init_process_group(
             "gloo",
             init_method=f"tcp://{self._meeting_point}",

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import psutil
 
 from chaos import session_guard
-from chaos.history import HistoryWriter
 from chaos.host_network import HostNetwork
 from chaos.launcher import Launcher
 from chaos.local_cluster import LocalCluster
+from chaos.recorder import HistoryWriter
 from chaos.s3_proxy import FaultProxy
 from chaos.s3_server import S3Server
 
@@ -54,7 +54,7 @@ class World:
 
     job: str
     history: HistoryWriter
-    launcher: Launcher
+    launcher: Launcher = field(init=False)  # its start needs the cluster
     cluster: LocalCluster | None = None
     network: HostNetwork | None = None
     server: S3Server | None = None

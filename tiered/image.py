@@ -3,15 +3,17 @@
     8 bytes       length of the header, little endian
     header        JSON, padded with spaces so that the data starts at a multiple of 64
     data          the state's tree first (a U8 tensor named `__tree__`), then the tensors, widest
-                  dtype first, each at the offset that the header gives
+                  dtype first, then the largest, each at the offset that the header gives
 
 Any safetensors reader opens it. The image is cut into chunks: chunk 0 is the header and the tree,
-which change with every step; the others are `chunk_bytes` of tensor data each, so that tensors
-that did not change make the same chunks again. docs/FORMAT.md has the details.
+which change with every step; the others are tensor data, cut between tensors where that is
+possible. So frozen tensors make the same chunks again, whatever else trains: the small tensors of
+an adapter, say, lie together behind the large ones that they adapt. docs/FORMAT.md has the details.
 """
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +27,7 @@ from tiered.state import Captured
 from tiered.tree import TREE_NAME
 
 ALIGNMENT = 64
+_NUMBERS = re.compile(r"(\d+)")
 TREE_PADDING = 4096  # so that a tree that grows a little does not move every tensor
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 
@@ -58,6 +61,7 @@ class Layout:
         entries: Each tensor's header entry, without its offsets.
         kinds: Each tensor's dtype and shape.
         texts: The entries as JSON, by the offset of the first tensor; filled as needed.
+        cuts: Where the data is cut into chunks, by their size; filled as needed.
     """
 
     signature: tuple[Any, ...]
@@ -66,6 +70,24 @@ class Layout:
     entries: tuple[dict[str, Any], ...]
     kinds: Mapping[str, tuple[torch.dtype, torch.Size]]
     texts: dict[int, bytes] = field(default_factory=dict)
+    cuts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def stops(self, chunk_bytes: int) -> tuple[int, ...]:
+        """Where each data chunk of at most `chunk_bytes` ends, counted from the data's start.
+
+        A tensor that does not fit behind others begins a chunk; one that fits in none is cut.
+        """
+        if chunk_bytes not in self.cuts:
+            stops, begin = [], 0
+            for span in self.spans:
+                if begin < span.start and span.stop - begin > chunk_bytes:
+                    stops.append(begin := span.start)
+                while span.stop - begin > chunk_bytes:
+                    stops.append(begin := begin + chunk_bytes)
+            if begin < self.data_bytes:
+                stops.append(self.data_bytes)
+            self.cuts[chunk_bytes] = tuple(stops)
+        return self.cuts[chunk_bytes]
 
     def text(self, offset: int) -> bytes:
         """Every tensor's header entry as JSON, each after a comma."""
@@ -88,8 +110,14 @@ def safetensors_name(dtype: torch.dtype) -> str | None:
 def lay_out(captured: Captured) -> Layout:
     """Plan the image of a state."""
     spans, entries, offset = [], [], 0
-    ordered = sorted(captured.tensors.items(), key=lambda kv: (-kv[1].element_size(), kv[0]))
-    for name, tensor in ordered:
+
+    def place(item: tuple[str, torch.Tensor]) -> tuple[Any, ...]:
+        name, tensor = item
+        # layers.2 before layers.10: those that are frozen are mostly the first or the last ones
+        parts = [part.rjust(20, "0") if part.isdigit() else part for part in _NUMBERS.split(name)]
+        return -tensor.element_size(), -tensor.numel(), parts, name
+
+    for name, tensor in sorted(captured.tensors.items(), key=place):
         size = tensor.numel() * tensor.element_size()
         shape = list(tensor.shape)
         dtype = _NAMES.get(tensor.dtype)
@@ -103,9 +131,9 @@ def lay_out(captured: Captured) -> Layout:
 
 
 def chunk_sizes(layout: Layout, first_bytes: int, chunk_bytes: int) -> tuple[int, ...]:
-    """Sizes of the chunks: the header and tree, then the data in equal cuts and a remainder."""
-    whole, rest = divmod(layout.data_bytes, chunk_bytes)
-    return (first_bytes, *[chunk_bytes] * whole, *([rest] if rest else []))
+    """Sizes of the chunks: the header and tree, then the data."""
+    stops = layout.stops(chunk_bytes)
+    return (first_bytes, *(stop - start for start, stop in itertools.pairwise((0, *stops))))
 
 
 def front(layout: Layout, key: ShardKey, world_size: int, tree: bytes) -> bytes:

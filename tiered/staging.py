@@ -13,6 +13,7 @@ later writes into memory that is its own.
 """
 
 import ctypes
+import itertools
 import logging
 import threading
 import time
@@ -124,18 +125,16 @@ class Stager:
         if index < len(slots):
             slots[index].fill(tensors)
             return slots[index].reference
-        start = index * self._chunk_bytes
-        stop = min(start + self._chunk_bytes, layout.data_bytes)
+        start, stop = [0, *layout.stops(self._chunk_bytes)][index : index + 2]
         return put(data_chunk(layout, tensors, start, stop))
 
     def _prepare(self, layout: Layout) -> None:
         began_s = time.monotonic()
         zeros = np.zeros(min(self._chunk_bytes, max(1, layout.data_bytes)), dtype=np.uint8)
         try:
-            for start in range(0, layout.data_bytes, self._chunk_bytes):
+            for start, stop in itertools.pairwise((0, *layout.stops(self._chunk_bytes))):
                 if not self._is_wanted.is_set():
                     return
-                stop = min(start + self._chunk_bytes, layout.data_bytes)
                 reference = put([zeros[: stop - start]])
                 (sealed,) = ray.get(reference)
                 view = writable(sealed)

@@ -1,5 +1,6 @@
 """The image: what any safetensors reader sees, and what a hostile one may not do to us."""
 
+import itertools
 import json
 import string
 from typing import Any
@@ -143,6 +144,31 @@ def test_any_cut_gives_the_same_bytes(chunk_bytes: int) -> None:
         start += size
     assert [len(piece) for piece in pieces] == list(sizes[1:])
     assert b"".join(pieces) == whole
+
+
+def test_a_chunk_ends_between_tensors_but_for_those_that_fit_in_none() -> None:
+    kib = {"a": 10, "b": 25, "c.10": 4, "c.2": 4, "d": 4, "e": 1}
+    state = {name: torch.zeros(n << 10, dtype=torch.uint8) for name, n in kib.items()}
+    layout = lay_out(capture(state))
+    assert [span.name for span in layout.spans] == ["b", "a", "c.2", "c.10", "d", "e"]
+    sizes = chunk_sizes(layout, 10, 10 << 10)
+    assert [n >> 10 for n in sizes[1:]] == [10, 10, 5, 10, 8, 5]
+
+
+def test_what_is_frozen_makes_the_same_chunks_whatever_trains_beside_it() -> None:
+    def chunks(step: int) -> list[bytes]:
+        state: dict[str, torch.Tensor] = {}
+        for layer in range(12):
+            state[f"layers.{layer}.base"] = torch.full((1000,), layer)
+            state[f"layers.{layer}.adapter"] = torch.full((40,), 100 * step + layer)
+        captured = capture(state)
+        layout = lay_out(captured)
+        stops = (0, *layout.stops(16_000))
+        cut = [data_chunk(layout, captured.tensors, a, b) for a, b in itertools.pairwise(stops)]
+        return [b"".join(buffer.tobytes() for buffer in chunk) for chunk in cut]
+
+    same = [one == other for one, other in zip(chunks(1), chunks(2), strict=True)]
+    assert same == [True] * 6 + [False]
 
 
 def test_a_contiguous_tensor_is_not_copied() -> None:

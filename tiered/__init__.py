@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     )
     from tiered.garbage import Deletion, GarbagePlan
     from tiered.handle import SaveHandle
+    from tiered.imports import import_step
     from tiered.journal import Entry
     from tiered.overview import ClusterStatus
     from tiered.recovered import Recovered, TensorInfo
@@ -118,6 +119,7 @@ __all__ = [
     "events",
     "explain_placement",
     "forget",
+    "import_step",
     "recover",
     "status",
 ]
@@ -165,6 +167,7 @@ _HOME = {
     "Deletion": "tiered.garbage",
     "GarbagePlan": "tiered.garbage",
     "SaveHandle": "tiered.handle",
+    "import_step": "tiered.imports",
     "Entry": "tiered.journal",
     "ClusterStatus": "tiered.overview",
     "collect_garbage": "tiered.recovery",

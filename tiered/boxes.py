@@ -92,3 +92,29 @@ def is_run(part: Box, shape: Sizes) -> bool:
     """Whether the elements of `part` lie one after the other in a tensor of `shape`."""
     first, stop = span_of(part, shape)
     return stop - first == part.size
+
+
+def cut(shape: Sizes, at_most: int) -> list[Box]:
+    """A tensor in boxes of `at_most` elements, in row-major order, each of them one run.
+
+    One without elements is one box.
+    """
+    boxes: list[Box] = []
+
+    def add(offsets: Sizes, rest: Sizes) -> None:
+        if math.prod(rest) <= at_most or not rest:
+            boxes.append(Box(offsets + (0,) * len(rest), (1,) * len(offsets) + rest))
+            return
+        row = math.prod(rest[1:])
+        if row > at_most:
+            for index in range(rest[0]):
+                add((*offsets, index), rest[1:])
+            return
+        rows = at_most // row
+        for start in range(0, rest[0], rows):
+            part = Box((start, *(0,) * len(rest[1:])), (min(rows, rest[0] - start), *rest[1:]))
+            boxes.append(Box(offsets + part.offsets, (1,) * len(offsets) + part.shape))
+
+    assert at_most > 0
+    add((), shape)
+    return boxes

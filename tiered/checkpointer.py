@@ -571,12 +571,12 @@ class Checkpointer:
         if handle is not None:
             handle.wait(level, timeout_s)
 
-    def close(self, timeout_s: float = 60.0) -> None:
+    def close(self, timeout_s: float = 60.0, *, end_local: bool = True) -> None:
         """Wait for the saves on their way (and for their flush to S3), then stop watching.
 
         The committed steps stay in the cluster's memory, for the next run or `tiered.recover`; a
         local Ray cluster that Tiered started is ended, and its memory with it, once every rank has
-        closed.
+        closed; with `end_local=False` it stays.
         """
         deadline = time.monotonic() + timeout_s
         for handle in self._watcher.pending().values():
@@ -591,7 +591,7 @@ class Checkpointer:
         if self._run is not None:
             self._run.finish()
         self._holder.release()
-        if self._is_local:
+        if self._is_local and end_local:
             if self._worker.world_size > 1 and dist.is_initialized():
                 dist.barrier()  # nobody else still needs the cluster
             if self._worker.rank == 0:

@@ -102,6 +102,11 @@ class Layout:
         return self.texts[offset]
 
 
+def safetensors_name(dtype: torch.dtype) -> str | None:
+    """What safetensors calls a dtype; None if it does not know it."""
+    return _NAMES.get(dtype)
+
+
 def lay_out(captured: Captured) -> Layout:
     """Plan the image of a state."""
     spans, entries, offset = [], [], 0

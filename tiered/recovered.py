@@ -9,7 +9,16 @@ from typing import Any
 import torch
 
 from tiered.boxes import whole
-from tiered.errors import StateError, WorldSizeError
+from tiered.errors import ConfigError, StateError, WorldSizeError
+from tiered.export import (
+    MAX_FILE_BYTES,
+    Format,
+    check_target,
+    write_dcp,
+    write_safetensors,
+    write_shards,
+    write_torch,
+)
 from tiered.fetch import ShardReader, tiers_of
 from tiered.history import ShardSources
 from tiered.restore import Filled, check_whole, read_state, read_whole_state, restore_into
@@ -18,6 +27,7 @@ from tiered.saved_step import SavedStep
 from tiered.step_index import StepIndex
 from tiered.tensor_reads import Wanted, read_tensors
 from tiered.tree import TensorRef
+from tiered.whole_step import WholeStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,24 +165,47 @@ class Recovered:
         with self._opened() as step:
             return restore_into(state, step, rank, world_size, strict=strict)
 
-    def export(self, directory: str | Path) -> list[Path]:
-        """Write every shard's safetensors file into `directory`, chunk by chunk; return the paths.
+    def export(
+        self,
+        path: str | Path,
+        format: Format = "shards",
+        *,
+        key: str | None = None,
+        max_file_bytes: int = MAX_FILE_BYTES,
+    ) -> list[Path]:
+        """Write the step for other tools, a window of it in memory at a time; return the files.
 
-        A file appears under its name only when it is whole.
+        Nothing appears under its name before all of it is written.
+
+        Args:
+            path: A directory that is new or empty; for "torch" a file, which is replaced.
+            format: "shards": each rank's safetensors file. "safetensors": one model as Hugging
+                Face has it, all tensors and nothing else. "dcp": for `dcp.load`. "torch": for
+                `torch.load(weights_only=True)`, numpy's arrays as tensors. All but "shards" have
+                the state unsharded, as `state_dict` does.
+            key: Only what is under this key of the state, such as "model", named from there.
+            max_file_bytes: Of one safetensors file; a larger model is several, with an index.
+
+        Raises:
+            ConfigError: Something is in the way, or an argument is wrong.
+            StateError: The format has no room for something; names it. Nothing is written.
+            StepNotFoundError: A chunk has no intact copy any more.
         """
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for rank in self._ranks:
-            path = folder / f"rank-{rank:05d}.safetensors"
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as out, self._opened() as step:
-                for chunk in step.readers[rank].chunks():
-                    for buffer in chunk:
-                        out.write(buffer.data)
-            partial.replace(path)
-            paths.append(path)
-        return paths
+        target = Path(path)
+        check_target(target, format)
+        if format == "shards" and key is not None:
+            raise ConfigError(f"key={key!r} needs another format: shards are written as they are")
+        if type(max_file_bytes) is not int or max_file_bytes < 1:
+            raise ConfigError(f"max_file_bytes={max_file_bytes!r} must be an int of at least 1")
+        with self._opened() as step:
+            if format == "shards":
+                return write_shards(step, target)
+            whole_step = WholeStep(step, key)
+            if format == "safetensors":
+                return write_safetensors(whole_step, target, max_file_bytes)
+            if format == "dcp":
+                return write_dcp(whole_step, target)
+            return write_torch(whole_step, target)
 
     @property
     def _ranks(self) -> range:

@@ -430,7 +430,7 @@ MUTANTS: dict[str, Mutant] = {
     "key_by_step": Mutant(Cores(job=KeyByStep), 100),
     "no_branch_rule": Mutant(Cores(), 100, _no_branch),
     "gc_before_commit": Mutant(with_part("eviction", GcBeforeCommit), 100),
-    "delete_on_failed_verify": Mutant(Cores(coordinator=DeleteOnFailedVerify), 100),
+    "delete_on_failed_verify": Mutant(Cores(coordinator=DeleteOnFailedVerify), 160),
     "gc_keep_list": Mutant(Cores(holder=KeepList, coordinator=SendsKeepList), 100),
     "parent_counts": Mutant(with_part("eviction", ParentCounts), 200),
     "gc_unfenced": Mutant(Cores(inventory=GcUnfenced), None),

@@ -13,7 +13,9 @@ from chaos.history import read_history
 
 pytestmark = pytest.mark.cluster
 
-SEED = 9  # kills a host, a trainer and the coordinator, stops a host, cuts a chunk off, disturbs S3
+# Kills a trainer first, so that there is a life that restores whatever else is hit; then a host and
+# the coordinator, keeps a holder busy, flips a bit, stops a host, disturbs S3.
+SEED = 3888
 
 
 @pytest.mark.timeout(360)

@@ -18,10 +18,13 @@ from replication.messages import (
     FenceRaised,
     JobForgotten,
     ReadChunk,
+    ReadTwin,
     ReportCorrupt,
     ReportShard,
+    ShareChunk,
     StepDropped,
     Ticked,
+    TwinRead,
     WatermarkRaised,
 )
 from replication.records import HolderId, ShardKey, ShardPlan, Version
@@ -116,6 +119,21 @@ def test_a_chunk_that_is_offered_though_it_is_here_is_reported_again() -> None:
     assert core.handle(ChunkKnown(KEY), 0.0) == []  # not whole yet
     core.handle(ChunkFetched(KEY, PLAN, 1, b"%016d" % 1), 0.0)
     assert core.handle(ChunkKnown(KEY), 0.0) == [ReportShard(core.record(KEY))]
+
+
+def test_rot_in_bytes_that_two_steps_share_spoils_both() -> None:
+    core, later = Inventory(HolderId("a", "1"), 100), ShardKey("job", Version(1, 11), 0)
+    sealed(core)
+    for index in range(2):
+        digest = b"%016d" % index
+        core.handle(ChunkStaged(later, PLAN, index), 0.0)
+        commands = core.handle(ChunkHashed(later, index, digest), 0.0)
+        assert commands[-1] == ReadTwin(later, index, digest, KEY)
+        twin_read = TwinRead(later, index, digest, KEY, digest)
+        assert core.handle(twin_read, 0.0) == [ShareChunk(later, index, KEY)]
+    corrupt = core.handle(ChunkFoundCorrupt(KEY, 0), 1.0)
+    assert corrupt == [ReportCorrupt(KEY), ReportCorrupt(later)]
+    assert not core.records()
 
 
 def test_what_is_pinned_is_read_again_and_a_flipped_bit_found() -> None:

@@ -1,7 +1,8 @@
 """What rank 0 last told of a run: its step, and when. The controller reads it after a failure.
 
 It is in Ray's GCS, because every process of the job may be gone when it is wanted. One small write
-at a time, at most every `PULSE_S`, from a thread of rank 0's, never from the training thread.
+at a time, every `PULSE_S` at most and at once after a restore, from a thread of rank 0's, never
+from the training thread.
 """
 
 import json

@@ -95,7 +95,7 @@ class LifeReport:
             facts.run_id, facts.failures, before.lost_steps, before.step, before.step_s
         )
         self._changed = threading.Condition()
-        self._is_new = self._is_closing = False
+        self._is_new = self._is_urgent = self._is_closing = False
         self._thread = threading.Thread(target=self._tell_forever, name="tiered-pulse", daemon=True)
         self._thread.start()
 
@@ -112,7 +112,11 @@ class LifeReport:
         """It returns; -1 for a fresh start."""
         lost = self._lost_before + max(0, self._last_step - step)
         now_s = time.time()
-        self._update(restored_s=now_s, resumed_step=step, step=step, step_s=now_s, lost_steps=lost)
+        with self._changed:
+            self._is_urgent = True  # this life may be over before the next pulse is due
+            self._update(
+                restored_s=now_s, resumed_step=step, step=step, step_s=now_s, lost_steps=lost
+            )
 
     def stepped(self, step: int) -> None:
         """A step was run."""
@@ -137,13 +141,13 @@ class LifeReport:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._is_new or self._is_closing)
-                pulse, self._is_new = self._pulse, False
+                pulse, self._is_new, self._is_urgent = self._pulse, False, False
                 is_closing = self._is_closing
             write_pulse(self._job, pulse)
             if is_closing:
                 return
             with self._changed:
-                self._changed.wait_for(lambda: self._is_closing, PULSE_S)
+                self._changed.wait_for(lambda: self._is_urgent or self._is_closing, PULSE_S)
 
 
 def _process_started_s() -> float:

@@ -32,12 +32,11 @@ class Repair:
         known = self.known
         commands: list[m.Command] = []
         need = known.copies_needed
-        if self._under_way:
-            self._under_way = {
-                (key, to): due
-                for (key, to), due in self._under_way.items()
-                if due > now_s and to in known.holders
-            }
+        self._under_way = {
+            (key, to): due
+            for (key, to), due in self._under_way.items()
+            if due > now_s and to in known.holders and to not in known.intact(key.version, key.rank)
+        }
         for version in known.needed_versions():
             for rank in sorted(known.copies.get(version, {})):
                 if len(known.copies_of(version, rank)) < need:
@@ -63,7 +62,7 @@ class Repair:
             free_s = max(now_s, self._free_s.get(source.node_id, 0.0))
             if missing <= 0 or len(self._under_way) >= REPAIRS_AT_ONCE or free_s > now_s:
                 break
-            if target.node_id in there or target.node_id in known.leaving:
+            if target.node_id in there:
                 continue
             self._under_way[key, target] = now_s + REPAIR_BASE_S + size_bytes / REPAIR_BYTES_PER_S
             self._tries[key] = tries + 1

@@ -33,7 +33,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from replication.pinning import is_shared_memory, pin
+from replication.pinning import StoreMemory, pin
 from replication.records import Buffer, Chunk
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class ReceiveBuffers:
             put: Copies a chunk into the object store and returns views that pin it.
         """
         self._put = put
+        self._store = StoreMemory()
         self._free: dict[int, deque[Buffer]] = {}
         self._spare: deque[Buffer] = deque(maxlen=SPARE)
         self._lock = threading.Lock()
@@ -121,7 +122,7 @@ class ReceiveBuffers:
     def _make(self, size_bytes: int) -> Buffer | None:
         """A new buffer of the object store that nobody else knows; None if it cannot be used."""
         (pinned,) = self._put([np.empty(size_bytes, dtype=np.uint8)])
-        if is_shared_memory(pinned):
+        if self._store.holds(pinned):
             self._can_share = True
             return pinned
         if self._can_share is None:  # else it is just this one: the store was full

@@ -2,9 +2,11 @@
 
 It is a shell around `replication.inventory`, which decides. A save's way through here:
 
-    trainer --stage_chunk--> holder          pins the trainer's bytes (a live zero-copy view keeps
-                                             them in the object store after the trainer's death),
-                                             answers, then hashes in the background
+    trainer --prepare------> holder          pins memory that the trainer will write the save to (a
+                                             live zero-copy view keeps it in the object store after
+                                             the trainer's death), while training goes on
+    trainer --stage_prepared> holder         takes what was written there, answers, then hashes in
+                                             the background; `stage_chunk` without preparation
     holder  --take_chunk---> buddy           the buddy reads the chunk from the holder's data plane
                                              (or through Ray, where that does not work) into memory
                                              of its object store, verifying it on the way
@@ -17,10 +19,11 @@ sending and uploading run in threads.
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import time
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, assert_never
@@ -33,7 +36,7 @@ from replication.checksum import Digest, digest
 from replication.chunk_server import ChunkServer, ReadChunk
 from replication.dataplane import Access, open_transports
 from replication.durable import DurableStore, Earlier, common_runs
-from replication.errors import ChunkCorruptError, ShardNotHeldError
+from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
 from replication.inventory import Inventory, Reservation
 from replication.records import (
     ActorRef,
@@ -61,6 +64,7 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "tiered"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 TICK_S = 0.2
+HASHERS = 1  # threads: one hashes faster than a network sends, and training needs the processors
 OFFERS_AT_ONCE = 2  # per peer, as many as it has connections: no pause between two chunks
 RECEIVERS = 16  # threads; one that waits for a hung peer must not keep others from theirs
 
@@ -99,6 +103,19 @@ class Traffic:
     spared: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Memory that a trainer on this host makes ready for its next save.
+
+    Attributes:
+        generation: The trainer's.
+        chunks: By name; the trainer writes to them until it stages them.
+    """
+
+    generation: int
+    chunks: dict[str, Chunk]
+
+
 class Holder:
     """One host's chunks. Every method may be called again with the same arguments."""
 
@@ -116,6 +133,7 @@ class Holder:
         logging.getLogger("botocore").setLevel(logging.WARNING)
         self._core = Inventory(HolderId(node_id, uuid.uuid4().hex), capacity_bytes)
         self._chunks: dict[ShardKey, dict[int, Chunk]] = {}
+        self._prepared: dict[tuple[str, int], Prepared] = {}  # by job and rank
         self._secret = secret
         tls = tls_like_ray(os.environ)
         self._server = _serve(self._pinned, secret, tls)
@@ -125,6 +143,7 @@ class Holder:
         self._places = Places()
         self._spared_bytes = 0
         self._receivers = ThreadPoolExecutor(RECEIVERS, thread_name_prefix="tiered-receive")
+        self._hashers = ThreadPoolExecutor(HASHERS, thread_name_prefix="tiered-hash")
         self._reports = Reports(observer, NAMESPACE)
         self._offer_slots: dict[HolderId, asyncio.Semaphore] = {}
         self._peers: dict[HolderId, ActorRef] = {}
@@ -160,6 +179,57 @@ class Holder:
     async def release(self, job: str, rank: int) -> None:
         """Take back what a rank declared: it will save no more."""
         self._core.release(job, rank)
+        self._prepared.pop((job, rank), None)
+
+    async def prepare(
+        self, job: str, rank: int, generation: int, names: Sequence[str], chunk: Chunk
+    ) -> None:
+        """Pin memory that a trainer on this host is going to fill, before it does.
+
+        Args:
+            job: The job.
+            rank: The trainer's.
+            generation: The trainer's.
+            names: Of all memory that is ready for it, this chunk's last; other memory of this rank
+                is let go of.
+            chunk: Zero-copy views of an object that nobody else knows.
+
+        Raises:
+            FencedError: A newer generation has taken over.
+        """
+        self._core.check_generation(job, generation)
+        ready = self._prepared.get((job, rank))
+        known = {} if ready is None else ready.chunks
+        chunks = {name: known[name] for name in names if name in known}
+        self._prepared[job, rank] = Prepared(generation, {**chunks, names[-1]: chunk})
+
+    async def stage_prepared(
+        self, key: ShardKey, plan: ShardPlan, names: Mapping[int, str]
+    ) -> None:
+        """Take chunks that a trainer has written to memory that was pinned here before.
+
+        When this returns, the trainer's death loses nothing of them.
+
+        Args:
+            key: The shard.
+            plan: Its layout.
+            names: Of the memory, by the index of the chunk.
+
+        Raises:
+            FencedError: A newer generation has taken over.
+            MemoryBudgetError: It does not fit.
+            HolderUnavailableError: This holder does not know that memory: it is a new one.
+        """
+        self._core.check_write(key, plan)
+        ready = self._prepared.get((key.job, key.rank))
+        chunks = {} if ready is None else ready.chunks
+        wanted = {i: name for i, name in names.items() if not self._core.has_chunk(key, i)}
+        if not chunks.keys() >= set(wanted.values()):
+            reason = "it does not know the memory that was prepared"
+            raise HolderUnavailableError(self._core.holder.node_id, reason)
+        for index, name in wanted.items():
+            self._chunks.setdefault(key, {})[index] = chunks.pop(name)
+            self._feed(messages.ChunkStaged(key, plan, index))
 
     async def stage_chunk(self, key: ShardKey, plan: ShardPlan, index: int, chunk: Chunk) -> None:
         """Pin a chunk that a trainer on this host has put into the object store.
@@ -271,6 +341,7 @@ class Holder:
     async def fence(self, job: str, generation: int) -> None:
         """Refuse older generations of `job` from now on."""
         self._feed(messages.FenceRaised(job, generation))
+        self._unprepare(job, generation)
 
     async def set_buddies(
         self, job: str, buddies: tuple[HolderId, ...], counted: frozenset[HolderId]
@@ -303,6 +374,7 @@ class Holder:
     async def forget(self, job: str) -> None:
         """Let go of everything of `job`."""
         self._feed(messages.JobForgotten(job))
+        self._unprepare(job)
         self._ways.pop(job, None)
 
     async def verify(self, keys: Sequence[ShardKey]) -> list[ShardKey]:
@@ -390,6 +462,12 @@ class Holder:
             raise ChunkCorruptError(f"host {source.node_id[:8]}", str(wanted.key), wanted.index)
         return lease.pin()
 
+    def _unprepare(self, job: str, before: float = math.inf) -> None:
+        """Let go of memory for saves of older generations, which will not come."""
+        old = [k for k, r in self._prepared.items() if k[0] == job and r.generation < before]
+        for rank in old:
+            del self._prepared[rank]
+
     def _trim(self) -> None:
         """Keep as much memory for chunks to come as the budget leaves, and no more than is used.
 
@@ -443,7 +521,8 @@ class Holder:
     async def _hash(self, key: ShardKey, index: int) -> None:
         chunk = self._chunks.get(key, {}).get(index)
         if chunk is not None:
-            value = await asyncio.to_thread(digest, chunk)
+            loop = asyncio.get_running_loop()
+            value = await loop.run_in_executor(self._hashers, digest, chunk)
             self._feed(messages.ChunkHashed(key, index, value))
 
     async def _compare(self, ask: messages.ReadTwin) -> None:

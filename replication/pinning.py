@@ -46,25 +46,38 @@ def pin(chunk: Chunk) -> Chunk:
     return pinned
 
 
-def is_shared_memory(buffer: Buffer) -> bool:
-    """Whether a buffer lies in one mapping that may be written and is memory, not a file.
+class StoreMemory:
+    """Tells whether a buffer lies in one mapping that may be written and is memory, not a file.
 
     Every client of the object store maps it for reading and writing; only the arrays that Ray makes
     are read-only. Whoever writes to one makes sure that nobody else knows it.
+
+    The system is asked once for each mapping: /proc/self/maps has hundreds of lines, and costs
+    milliseconds. The store's memory stays mapped as long as the process is connected; what Ray maps
+    and unmaps in between are files, for objects that the memory had no room for.
     """
-    try:
-        lines = MAPS.read_text().splitlines()
-    except OSError:
-        return False
-    return is_in_shared_memory(lines, buffer.ctypes.data, buffer.nbytes)
+
+    def __init__(self) -> None:
+        self._known: list[tuple[int, int]] = []
+
+    def holds(self, buffer: Buffer) -> bool:
+        """Whether all of the buffer is such memory; False where the system does not say."""
+        start = buffer.ctypes.data
+        stop = start + buffer.nbytes
+        if not any(first <= start and stop <= last for first, last in self._known):
+            try:
+                self._known = writable_memory(MAPS.read_text().splitlines())
+            except OSError:
+                return False
+        return any(first <= start and stop <= last for first, last in self._known)
 
 
-def is_in_shared_memory(maps: Iterable[str], address: int, size_bytes: int) -> bool:
-    """Read that from the lines of /proc/self/maps."""
+def writable_memory(maps: Iterable[str]) -> list[tuple[int, int]]:
+    """First address and last + 1 of such mappings, from the lines of /proc/self/maps."""
+    found = []
     for line in maps:
         span, rights, _, _, _, *path = line.split(maxsplit=5)
-        start, stop = (int(edge, 16) for edge in span.split("-"))
-        if start <= address < stop:
-            is_memory = bool(path) and path[0].startswith(SHARED_MEMORY)
-            return rights == "rw-s" and is_memory and address + size_bytes <= stop
-    return False
+        if rights == "rw-s" and path and path[0].startswith(SHARED_MEMORY):
+            start, stop = (int(edge, 16) for edge in span.split("-"))
+            found.append((start, stop))
+    return found

@@ -63,7 +63,7 @@ from tiered.restore import restore_into
 from tiered.rhythm import Rhythm
 from tiered.s3 import S3Store
 from tiered.saved_step import SavedStep
-from tiered.staging import Stager
+from tiered.staging import Staged, Stager
 from tiered.state import CaptureCache, Captured, capture
 from tiered.watcher import Watcher, log_tag
 from tiered.worker import find_worker, new_life
@@ -73,6 +73,8 @@ logger = logging.getLogger(__name__)
 ADMIT_TIMEOUT_S = 5.0
 REPORT_TIMEOUT_S = 10.0
 MAX_METRICS = 64
+UNDISTURBED_S = 0.1
+LEFT_ALONE_S = 1.0  # a save that is still not replicated then is slow, or stuck
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,10 +170,14 @@ class Checkpointer:
         self._generation = 0
         self._layout: Layout | None = None
         self._cache: CaptureCache = {}
-        self._stager = Stager(self.settings.memory.chunk_bytes)
+        self._stager = Stager(
+            self.settings.memory.chunk_bytes,
+            lambda names, reference: self._holder.prepare(self._generation, names, reference),
+        )
         self._is_saving = threading.Lock()
         self._last: SaveHandle | None = None
         self._fenced: FencedError | None = None
+        self._staged_s = 0.0
         self._skipped = 0
         self._is_skipping = False
 
@@ -428,17 +434,11 @@ class Checkpointer:
         began_s = time.monotonic()
         handle = SaveHandle(step, is_due_for_s3=self.settings.is_due_for_s3(step))
         self._last = handle
-        admission = self._admit(step, is_forced=force)
-        if not admission.is_admitted:
-            self._skip(handle, admission.reason)
-            handle.stall_s = time.monotonic() - began_s
-            return handle
-        for replaced in admission.instead_of:
-            self._holder.drop_step(Version(self._generation, replaced))
+        asked = self._ask_admission(step, is_forced=force)
         captured = capture(state, allow_pickle=self._allow_pickle, cache=self._cache)
         try:
             with self._is_saving:
-                self._stage(handle, captured, numbers)
+                admission = self._stage(handle, captured, numbers, asked)
         except FencedError as error:
             self._fenced = error
             raise
@@ -448,39 +448,40 @@ class Checkpointer:
             handle._fail(error)
             logger.warning("%s not saved: %s", self._tag(step), error)
         else:
-            handle._reach("staged")
-            self._watcher.watch(handle)
-            self._prepare()
-            if self._is_skipping:
-                logger.warning("%s saving again, %d skipped", self._tag(step), self._skipped)
-            self._is_skipping = False
+            if admission.is_admitted:
+                self._staged(handle)
+                self._metrics.stalled(time.monotonic() - began_s)
+            else:
+                self._skip(handle, admission.reason)
         handle.stall_s = time.monotonic() - began_s
-        self._metrics.stalled(handle.stall_s)
         return handle
 
-    def _admit(self, step: int, *, is_forced: bool) -> Admission:
-        """Ask the coordinator; while it is silent, this rank decides by what it knows itself."""
+    def _ask_admission(self, step: int, *, is_forced: bool) -> cluster.Asked | None:
+        """Ask the coordinator, without waiting for its answer; not while it is silent."""
+        if self._silence.is_silent(COORDINATOR_NAME):
+            return None
         memory = self.settings.memory
         is_patient = is_forced or memory.backpressure == "wait"
         room_s = (
             fetch_timeout_s(memory.in_flight * self._holder.declared_bytes) if is_patient else 0.0
         )
-        if not self._silence.is_silent(COORDINATOR_NAME):
+        return cluster.Asked(
+            self._coordinator, "admit", self.job, self._generation, step, room_s,
+            is_forced=is_forced, timeout_s=ADMIT_TIMEOUT_S + room_s,
+        )  # fmt: skip
+
+    def _admission(self, step: int, asked: cluster.Asked | None) -> Admission:
+        """The coordinator's answer; while it is silent, this rank decides by what it knows."""
+        if asked is not None:
             try:
-                answer: Admission = cluster.ask(
-                    self._coordinator, "admit", self.job, self._generation, step, room_s,
-                    is_forced=is_forced, timeout_s=ADMIT_TIMEOUT_S + room_s,
-                )  # fmt: skip
+                answer: Admission = asked.answer()
             except DeadlineError as error:
                 logger.warning("%s %s; saving without it", self._tag(step), error)
                 self._silence.note(COORDINATOR_NAME, self._coordinator.ping)
-            except FencedError as error:
-                self._fenced = error
-                raise
             else:
                 return answer
         behind = self._watcher.unreplicated()
-        if len(behind) < memory.in_flight:
+        if len(behind) < self.settings.memory.in_flight:
             return Admission(is_admitted=True)
         reason = f"skipped: steps {behind} are not replicated, and the coordinator is silent"
         return Admission(is_admitted=False, reason=reason)
@@ -492,12 +493,30 @@ class Checkpointer:
             logger.warning("%s %s", self._tag(handle.step), reason)
         self._is_skipping = True
 
+    def _staged(self, handle: SaveHandle) -> None:
+        handle._reach("staged")
+        self._staged_s = time.monotonic()
+        self._watcher.watch(handle)
+        if self._is_skipping:
+            logger.warning("%s saving again, %d skipped", self._tag(handle.step), self._skipped)
+        self._is_skipping = False
+
     def _stage(
-        self, handle: SaveHandle, captured: Captured, metrics: tuple[tuple[str, float], ...]
-    ) -> None:
-        """Put the state's image into the object store, chunk by chunk, and have it pinned."""
+        self,
+        handle: SaveHandle,
+        captured: Captured,
+        metrics: tuple[tuple[str, float], ...],
+        asked: cluster.Asked | None,
+    ) -> Admission:
+        """Put the state's image into the object store, chunk by chunk, and have it pinned.
+
+        Memory that is ready is filled while the answer about the admission is on its way: it is
+        there, and nobody knows of it yet. The holder is told of the chunks, and begins to hash and
+        to send them, when all are there or `UNDISTURBED_S` have passed: till then the copying has
+        the processors for itself.
+        """
         self._holder.check_heard()
-        worker = self._worker
+        worker, tensors = self._worker, captured.tensors
         key = ShardKey(self.job, Version(self._generation, handle.step), worker.rank)
         layout, first = self._plan(key, captured)
         sizes = chunk_sizes(layout, len(first), self.settings.memory.chunk_bytes)
@@ -505,17 +524,37 @@ class Checkpointer:
         handle.size_bytes = plan.size_bytes
         self._holder.declare(self._generation, plan.size_bytes)
         slots = self._stager.take(layout)
-        pending = []
-        for index in range(len(sizes)):
-            if index == 0:
-                reference = put([np.frombuffer(first, dtype=np.uint8)])
-            else:
-                reference = self._stager.stage(layout, captured.tensors, index - 1, slots)
-            pending.append(self._holder.stage_chunk(key, plan, index, reference))
+        undisturbed_until_s = time.monotonic() + UNDISTURBED_S
+        chunks: list[Staged] = []
+        told = 0
+        pending: list[Any] = []
+        admission: Admission | None = None
+        while told < len(sizes):
+            is_whole = len(chunks) == len(sizes)
+            is_long = time.monotonic() > undisturbed_until_s
+            must_know = is_whole or is_long or len(chunks) > len(slots)
+            if admission is None and (must_know or (asked is not None and asked.is_answered())):
+                admission = self._admission(handle.step, asked)
+                if not admission.is_admitted:
+                    self._stager.give_back(layout, slots)
+                    return admission
+                for replaced in admission.instead_of:
+                    self._holder.drop_step(Version(self._generation, replaced))
+            if not chunks:
+                chunks.append(Staged(put([np.frombuffer(first, dtype=np.uint8)])))
+            elif not is_whole:
+                chunks.append(self._stager.stage(layout, tensors, len(chunks) - 1, slots))
+            if admission is not None and (is_whole or is_long or not told):
+                until = len(chunks) if is_whole or is_long else 1  # the first is small, and put
+                news = {index: chunks[index] for index in range(told, until)}
+                pending += self._holder.stage(key, plan, news)
+                told = until
+        assert admission is not None
         try:
             self._holder.settle(pending)
         except MemoryBudgetError as error:  # the policy fits, just not now: training goes on
             raise SaveError(handle.step, str(error)) from error
+        return admission
 
     def _plan(self, key: ShardKey, captured: Captured) -> tuple[Layout, bytes]:
         """The layout of a shard, made anew only when its tensors changed, and its first chunk."""
@@ -538,13 +577,19 @@ class Checkpointer:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Make memory for the next save ready, unless so many are under way that it has none."""
+        """Make memory for the next save ready, unless so many are under way that it has none.
+
+        The last save has its way to the buddies first: filling memory takes as much of the
+        processors as sending it.
+        """
         memory, layout = self.settings.memory, self._layout
         if not memory.prepare or layout is None or not self._is_saving.acquire(blocking=False):
             return
         try:
-            has_room = len(self._watcher.unreplicated()) < memory.in_flight
-            if has_room and not self._watcher.is_closing:
+            behind = self._watcher.unreplicated()
+            is_quiet = not behind or time.monotonic() - self._staged_s > LEFT_ALONE_S
+            has_room = len(behind) < memory.in_flight
+            if is_quiet and has_room and not self._watcher.is_closing:
                 self._stager.prepare(layout)
         finally:
             self._is_saving.release()

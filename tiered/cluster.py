@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,28 +241,62 @@ def _of_this_release(actor: ActorRef) -> ActorRef:
     return actor
 
 
+class Asked:
+    """An idempotent actor method that has been called; called again while the actor restarts."""
+
+    def __init__(
+        self, actor: ActorRef, method: str, *args: Any, timeout_s: float, **kwargs: Any
+    ) -> None:
+        """Call it; does not wait.
+
+        Args:
+            actor: The coordinator.
+            method: Its name.
+            *args: For it.
+            timeout_s: For all tries together, from now on.
+            **kwargs: For it.
+        """
+        self._call: Callable[[], Any] = lambda: getattr(actor, method).remote(*args, **kwargs)
+        self._method, self._timeout_s = method, timeout_s
+        self._deadline = time.monotonic() + timeout_s
+        self._reference = self._call()
+
+    def is_answered(self) -> bool:
+        """Whether `answer` would not wait."""
+        return bool(ray.wait([self._reference], timeout=0, fetch_local=False)[0])
+
+    def answer(self) -> Any:
+        """Wait for it; an error keeps its type.
+
+        Raises:
+            TieredError: What the method raised.
+            DeadlineError: No answer within the time, all tries together.
+        """
+        problem = ""
+        while (left_s := self._deadline - time.monotonic()) > 0:
+            try:
+                return ray.get(self._reference, timeout=left_s)
+            except RayTaskError as error:
+                if isinstance(error.cause, TieredError):
+                    raise error.cause from None
+                raise
+            except GetTimeoutError:
+                problem = "no answer"
+            except RayActorError as error:
+                problem = type(error).__name__
+                time.sleep(RETRY_PAUSE_S)
+                self._reference = self._call()
+        raise DeadlineError(f"{self._method} of the {COORDINATOR_NAME}", self._timeout_s, problem)
+
+
 def ask(actor: ActorRef, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
-    """Call an idempotent actor method; call again while it restarts; keep its error's type.
+    """Call an idempotent actor method and wait for its answer.
 
     Raises:
         TieredError: What the method raised.
         DeadlineError: No answer within `timeout_s`, all tries together.
     """
-    deadline = time.monotonic() + timeout_s
-    problem = ""
-    while (left_s := deadline - time.monotonic()) > 0:
-        try:
-            return ray.get(getattr(actor, method).remote(*args, **kwargs), timeout=left_s)
-        except RayTaskError as error:
-            if isinstance(error.cause, TieredError):
-                raise error.cause from None
-            raise
-        except GetTimeoutError:
-            problem = "no answer"
-        except RayActorError as error:
-            problem = type(error).__name__
-            time.sleep(RETRY_PAUSE_S)
-    raise DeadlineError(f"{method} of the {COORDINATOR_NAME}", timeout_s, problem)
+    return Asked(actor, method, *args, timeout_s=timeout_s, **kwargs).answer()
 
 
 class Silence:

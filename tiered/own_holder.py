@@ -1,9 +1,11 @@
 """A rank's own holder: finding it, declaring memory to it, waiting for its answers."""
 
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from replication.errors import HolderUnavailableError, TieredError
 from replication.holder import NAMESPACE, holder_name
@@ -12,9 +14,13 @@ from replication.records import ActorRef, HolderId, ShardKey, ShardPlan, Version
 from tiered import cluster
 from tiered.config import HAND_OVER, JobSettings
 from tiered.coordinator import START_TIMEOUT_S
+from tiered.staging import Staged
 from tiered.worker import Worker
 
+logger = logging.getLogger(__name__)
+
 HOLDER_TIMEOUT_S = 10.0
+PREPARE_TIMEOUT_S = 1.0  # nobody waits for it, but the next save for its end
 FLUSHES = 2  # steps on their way to S3 that memory keeps beside the others: one, and one waiting
 
 
@@ -54,9 +60,28 @@ class OwnHolder:
         if self._silence.is_silent(self.node_id):
             raise HolderUnavailableError(self.node_id, "it has not answered since it was silent")
 
-    def stage_chunk(self, key: ShardKey, plan: ShardPlan, index: int, reference: Any) -> Any:
-        """Have a chunk pinned; returns at once with what `settle` waits for."""
-        return self._actor.stage_chunk.remote(key, plan, index, reference)
+    def prepare(self, generation: int, names: Sequence[str], reference: Any) -> bool:
+        """Have memory for the next save pinned; whether it is now."""
+        job, rank = self._job, self._worker.rank
+        try:
+            ray.get(
+                self._actor.prepare.remote(job, rank, generation, names, reference),
+                timeout=PREPARE_TIMEOUT_S,
+            )
+        except RayError as error:  # the save will bring it
+            logger.debug("memory for the next save is not pinned: %s", error)
+            return False
+        return True
+
+    def stage(self, key: ShardKey, plan: ShardPlan, chunks: Mapping[int, Staged]) -> list[Any]:
+        """Have chunks pinned that are in the object store; `settle` waits for the answers."""
+        names = {i: chunk.name for i, chunk in chunks.items() if chunk.is_pinned}
+        others = {i: chunk for i, chunk in chunks.items() if not chunk.is_pinned}
+        stage_chunk = self._actor.stage_chunk
+        pending = [stage_chunk.remote(key, plan, i, c.reference) for i, c in others.items()]
+        if names:
+            pending.append(self._actor.stage_prepared.remote(key, plan, names))
+        return pending
 
     def drop_step(self, version: Version) -> None:
         """Have a step that another replaces let go of; does not wait."""

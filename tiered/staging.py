@@ -1,13 +1,14 @@
 """Staging: a state's bytes into this host's object store, with one copy while training waits.
 
 Object-store memory for the next save is made ready in the background, while training goes on: new
-objects, filled with zeros, which also takes the page faults. A save then copies its tensors
-straight into that memory, many with one call, and hands the objects to the holder. Without it
+objects, filled with zeros, which also takes the page faults, and pinned by the holder. A save then
+copies its tensors straight into that memory, many with one call, and tells the holder so. Without
+it
 (the first save of a state, saves in close succession, a Ray that maps the store read-only) each
 chunk is put as usual, with one copy too, but through the pickling of each tensor's buffer and into
 memory that may never have been touched.
 
-Nobody else knows of such an object before it is full, and it is never written again afterwards:
+Nobody else reads such an object before it is full, and it is never written again afterwards:
 the next save has new ones. A trainer that is stopped in the middle of a copy and wakes up much
 later writes into memory that is its own.
 """
@@ -17,7 +18,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,30 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from replication.pinning import is_shared_memory, put
+from replication.pinning import StoreMemory, put
 from tiered.image import Layout, Span, bytes_between, data_chunk, overlapping
 
 logger = logging.getLogger(__name__)
+
+END_S = 5.0  # for the preparation of one chunk to end
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A chunk in the object store.
+
+    Attributes:
+        reference: The object.
+        is_pinned: The holder has pinned it already, by its name.
+    """
+
+    reference: Any
+    is_pinned: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the holder knows it by."""
+        return str(self.reference.hex())
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +58,7 @@ class Slot:
     """One chunk's memory in the object store, and what of the state goes where in it.
 
     Attributes:
-        reference: The object.
+        staged: The object.
         view: Its bytes, [n] uint8; keeps the object in memory.
         names: Tensors that lie in it as a whole.
         targets: For each of them the memory that it is copied into, of its dtype and shape.
@@ -45,7 +66,7 @@ class Slot:
             where in this chunk.
     """
 
-    reference: Any
+    staged: Staged
     view: np.ndarray[Any, Any]
     names: tuple[str, ...]
     targets: list[torch.Tensor]
@@ -75,74 +96,77 @@ class Stager:
 
     Args:
         chunk_bytes: The size of a full chunk.
+        pin: Has the holder pin memory that is ready, the last of these names, and let go of other
+            memory of ours; whether it has.
     """
 
-    def __init__(self, chunk_bytes: int) -> None:
+    def __init__(self, chunk_bytes: int, pin: Callable[[Sequence[str], Any], bool]) -> None:
         self._chunk_bytes = chunk_bytes
-        self._layout: Layout | None = None
-        self._slots: list[Slot] = []
-        self._thread: threading.Thread | None = None
-        self._is_wanted = threading.Event()
+        self._pin = pin
+        self._store = StoreMemory()
+        self._ready: _Preparation | None = None
         self._is_possible = True
         self._lock = threading.Lock()
 
     def prepare(self, layout: Layout) -> None:
         """Make memory for the next save of this layout ready, in the background; idempotent."""
         with self._lock:
-            if self._layout is layout or not self._is_possible:
+            if not self._is_possible or (self._ready is not None and self._ready.layout is layout):
                 return
             self._stop()
-            self._layout = layout
-            self._is_wanted.set()
-            self._thread = threading.Thread(
-                target=self._prepare, args=(layout,), name="tiered-prepare", daemon=True
-            )
-            self._thread.start()
+            self._ready = _Preparation(layout)
+            self._ready.begin(self._prepare)
 
     def take(self, layout: Layout) -> list[Slot]:
         """The chunks of this layout, from the first on, for which memory is ready."""
         with self._lock:
-            made_for = self._layout
-            slots = self._stop()
-            return slots if made_for is layout else []
+            made_for, slots = self._stop()
+        return slots if made_for is layout else []
+
+    def give_back(self, layout: Layout, slots: list[Slot]) -> None:
+        """Take memory back, filled or not, of which nobody has been told."""
+        with self._lock:
+            if self._ready is None:
+                self._ready = _Preparation(layout, slots)
+
+    def stage(self, layout: Layout, tensors: Mapping[str, torch.Tensor], index: int,
+              slots: Sequence[Slot]) -> Staged:  # fmt: skip
+        """Put data chunk `index` (from 0) into the object store."""
+        if index < len(slots):
+            slots[index].fill(tensors)
+            return slots[index].staged
+        start, stop = [0, *layout.stops(self._chunk_bytes)][index : index + 2]
+        return Staged(put(data_chunk(layout, tensors, start, stop)))
 
     def release(self) -> None:
         """Give back what is ready and was not used."""
         with self._lock:
             self._stop()
 
-    def _stop(self) -> list[Slot]:
-        self._is_wanted.clear()
-        if self._thread is not None:
-            self._thread.join()  # it finishes the chunk that it is at
-        slots, self._slots = self._slots, []
-        self._layout, self._thread = None, None
-        return slots
+    def _stop(self) -> tuple[Layout | None, list[Slot]]:
+        ready, self._ready = self._ready, None
+        return (None, []) if ready is None else (ready.layout, ready.end())
 
-    def stage(self, layout: Layout, tensors: Mapping[str, torch.Tensor], index: int,
-              slots: Sequence[Slot]) -> Any:  # fmt: skip
-        """Put data chunk `index` (from 0) into the object store; return its reference."""
-        if index < len(slots):
-            slots[index].fill(tensors)
-            return slots[index].reference
-        start, stop = [0, *layout.stops(self._chunk_bytes)][index : index + 2]
-        return put(data_chunk(layout, tensors, start, stop))
-
-    def _prepare(self, layout: Layout) -> None:
-        began_s = time.monotonic()
+    def _prepare(self, ready: "_Preparation") -> None:
+        began_s, layout = time.monotonic(), ready.layout
+        names: list[str] = []
+        is_pinned = True
         zeros = np.zeros(min(self._chunk_bytes, max(1, layout.data_bytes)), dtype=np.uint8)
         try:
             for start, stop in itertools.pairwise((0, *layout.stops(self._chunk_bytes))):
-                if not self._is_wanted.is_set():
+                if not ready.is_wanted.is_set():
                     return
                 reference = put([zeros[: stop - start]])
                 (sealed,) = ray.get(reference)
-                view = writable(sealed)
+                view = writable(sealed) if self._store.holds(sealed) else None
                 if view is None:
                     self._is_possible = False
                     logger.info("the object store is mapped read-only: saving without preparation")
                     return
-                self._slots.append(_slot(layout, reference, view, start, stop))
+                names.append(str(reference.hex()))
+                is_pinned = is_pinned and self._pin(names, reference)  # else it is waited for once
+                staged = Staged(reference, is_pinned)
+                ready.slots.append(_slot(layout, staged, view, start, stop))
             logger.debug(
                 "memory for the next save is ready: %.1f MB in %.3f s",
                 layout.data_bytes / 1e6, time.monotonic() - began_s,
@@ -151,13 +175,34 @@ class Stager:
             logger.warning("memory for the next save is not ready: %s", error)
 
 
-def writable(sealed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
-    """The same bytes of the object store, writable; None where they are mapped otherwise.
+class _Preparation:
+    """Memory that is being made ready for one save, by a thread of its own."""
 
-    For an object that nobody else knows yet.
-    """
-    if not is_shared_memory(sealed):
-        return None
+    def __init__(self, layout: Layout, slots: list[Slot] | None = None) -> None:
+        self.layout = layout
+        self.slots: list[Slot] = slots or []
+        self.is_wanted = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, prepare: Callable[["_Preparation"], None]) -> None:
+        self.is_wanted.set()
+        self._thread = threading.Thread(
+            target=prepare, args=(self,), name="tiered-prepare", daemon=True
+        )
+        self._thread.start()
+
+    def end(self) -> list[Slot]:
+        """The chunks, from the first on, that are ready; the thread finishes the one it is at."""
+        self.is_wanted.clear()
+        if self._thread is not None:
+            self._thread.join(END_S)
+            if self._thread.is_alive():  # the object store hangs: leave it alone with its memory
+                return []
+        return self.slots
+
+
+def writable(sealed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The same bytes of the object store, writable; for an object that nobody else knows yet."""
     memory: Any = (ctypes.c_ubyte * sealed.nbytes).from_address(sealed.ctypes.data)
     memory.owner = sealed  # it keeps the object where it is
     view: np.ndarray[Any, Any] = np.frombuffer(memory, dtype=np.uint8)
@@ -165,7 +210,7 @@ def writable(sealed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
 
 
 def _slot(
-    layout: Layout, reference: Any, view: np.ndarray[Any, Any], start: int, stop: int
+    layout: Layout, staged: Staged, view: np.ndarray[Any, Any], start: int, stop: int
 ) -> Slot:
     memory = torch.from_numpy(view)
     names, targets, parts = [], [], []
@@ -177,7 +222,7 @@ def _slot(
         else:
             names.append(span.name)
             targets.append(target)
-    return Slot(reference, view, tuple(names), targets, tuple(parts))
+    return Slot(staged, view, tuple(names), targets, tuple(parts))
 
 
 def _target(

@@ -55,7 +55,7 @@ _OPENTELEMETRY = (
     "opentelemetry-exporter-otlp-proto-http==1.45.2",
     "googleapis-common-protos==1.76.0",
 )
-_S3 = ("s3torchconnector==1.5.0", "s3torchconnectorclient==1.5.0")
+_S3 = ("s3torchconnector==1.5.0", "s3torchconnectorclient==1.5.0", "tenacity==9.2.1")
 
 TABLE: tuple[Peer, ...] = (
     Peer(

@@ -5,13 +5,13 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from replication import pinning
 from replication.buffers import LEAST_BYTES, ROUND_BYTES, Lease, ReceiveBuffers
-from replication.pinning import is_in_shared_memory
 from replication.records import Chunk
 
 MIB = 1 << 20
@@ -238,4 +238,20 @@ MAPS = """\
     ],
 )
 def test_the_system_says_what_memory_is(address: int, size: int, expected: bool) -> None:
-    assert is_in_shared_memory(MAPS.splitlines(), address, size) is expected
+    found = pinning.writable_memory(MAPS.splitlines())
+    assert any(start <= address and address + size <= stop for start, stop in found) is expected
+
+
+def test_the_system_is_asked_once_for_a_mapping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = np.zeros(100, dtype=np.uint8)
+    start = buffer.ctypes.data
+    maps = tmp_path / "maps"
+    maps.write_text(f"{start:x}-{start + 100:x} rw-s 00000000 00:1b 447 /dev/shm/plasma\n")
+    monkeypatch.setattr(pinning, "MAPS", maps)
+    memory = pinning.StoreMemory()
+    assert memory.holds(buffer)
+    maps.unlink()
+    assert memory.holds(buffer[10:])
+    assert not memory.holds(np.zeros(200, dtype=np.uint8))

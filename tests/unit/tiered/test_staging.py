@@ -6,7 +6,7 @@ import torch
 
 from replication.pinning import _OutOfBand
 from tiered.image import chunk_sizes, data_chunk, lay_out
-from tiered.staging import Slot, _slot, copy_all, writable
+from tiered.staging import Slot, Staged, _slot, copy_all
 from tiered.state import capture
 
 STATE = {
@@ -32,7 +32,7 @@ def slots_of(chunk_bytes: int) -> tuple[list[Slot], list[bytes]]:
     slots, expected, start = [], [], 0
     for size in sizes:
         view = np.full(size, 255, dtype=np.uint8)
-        slots.append(_slot(layout, None, view, start, start + size))
+        slots.append(_slot(layout, Staged(None), view, start, start + size))
         chunk = data_chunk(layout, captured.tensors, start, start + size)
         expected.append(b"".join(buffer.tobytes() for buffer in chunk))
         start += size
@@ -59,10 +59,6 @@ def test_copying_works_without_the_fast_call(monkeypatch: pytest.MonkeyPatch) ->
     target, source = torch.zeros(3), torch.arange(3.0)
     copy_all([target], [source])
     assert torch.equal(target, source)
-
-
-def test_memory_that_is_not_shared_and_writable_is_not_written_to() -> None:
-    assert writable(np.zeros(8192, dtype=np.uint8)) is None
 
 
 def test_a_chunk_is_handed_over_without_being_copied_into_a_pickle() -> None:

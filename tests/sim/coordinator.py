@@ -279,6 +279,8 @@ class Coordinator(Process):
                 self.world.oracle.committed(self, command)
             case m.FlushGivenUp():
                 self.world.kernel.log("flush of %s given up: %s", command.version, command.reason)
+            case m.SeekOwner():
+                raise AssertionError("the simulated lives are all of one run")
             case m.ClaimGeneration():
                 self._claim(command.claim)
             case m.ListDurable():

@@ -304,7 +304,7 @@ class Coordinator:
 
         Args:
             job_name: The job.
-            life: Names this stop; the same when it is asked again.
+            life: Names this stop, with `STOP` before it; the same when it is asked again.
 
         Returns:
             Whether nobody needs the holders now: no other job has anything, and no trainer of this
@@ -356,7 +356,11 @@ class Coordinator:
     def _remembered(self) -> list[Job]:
         """Jobs that nobody had let go of since they last began."""
         jobs = sorted(self._jobs.values(), key=lambda job: job.name)
-        return [job for job in jobs if self._forgotten.get(job.name) != job.generation]
+        return [job for job in jobs if not self._is_forgotten(job)]
+
+    def _is_forgotten(self, job: Job) -> bool:
+        """Whether what holders have of it is to go; a stop is known from the register, too."""
+        return job.is_stopped or self._forgotten.get(job.name) == job.generation
 
     async def events(self, job_name: str | None, after: int) -> list[Entry]:
         """What happened, in order, after an entry's number."""
@@ -434,7 +438,7 @@ class Coordinator:
     async def _holder_up(self, job: Job, holder: HolderId, domain: str) -> None:
         """Tell a job's core of a holder and what it has; again later if it does not answer."""
         try:
-            if self._forgotten.get(job.name) == job.generation:
+            if self._is_forgotten(job):
                 await self._fleet.call(holder, "forget", CALL_TIMEOUT_S, job.name)
             records = await self._fleet.call(holder, "list_shards", CALL_TIMEOUT_S)
         except Exception as error:  # noqa: BLE001 - heartbeats will say if it is lost

@@ -10,6 +10,7 @@ import ray
 from replication.errors import DeadlineError
 from replication.records import Life, Version
 from tiered import cluster, collection, register
+from tiered.catalogue import STOP
 from tiered.config import S3, check_job_name
 from tiered.coordinator import BEGIN_TIMEOUT_S, CALL_TIMEOUT_S, SETTLE_TIMEOUT_S
 from tiered.errors import ConfigError, StepNotFoundError
@@ -205,7 +206,7 @@ def stop(job: str) -> bool:
         HolderUnavailableError: Some host did not answer. Ask again.
     """
     check_job_name(job)
-    actor, life = cluster.running_coordinator(), Life(f"stop-{uuid.uuid4().hex}")
+    actor, life = cluster.running_coordinator(), Life(f"{STOP}{uuid.uuid4().hex}")
     is_last: bool = cluster.ask(actor, "stop", job, life, timeout_s=2 * BEGIN_TIMEOUT_S)
     if is_last:
         cluster.end_actors()

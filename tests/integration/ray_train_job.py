@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from safetensors.torch import load_file
 
 import tiered
+from tiered.ray_train import open_checkpoint
 from tiered.ray_train.run import facts
 
 RANKS = 2
@@ -117,6 +119,7 @@ def train(config: dict[str, Any]) -> None:
     faults = tuple(f for f in settings.faults if (f.life, f.rank) == (life, rank))
     node_id = ray.get_runtime_context().get_node_id()
     work, draws = Sum(faults), Draws(rank)
+    note(folder / "given", f"{life} {rank} {given()}")
     state = {"work": work, "draws": tiered.PerRank(draws)}
     memory = tiered.Memory(every_steps=settings.every, chunk_bytes=1 << 20, backpressure="wait")
     with tiered.Checkpointer(memory=memory, s3=settings.s3) as ckpt:
@@ -136,6 +139,17 @@ def train(config: dict[str, Any]) -> None:
                 wait_for(lambda: (folder / "go").exists())
         ckpt.wait()
     torch.save(work.total, folder / f"final-{rank}.pt")
+
+
+def given() -> str:
+    """What a script that knows nothing of Tiered gets: the step, and a sum over its files."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return "none 0"
+    with checkpoint.as_directory() as place:
+        shards = [load_file(path) for path in sorted(Path(place).glob("*.safetensors"))]
+    total = next(t for name, t in shards[0].items() if "total" in name)
+    return f"{open_checkpoint(checkpoint).step} {float(total.sum())!r}"
 
 
 def note(path: Path, line: str) -> None:

@@ -8,6 +8,7 @@
     pulse.py         what rank 0 tells of the run, where the death of any process leaves it
     run.py           the worker's side: names, storage, pulse
     registration.py  steps on S3 as `ray.train.Checkpoint`s
+    step_files.py    a step in memory as the files of a `ray.train.Checkpoint`
     summary.py       what a finished run's recoveries were, read from its `Result`
     profile.py       `fast_recovery`: Ray's settings for quick detection, and what each costs
 

@@ -6,11 +6,12 @@ stable one, hears of reports and exceptions only. They run in the controller's p
 without it: what fails is logged.
 """
 
+import contextlib
 import functools
 import logging
 import time
 from collections.abc import Callable as Function
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import ray
 from ray.train.v2._internal.execution.callback import (
@@ -19,18 +20,25 @@ from ray.train.v2._internal.execution.callback import (
     WorkerGroupCallback,
 )
 
+from replication.errors import DeadlineError
 from replication.holder import NAMESPACE, holder_name
 from tiered import cluster
 from tiered.config import check_job_name
+from tiered.errors import DurableStoreError, StepNotFoundError
 from tiered.ray_train import run
 from tiered.ray_train.pulse import read_pulse
+from tiered.ray_train.registration import give_checkpoint
 from tiered.ray_train.summary import Summary, write_summary
 from tiered.ray_train.timeline import Pulse, Recovery, Timeline
+
+if TYPE_CHECKING:
+    from replication.records import Version
 
 logger = logging.getLogger(__name__)
 
 HOLDERS_TIMEOUT_S = 45.0
 PING_TIMEOUT_S = 1.5
+RESOLVE_TIMEOUT_S = 5.0
 NODE_LABEL = "ray.io/node-id"
 CAUSE_LENGTH = 200
 
@@ -58,7 +66,8 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
     Starts the holders before the first attempt. After a failure it keeps the new workers away from
     hosts that do not answer, which Ray itself would find out 3 to 65 s later. Measures each
     recovery; `tiered.ray_train.read_summary(result)` returns them. Has each worker's
-    `Checkpointer` register the steps on S3, so that `Result.checkpoint` is one of them.
+    `Checkpointer` register the steps on S3, so that `Result.checkpoint` is one of them. And has
+    `ray.train.get_checkpoint()` give the newest consistent step, also where that is in memory only.
     """
 
     def __init__(self, job: str | None = None, *, avoid_silent_hosts: bool = True) -> None:
@@ -77,6 +86,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         self._last: Pulse | None = None
         self._nodes: tuple[str, ...] = ()
         self._is_after_failure = False
+        self._newest: Version | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs; the controller keeps the rest to itself."""
@@ -173,10 +183,24 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
             self._timeline.reached("process_start_s", max(f.ready_s for f in known))
         self._timeline.reached("process_group_s", now_s)
 
+    def before_init_train_context(self, workers: Any) -> dict[str, list[Any]]:
+        """Find the step that all of the new workers' `ray.train.get_checkpoint()` gives."""
+        self._newest = None
+        self._resolve()
+        return {}
+
+    @_harmless
+    def _resolve(self) -> None:
+        args = (cluster.running_coordinator(), "resolve", self._job)
+        with contextlib.suppress(StepNotFoundError, DurableStoreError, DeadlineError):
+            self._newest = cluster.ask(*args, timeout_s=RESOLVE_TIMEOUT_S).version
+
     @_harmless
     def after_init_train_context(self) -> None:
-        """In each worker: tell it of which run it is, and after how many failures."""
+        """In each worker: tell it of which run it is, after how many failures, and the step."""
         run.introduce(self._run_id, len(self._timeline.recoveries))
+        if self._newest is not None:
+            give_checkpoint(self._job, self._newest)
 
     def _listen(self) -> None:
         """Take the newest pulse in."""

@@ -61,7 +61,7 @@ class ShardFile(io.RawIOBase):
         if index == len(self._stops):
             return 0
         if index != self._index:
-            self._chunk = memoryview(b"".join(memoryview(b) for b in self._reader.chunk(index)))
+            self._chunk = memoryview(b"".join(part.data for part in self._reader.chunk(index)))
             self._index = index
         start = self._at - (self._stops[index] - len(self._chunk))
         target = memoryview(into).cast("B")

@@ -5,11 +5,12 @@ run twice, or begun from the wrong state shows in the last bit of every rank's r
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +111,23 @@ def expected(rank_count: int, steps: int) -> torch.Tensor:
     return total
 
 
+def expected_in_parts(parts: Sequence[tuple[int, int]], steps: int) -> torch.Tensor:
+    """What every rank has after a run whose number of ranks changed.
+
+    Args:
+        parts: The first step of each part, and its ranks. A rank that the part before did not have
+            begins to draw anew.
+        steps: Of the run.
+    """
+    total, ranks = torch.zeros(SIZE), list[Draws]()
+    for (first, count), (stop, _) in itertools.pairwise([*parts, (steps, 0)]):
+        ranks = [*ranks[:count], *(Draws(rank) for rank in range(len(ranks), count))]
+        for _ in range(first, stop):
+            draws = [rank.next() for rank in ranks]
+            total = total * 0.999 + sum(draws[1:], start=draws[0])
+    return total
+
+
 def train(config: dict[str, Any]) -> None:
     """The train function."""
     settings: JobSettings = config["settings"]
@@ -182,6 +200,7 @@ class Run:
         workers: Any = RANKS,
         max_failures: int = 5,
         keep: int | None = None,
+        resize_s: float = 60.0,
     ) -> None:
         self.folder = Path(settings.folder)
         self.settings = settings
@@ -191,7 +210,11 @@ class Run:
             train,
             train_loop_config={"settings": settings},
             torch_config=TorchConfig(backend="gloo"),
-            scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                resources_per_worker={"CPU": 1},
+                elastic_resize_monitor_interval_s=resize_s,
+            ),
             run_config=RunConfig(
                 name=name,
                 storage_path=storage,
@@ -236,8 +259,8 @@ class Run:
     def go(self) -> None:
         (self.folder / "go").touch()
 
-    def assert_exact(self, ranks: int = RANKS) -> None:
-        want = expected(ranks, self.settings.steps)
+    def assert_exact(self, ranks: int = RANKS, want: torch.Tensor | None = None) -> None:
+        want = expected(ranks, self.settings.steps) if want is None else want
         for rank in range(ranks):
             have = torch.load(self.folder / f"final-{rank}.pt")
             assert torch.equal(have, want), f"rank {rank} is off by {(have - want).abs().max()}"

@@ -87,6 +87,8 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         self._nodes: tuple[str, ...] = ()
         self._is_after_failure = False
         self._newest: Version | None = None
+        self._is_running = False
+        self._resizes = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs; the controller keeps the rest to itself."""
@@ -110,8 +112,9 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
             self._job,
             self._run_id,
             len(timeline.recoveries),
-            timeline.lost_steps,
+            max(timeline.lost_steps, 0 if self._last is None else self._last.lost_steps),
             tuple(timeline.recoveries),
+            self._resizes,
         )
         logger.info("[%s] %s", self._job, summary)
         write_summary(result, summary)
@@ -125,6 +128,9 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
             rank = min(errors)
             cause = f"rank {rank}: {_one_line(errors[rank])}"
             self._problem = (cause, tuple(sorted(errors)))
+        elif (notice := worker_group_status.get_preemption_info()) is not None:
+            hosts = ", ".join(node_id[:8] for node_id in notice.preempted_node_ids)
+            self._problem = (f"preempted, with notice: {hosts}", tuple(notice.preempted_ranks))
         if self._timeline.is_recovering:
             self._listen()
 
@@ -134,13 +140,20 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         now_s = time.time()
         self._listen()
         cause, ranks = self._problem or ("the workers did not start", ())
-        self._problem = None
+        self._problem, self._is_running = None, False
         self._timeline.failed(cause, ranks, now_s, self._last)
         self._is_after_failure = True
         last = self._timeline.recoveries[-1]
         logger.warning(
             "[%s] failure %d: %s; last step %d", self._job, last.number, cause, last.last_step
         )
+
+    @_harmless
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """A group is about to start; if one runs, it is replaced by one of another size."""
+        if self._is_running:
+            self._resizes += 1
+            logger.warning("[%s] going on with %d workers", self._job, resize_decision.num_workers)
 
     @_harmless
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
@@ -174,7 +187,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
     @_harmless
     def after_worker_group_start(self, worker_group: Any) -> None:
         """The workers know their ranks, and torch.distributed is up."""
-        now_s = time.time()
+        now_s, self._is_running = time.time(), True
         workers = worker_group.get_workers()
         self._nodes = tuple(sorted({worker.metadata.node_id for worker in workers}))
         known = [facts for facts in worker_group.execute(run.facts) if facts is not None]

@@ -25,6 +25,7 @@ from typing import Any, Self
 
 import psutil
 import ray
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 
 from chaos import session_guard
@@ -219,7 +220,7 @@ class LocalCluster:
         Ray places nothing there any more; nobody takes the host away but the caller.
         """
         deadline_ms = int((time.time() + notice_s) * 1000)
-        client = ray._raylet.GcsClient(address=self.address)
+        client = GcsClient(address=self.address)
         is_accepted, reason = client.drain_node(node_id, PREEMPTION, "preempted", deadline_ms)
         assert is_accepted, reason
 

@@ -48,6 +48,7 @@ FIRST_EVERY, CALIBRATING, LEAST_S = 4, 3, 1.0
 S3_EVERY = 200
 SEED = 7
 LIMIT_S = 120.0
+SPARE_FAILURES = 5  # a group that does not start counts, too
 MIB = 1 << 20
 
 
@@ -254,7 +255,7 @@ def _run(mode: Mode, folder: Path, gaps_s: Sequence[float]) -> Goodput:
         run_config=RunConfig(
             name="goodput",
             storage_path="s3://goodput/runs",
-            failure_config=FailureConfig(max_failures=len(gaps_s)),
+            failure_config=FailureConfig(max_failures=len(gaps_s) + SPARE_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             callbacks=[tiered.ray_train.Callback()] if mode == "memory tier" else [],
         ),

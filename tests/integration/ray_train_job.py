@@ -85,12 +85,12 @@ class Sum:
     """What is trained, the same on all ranks; strikes where it is taken apart or filled."""
 
     faults: tuple[Fault, ...]
-    now: int = 0
+    now: int = -1  # before the first step that is run
     total: torch.Tensor = field(default_factory=lambda: torch.zeros(SIZE))
 
     def state_dict(self) -> dict[str, Any]:
         for fault in self.faults:
-            if fault.where == "save" and fault.step == self.now and self.now > 0:
+            if fault.where == "save" and fault.step == self.now:
                 fault.strike()
         return {"total": self.total}
 

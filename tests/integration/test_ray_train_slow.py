@@ -51,6 +51,8 @@ def whole(cluster: LocalCluster) -> Iterator[LocalCluster]:
         Fault(0, 1, "raise", "save", step=8),
         Fault(0, 0, "kill", step=9),
         Fault(0, 1, "kill", step=9),
+        Fault(0, 0, "kill", "save", step=0),  # the very first save: nothing is committed
+        Fault(0, 1, "raise", "save", step=0),
         Fault(0, 0, "kill", "save", step=4),
         Fault(0, 1, "kill", "save", step=8),
     ],

@@ -9,6 +9,7 @@ without it: what fails is logged.
 import contextlib
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable as Function
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -24,8 +25,9 @@ from replication.errors import DeadlineError
 from replication.holder import NAMESPACE, holder_name
 from tiered import cluster
 from tiered.config import check_job_name
-from tiered.errors import DurableStoreError, StepNotFoundError
+from tiered.errors import ConfigError, DurableStoreError, StepNotFoundError
 from tiered.ray_train import run
+from tiered.ray_train.hung import HungWorkers, Watched
 from tiered.ray_train.pulse import read_pulse
 from tiered.ray_train.registration import give_checkpoint
 from tiered.ray_train.summary import Summary, write_summary
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 HOLDERS_TIMEOUT_S = 45.0
 PING_TIMEOUT_S = 1.5
+HUNG_AFTER_S = 10.0
 RESOLVE_TIMEOUT_S = 5.0
 NODE_LABEL = "ray.io/node-id"
 CAUSE_LENGTH = 200
@@ -63,21 +66,35 @@ def _harmless(hook: Function[P, T]) -> Function[P, T | None]:
 class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
     """Makes a Ray Train run and the checkpoints in its hosts' memory know of each other.
 
-    Starts the holders before the first attempt. After a failure it keeps the new workers away from
+    Starts the holders before the first attempt. Ends workers on hosts that hang, of which Ray would
+    learn after 65 s. After a failure it keeps the new workers away from
     hosts that do not answer, which Ray itself would find out 3 to 65 s later. Measures each
     recovery; `tiered.ray_train.read_summary(result)` returns them. Has each worker's
     `Checkpointer` register the steps on S3, so that `Result.checkpoint` is one of them. And has
     `ray.train.get_checkpoint()` give the newest consistent step, also where that is in memory only.
     """
 
-    def __init__(self, job: str | None = None, *, avoid_silent_hosts: bool = True) -> None:
+    def __init__(
+        self,
+        job: str | None = None,
+        *,
+        avoid_silent_hosts: bool = True,
+        hung_after_s: float | None = HUNG_AFTER_S,
+    ) -> None:
         """Make one for one run.
 
         Args:
             job: The `Checkpointer`'s, where it is not the run's name.
             avoid_silent_hosts: See above. Only where `ScalingConfig.label_selector` is not given
                 for each worker apart, and the other hosts have room for all of them.
+            hung_after_s: End a worker that has not answered for so long, if its host's holder has
+                not either; None: never. A host that only stood still for longer costs a recovery.
+
+        Raises:
+            ConfigError: `hung_after_s` is not a number of seconds above 0.
         """
+        if hung_after_s is not None and not 0 < hung_after_s < math.inf:
+            raise ConfigError(f"{hung_after_s=} must be a finite number above 0, or None")
         self._job = "" if job is None else check_job_name(job)
         self._avoids = avoid_silent_hosts
         self._run_id = ""
@@ -89,10 +106,13 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         self._newest: Version | None = None
         self._is_running = False
         self._resizes = 0
+        self._hung_after_s = hung_after_s
+        self._watch: HungWorkers | None = None
+        self._hung: dict[int, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs; the controller keeps the rest to itself."""
-        return {**self.__dict__, "_problem": None, "_last": None}
+        return {**self.__dict__, "_problem": None, "_last": None, "_watch": None}
 
     # -- the run, in the controller -------------------------------------------------------------
 
@@ -127,12 +147,25 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         if errors := worker_group_status.errors:
             rank = min(errors)
             cause = f"rank {rank}: {_one_line(errors[rank])}"
+            if hung := sorted(errors.keys() & self._hung.keys()):
+                cause = f"rank {hung[0]}: {self._hung[hung[0]]}"
             self._problem = (cause, tuple(sorted(errors)))
         elif (notice := worker_group_status.get_preemption_info()) is not None:
             hosts = ", ".join(node_id[:8] for node_id in notice.preempted_node_ids)
             self._problem = (f"preempted, with notice: {hosts}", tuple(notice.preempted_ranks))
         if self._timeline.is_recovering:
             self._listen()
+        self._end_hung()
+
+    def _end_hung(self) -> None:
+        """End the workers that hang: Ray Train starts a new group, and need not wait for them."""
+        if self._watch is None or self._hung_after_s is None:
+            return
+        for worker in self._watch.find(self._hung_after_s, time.monotonic()):
+            text = f"host {worker.node_id[:8]} has not answered for {self._hung_after_s:g} s"
+            self._hung[worker.rank] = text
+            logger.warning("[%s] rank %d is ended: %s", self._job, worker.rank, text)
+            ray.kill(worker.actor, no_restart=True)
 
     @_harmless
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
@@ -140,7 +173,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         now_s = time.time()
         self._listen()
         cause, ranks = self._problem or ("the workers did not start", ())
-        self._problem, self._is_running = None, False
+        self._problem, self._is_running, self._watch = None, False, None
         self._timeline.failed(cause, ranks, now_s, self._last)
         self._is_after_failure = True
         last = self._timeline.recoveries[-1]
@@ -159,6 +192,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
         """The old workers are ended."""
         self._timeline.reached("tear_down_s", time.time())
+        self._watch = None
 
     @_harmless
     def on_controller_start_worker_group(
@@ -195,6 +229,13 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
             self._timeline.reached("schedule_s", max(f.process_started_s for f in known))
             self._timeline.reached("process_start_s", max(f.ready_s for f in known))
         self._timeline.reached("process_group_s", now_s)
+        self._hung.clear()
+        self._watch = HungWorkers.of(
+            [
+                Watched(w.distributed_context.world_rank, w.metadata.node_id, w.actor)
+                for w in workers
+            ]
+        )
 
     def before_init_train_context(self, workers: Any) -> dict[str, list[Any]]:
         """Find the step that all of the new workers' `ray.train.get_checkpoint()` gives."""

@@ -338,12 +338,12 @@ def write(found: Mapping[Mode, Goodput], machine: Mapping[str, Any], file: Path)
     file.write_text(json.dumps(as_record(found, machine), indent=1) + "\n")
     figure = Figure(figsize=(8, 1.2 + 0.6 * len(found)), layout="constrained")
     axes = figure.subplots()
-    for number, (mode, goodput) in enumerate(found.items()):
+    for number, goodput in enumerate(found.values()):
         axes.barh(number - 0.2, goodput.measured, 0.38, color="tab:blue")
         axes.barh(number + 0.2, goodput.predicted, 0.38, color="lightgray")
-        text = f"{mode}: a save every {goodput.every_steps} steps, {goodput.failures} failures"
-        axes.text(0.01, number, text, va="center")
-    axes.set(xlim=(0, 1), yticks=[], xlabel="share of the time that is training, run once")
+    names = [f"{mode}, a save\nevery {one.every_steps} steps" for mode, one in found.items()]
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlim=(0, 1), xlabel="share of the time that is training, run once")
     axes.legend(["measured", "predicted"], ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axes.invert_yaxis()
     figure.savefig(file.with_suffix(".png"), dpi=120)

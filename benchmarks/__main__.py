@@ -159,8 +159,9 @@ def s3(
 
 @app.command()
 def recovery(
-    killed: Annotated[int, typer.Option(min=1, help="How often a host is killed.")] = 3,
-    hung: Annotated[int, typer.Option(min=0, help="How often one hangs; 75 s by default.")] = 1,
+    killed: Annotated[int, typer.Option(min=1, help="How often a host is killed.")] = 2,
+    hung: Annotated[int, typer.Option(min=0, help="How often one hangs: 75 s by default.")] = 1,
+    minutes: Annotated[float, typer.Option(help="After that, nothing more is begun.")] = 8.0,
     out: Out = Path("bench_out"),
 ) -> None:
     """Measure the time from a lost host to training again, with Ray's defaults and the profile."""
@@ -169,15 +170,39 @@ def recovery(
     out.mkdir(parents=True, exist_ok=True)
     file = out / "recovery.json"
     with quiet(out / "logs" / "recovery.log") as console:
-        samples: list[recoveries.Sample] = []
-        record: dict[str, Any] = {}
-        for sample in recoveries.measure({"killed": killed, "hung": hung}, console.print):
-            samples.append(sample)
-            record = recoveries.as_record(samples, machine.describe())
+        found: list[recoveries.Sample | recoveries.Failed] = []
+        facts = machine.describe()
+        repeat: dict[recoveries.Fault, int] = {"killed": killed, "hung": hung}
+        for one in recoveries.measure(repeat, 60 * minutes, console.print):
+            found.append(one)
+            record = recoveries.as_record(found, {**facts, "load_after": machine.load()})
             file.write_text(json.dumps(record, indent=1) + "\n")
         console.print_json(data=record["summary"])
-        written = recoveries.draw(record["summary"], file.with_suffix(".png"))
-        console.print(f"written: {file}, {written}", soft_wrap=True)
+        if record["summary"]:
+            written = recoveries.draw(record["summary"], file.with_suffix(".png"))
+            console.print(f"written: {file}, {written}", soft_wrap=True)
+    if record["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def goodput(
+    failures: Annotated[int, typer.Option(min=1, help="Of each of two runs.")] = 5,
+    mtbf: Annotated[float, typer.Option(min=5.0, help="Seconds of training between two.")] = 25.0,
+    out: Out = Path("bench_out"),
+) -> None:
+    """The share of time that is training, with failures: with the memory tier and without it."""
+    from benchmarks import goodput as goodputs  # needs ray.train, which is slow
+
+    out.mkdir(parents=True, exist_ok=True)
+    file, facts = out / "goodput.json", machine.describe()
+    with quiet(out / "logs" / "goodput.log") as console:
+        found: dict[goodputs.Mode, goodputs.Goodput] = {}
+        for mode, one in goodputs.measure(failures, mtbf, console.print):
+            found[mode] = one
+            goodputs.write(found, {**facts, "load_after": machine.load()}, file)
+        console.print_json(data=json.loads(file.read_text())["runs"])
+        console.print(f"written: {file}, {file.with_suffix('.png')}", soft_wrap=True)
 
 
 @app.command("report")

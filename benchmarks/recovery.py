@@ -10,7 +10,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -45,13 +45,19 @@ class Setup:
 
     name: str
     is_fast: bool
-    avoids: bool
+    acts: bool
+
+    def callback(self) -> tiered.ray_train.Callback:
+        """One that measures, and does more or not."""
+        if self.acts:
+            return tiered.ray_train.Callback()
+        return tiered.ray_train.Callback(avoid_silent_hosts=False, hung_after_s=None)
 
 
 SETUPS = (
-    Setup("Ray's defaults", is_fast=False, avoids=False),
-    Setup("defaults + callback", is_fast=False, avoids=True),
-    Setup("fast_recovery + callback", is_fast=True, avoids=True),
+    Setup("Ray's defaults", is_fast=False, acts=False),
+    Setup("defaults + callback", is_fast=False, acts=True),
+    Setup("fast_recovery + callback", is_fast=True, acts=True),
 )
 
 
@@ -65,6 +71,21 @@ class Sample:
     lost_steps: int
     resumed_step: int | None
     split: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"training again after {self.outside_s:.1f} s"
+
+
+@dataclass(slots=True)
+class Failed:
+    """A run that did not come to a recovery, and why."""
+
+    setup: str
+    fault: Fault
+    error: str
+
+    def __str__(self) -> str:
+        return f"FAILED: {self.error}"
 
 
 def train(config: dict[str, Any]) -> None:
@@ -96,15 +117,43 @@ def train(config: dict[str, Any]) -> None:
             time.sleep(0.1)  # a step of a real model takes longer than this one
 
 
-def measure(repeat: int, faults: tuple[Fault, ...], say: Callable[[str], None]) -> Iterator[Sample]:
-    """All setups, each on a cluster of its own, each fault `repeat` times."""
+def measure(
+    repeat: Mapping[Fault, int], limit_s: float, say: Callable[[str], None]
+) -> Iterator[Sample | Failed]:
+    """All setups, each on a cluster of its own, each fault as often as asked for, in turn.
+
+    Args:
+        repeat: How often each fault strikes.
+        limit_s: After that nothing more is begun.
+        say: Told what goes on.
+
+    Yields:
+        A sample for each recovery, or what went wrong; then the setup's next fault strikes in a new
+        cluster.
+    """
+    began_s = time.monotonic()
     for setup in SETUPS:
-        with _environment(setup), _cluster(setup) as cluster:
-            for fault, times in repeat.items():
-                for number in range(times):
-                    sample = _recover(cluster, setup, fault, f"{fault}-{number}")
-                    say(f"{setup.name}: {fault}, training again after {sample.outside_s:.1f} s")
-                    yield sample
+        left = [(fault, n) for n in range(max(repeat.values())) for fault in repeat]
+        left = [(fault, n) for fault, n in left if n < repeat[fault]]
+        while left:
+            with environment(is_fast=setup.is_fast), _cluster(setup) as cluster:
+                while left:
+                    if time.monotonic() - began_s > limit_s:
+                        say(f"{setup.name}: no time for {len(left)} more")
+                        return
+                    fault, number = left.pop(0)
+                    found = _try(cluster, setup, fault, f"{fault}-{number}")
+                    say(f"{setup.name}: {fault}, {found}")
+                    yield found
+                    if isinstance(found, Failed):
+                        break
+
+
+def _try(cluster: LocalCluster, setup: Setup, fault: Fault, name: str) -> Sample | Failed:
+    try:
+        return _recover(cluster, setup, fault, name)
+    except Exception as error:  # noqa: BLE001 -- one run's trouble is not the others'
+        return Failed(setup.name, fault, f"{type(error).__name__}: {error}")
 
 
 def _recover(cluster: LocalCluster, setup: Setup, fault: Fault, name: str) -> Sample:
@@ -124,7 +173,7 @@ def _recover(cluster: LocalCluster, setup: Setup, fault: Fault, name: str) -> Sa
                 name=name,
                 storage_path=f"{place}/storage",
                 failure_config=FailureConfig(max_failures=3),
-                callbacks=[tiered.ray_train.Callback(avoid_silent_hosts=setup.avoids)],
+                callbacks=[setup.callback()],
             ),
         )
         fit = threading.Thread(target=lambda: results.append(trainer.fit()), daemon=True)
@@ -194,16 +243,17 @@ def _cluster(setup: Setup) -> LocalCluster:
 
 
 @contextlib.contextmanager
-def _environment(setup: Setup) -> Iterator[None]:
-    """Ray Train's settings of this setup, for the driver; what was there before is put back."""
+def environment(*, is_fast: bool, more: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Ray Train's settings, for the driver and what it starts; what was before is put back."""
     root = str(Path(__file__).parent.parent)
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     mine = {
         "GLOO_SOCKET_IFNAME": "lo",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+        **(more or {}),
     }
-    if setup.is_fast:
+    if is_fast:
         mine.update(fast_recovery().environment)
     before = {name: os.environ.get(name) for name in mine}
     os.environ.update(mine)
@@ -235,13 +285,15 @@ def summarize(samples: list[Sample]) -> dict[str, dict[str, float]]:
     return found
 
 
-def as_record(samples: list[Sample], machine: Mapping[str, Any]) -> dict[str, Any]:
+def as_record(found: Sequence[Sample | Failed], machine: Mapping[str, Any]) -> dict[str, Any]:
     """What is written to the file of results."""
+    samples = [one for one in found if isinstance(one, Sample)]
     return {
         "command": "python -m benchmarks recovery",
         "machine": dict(machine),
         "summary": summarize(samples),
         "samples": [asdict(sample) for sample in samples],
+        "failed": [asdict(one) for one in found if isinstance(one, Failed)],
     }
 
 

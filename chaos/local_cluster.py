@@ -25,6 +25,7 @@ from typing import Any, Self
 
 import psutil
 import ray
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 
 from chaos import session_guard
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 MIB = 1024 * 1024
 HEAD_STORE_BYTES = 100 * MIB
+PREEMPTION = 2  # in Ray's autoscaler.proto: DRAIN_NODE_REASON_PREEMPTION
 
 # A killed host's port refuses, which counts as one failure a period: dead after about 3 s. A
 # timeout much shorter than this declares hosts dead that are merely busy importing torch.
@@ -211,6 +213,16 @@ class LocalCluster:
         raylet.terminate()
         raylet.wait(timeout=30.0)
         self._forget_host(node_id)
+
+    def warn_host(self, node_id: str, notice_s: float) -> None:
+        """Tell Ray that a host will be taken away, as a cloud does of a preemptible one.
+
+        Ray places nothing there any more; nobody takes the host away but the caller.
+        """
+        deadline_ms = int((time.time() + notice_s) * 1000)
+        client = GcsClient(address=self.address)
+        is_accepted, reason = client.drain_node(node_id, PREEMPTION, "preempted", deadline_ms)
+        assert is_accepted, reason
 
     def orphan_host(self, node_id: str) -> list[psutil.Process]:
         """SIGKILL a host's raylet alone, and do not reap it: its processes go on for a while.

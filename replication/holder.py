@@ -38,6 +38,7 @@ from replication.dataplane import Access, open_transports
 from replication.durable import DurableStore, Earlier, common_runs
 from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
 from replication.inventory import Inventory, Reservation
+from replication.presence import is_present
 from replication.records import (
     ActorRef,
     ByteRange,
@@ -45,6 +46,7 @@ from replication.records import (
     ChunkId,
     Endpoint,
     HolderId,
+    Owner,
     ShardKey,
     ShardPlan,
     ShardRecord,
@@ -366,6 +368,10 @@ class Holder:
         See `messages.WatermarkRaised`.
         """
         self._feed(messages.WatermarkRaised(job, generation, below, pinned, branch))
+
+    async def has_trainer(self, owner: Owner) -> bool:
+        """Whether this process of the holder's host is still a trainer's."""
+        return await asyncio.to_thread(is_present, owner)
 
     async def drop_step(self, job: str, version: Version) -> None:
         """Let go of a step of `job` that was never committed."""

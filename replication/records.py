@@ -63,6 +63,32 @@ class HolderId(NamedTuple):
         return f"{self.node_id[:8]}/{self.incarnation[:4]}"
 
 
+class Owner(NamedTuple):
+    """The process that has a job's name: rank 0's, of one life of the job.
+
+    Attributes:
+        run: What starts the job's lives, one after the other (a Ray Train run, a driver, a torchrun
+            job): lives of one run succeed each other, whoever is left of the older one.
+        node_id: Ray's id of the host.
+        host: Its name, for people.
+        pid: The process.
+        since_s: When it came, in seconds since the epoch.
+        mark: The file that it keeps locked (`replication.presence`).
+    """
+
+    run: str
+    node_id: str
+    host: str
+    pid: int
+    since_s: float
+    mark: str
+
+    def succeeds(self, other: "Owner") -> bool:
+        """Whether it may take over from `other` without asking if that is still there."""
+        is_same_process = (self.node_id, self.pid) == (other.node_id, other.pid)
+        return self.run == other.run or is_same_process
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkId:
     """Names one chunk, and says how many bytes its shard's plan gives it."""

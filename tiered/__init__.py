@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         DurableObjectError,
         DurableStoreDownError,
         DurableStoreError,
+        NameInUseError,
         SaveError,
         StateError,
         StepNotFoundError,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
         forget,
         recover,
         status,
+        stop,
     )
     from tiered.replies import DegradedStep, JobStatus
     from tiered.retention import KeepBest, KeepEvery, KeepInterval
@@ -94,6 +96,7 @@ __all__ = [
     "KeepInterval",
     "Memory",
     "MemoryBudgetError",
+    "NameInUseError",
     "PerRank",
     "PlacementError",
     "ProtocolError",
@@ -122,6 +125,7 @@ __all__ = [
     "import_step",
     "recover",
     "status",
+    "stop",
 ]
 
 _HOME = {
@@ -155,11 +159,13 @@ _HOME = {
     "drain": "tiered.recovery",
     "events": "tiered.recovery",
     "forget": "tiered.recovery",
+    "stop": "tiered.recovery",
     "CheckpointError": "tiered.errors",
     "ConfigError": "tiered.errors",
     "DurableObjectError": "tiered.errors",
     "DurableStoreDownError": "tiered.errors",
     "DurableStoreError": "tiered.errors",
+    "NameInUseError": "tiered.errors",
     "SaveError": "tiered.errors",
     "StateError": "tiered.errors",
     "StepNotFoundError": "tiered.errors",

@@ -18,6 +18,8 @@ from tiered.flush import FlushQueue
 from tiered.history import Candidate, Choice, Resolution, ShardSources, latest_consistent_step
 from tiered.retention import SavedStep
 
+STOP = "stop-"  # so begins the name of a life that never starts: it ends the ones before
+
 
 @dataclass(frozen=True, slots=True)
 class Degraded:
@@ -66,6 +68,11 @@ class Catalogue:
     def generation(self) -> int:
         """The newest claimed generation, 0 before the first."""
         return max(self.claims, default=0)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody has stopped the job, and nobody has begun since."""
+        return bool(self.claims) and self.claims[self.generation].life.startswith(STOP)
 
     @property
     def settings(self) -> JobSettings | None:

@@ -55,6 +55,7 @@ from tiered.history import Resolution
 from tiered.image import Layout, chunk_sizes, front, lay_out
 from tiered.messages import Level
 from tiered.own_holder import OwnHolder
+from tiered.ownership import Ownership
 from tiered.ray_metrics import TrainerMetrics
 from tiered.ray_train import run
 from tiered.ray_train.part import RunPart
@@ -128,6 +129,7 @@ class Checkpointer:
         rank: int | None = None,
         world_size: int | None = None,
         allow_pickle: bool = False,
+        take_over: bool = False,
     ) -> None:
         """Connect to the Ray cluster (start a local one if there is none) and to its holders.
 
@@ -142,6 +144,8 @@ class Checkpointer:
             world_size: The number of ranks.
             allow_pickle: Save and restore what is no number, string, container or tensor by
                 pickling it. Only for checkpoints that you trust.
+            take_over: Fence off a trainer of another run that has the job's name and is there,
+                rather than be refused.
 
         Raises:
             ConfigError: A setting is wrong.
@@ -152,6 +156,8 @@ class Checkpointer:
         self.settings = JobSettings(memory or Memory(), durable)
         self.restored: Restored | None = None
         self._worker = find_worker(rank, world_size)
+        self._takes_over = take_over
+        self._ownership = Ownership()
         self._allow_pickle = allow_pickle
         self._is_local = cluster.connect()
         self._coordinator = cluster.coordinator()
@@ -246,6 +252,7 @@ class Checkpointer:
             The next step to run: one more than the restored one, 0 on a fresh start.
 
         Raises:
+            NameInUseError: A trainer of another run has the job's name, and is there.
             StepNotFoundError: `step` or `before` was given and there is no such step.
             StateError: The state does not fit the saved one; nothing was overwritten. Or an object
                 did not take its state; says what was overwritten by then.
@@ -350,11 +357,11 @@ class Checkpointer:
 
     def _begin(self, step: int | None = None, before: int | None = None) -> Resolution:
         worker = self._worker
-        life = new_life(worker)
+        life, owner = new_life(worker, self._ownership.claim() if worker.rank == 0 else None)
         resolution: Resolution = cluster.ask(
             self._coordinator, "begin",
-            self.job, life, worker.rank, worker.world_size, self.settings, step, before,
-            timeout_s=BEGIN_TIMEOUT_S + START_TIMEOUT_S,
+            self.job, life, worker.rank, worker.world_size, self.settings, step, before, owner,
+            takes_over=self._takes_over, timeout_s=BEGIN_TIMEOUT_S + START_TIMEOUT_S,
         )  # fmt: skip
         self._generation = resolution.generation
         self._watcher.begin(resolution.generation)
@@ -643,6 +650,7 @@ class Checkpointer:
                 cluster.stop_local()
 
     def _stop(self) -> None:
+        self._ownership.end()
         self._watcher.stop()
         self._stager.release()
 

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from replication.errors import DeadlineError, ReleaseError, TieredError
 from replication.holder import NAMESPACE
@@ -239,6 +245,27 @@ def _of_this_release(actor: ActorRef) -> ActorRef:
     if release != RELEASE:
         raise ReleaseError(f"the {COORDINATOR_NAME} of this cluster", release, RELEASE)
     return actor
+
+
+def end_actors() -> int:
+    """End the coordinator, then every holder, of whichever release; returns how many holders.
+
+    Raises:
+        ConfigError: No Ray cluster is running, or nothing of Tiered on it.
+    """
+    attach()
+    names = [
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["namespace"] == NAMESPACE
+    ]
+    if not names:
+        raise ConfigError("no holder and no coordinator runs on this Ray cluster")
+    names.sort(key=lambda name: name != COORDINATOR_NAME)  # or it would start holders again
+    for name in names:
+        with contextlib.suppress(ValueError, RayError):
+            ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
+    return len([name for name in names if name != COORDINATOR_NAME])
 
 
 class Asked:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, assert_never
 from replication.errors import DeadlineError, FencedError, HolderUnavailableError, TieredError
 from replication.fleet import HEARTBEAT_S, HEARTBEAT_TIMEOUT_S, Fleet
 from replication.holder import LOG_FORMAT
-from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
+from replication.records import HolderId, Life, Owner, ShardKey, ShardRecord, Version
 from replication.release import RELEASE
 from tiered import messages as m
 from tiered import register
@@ -117,6 +117,9 @@ class Coordinator:
         settings: JobSettings,
         step: int | None = None,
         before: int | None = None,
+        owner: Owner | None = None,
+        *,
+        takes_over: bool = False,
     ) -> Resolution:
         """Begin a generation: fence older ones and answer from where to go on.
 
@@ -124,6 +127,7 @@ class Coordinator:
 
         Raises:
             FencedError: A newer life has begun since.
+            NameInUseError: A trainer of another run has the name, and is there.
             PlacementError, WorldSizeError, ConfigError, StepNotFoundError, DurableStoreError:
                 The generation cannot begin; the message says what to change.
             DeadlineError: It took too long.
@@ -133,7 +137,8 @@ class Coordinator:
         answer = self._answers.setdefault(
             (job_name, life), asyncio.get_running_loop().create_future()
         )
-        self._feed(job, m.BeginAsked(life, rank, world_size, settings, step, before))
+        asked = m.BeginAsked(life, rank, world_size, settings, step, before, owner, takes_over)
+        self._feed(job, asked)
         try:
             error = await asyncio.wait_for(asyncio.shield(answer), BEGIN_TIMEOUT_S)
         except TimeoutError:
@@ -270,7 +275,7 @@ class Coordinator:
         return tuple(left)
 
     async def forget(self, job_name: str) -> None:
-        """Let go of everything that a job has in memory; what is on S3 stays.
+        """Let go of everything that a job has in memory; what is on S3 stays. It may train on.
 
         Raises:
             HolderUnavailableError: Some holder did not answer; ask again.
@@ -294,6 +299,43 @@ class Coordinator:
         if job.begin is None:  # what is known of it is read anew, when somebody asks
             del self._jobs[job_name]
 
+    async def stop(self, job_name: str, life: Life) -> bool:
+        """Fence off whatever trains a job, then let go of everything that it has in memory.
+
+        Args:
+            job_name: The job.
+            life: Names this stop, with `STOP` before it; the same when it is asked again.
+
+        Returns:
+            Whether nobody needs the holders now: no other job has anything, and no trainer of this
+            one is left that has to be told.
+
+        Raises:
+            FencedError: A life has begun meanwhile; it goes on.
+            HolderUnavailableError, DeadlineError: Not all was let go of; ask again.
+        """
+        await self.hello()
+        job = await self._known_job(job_name)
+        owner = job.claims[job.generation].owner if job.claims else None
+        holder = next((h for h in job.holders if owner and h.node_id == owner.node_id), None)
+        answer = self._answers.setdefault(
+            (job_name, life), asyncio.get_running_loop().create_future()
+        )
+        self._feed(job, m.StopAsked(life))
+        try:
+            error = await asyncio.wait_for(asyncio.shield(answer), BEGIN_TIMEOUT_S)
+        except TimeoutError:
+            raise DeadlineError(f"stopping job {job_name!r}", BEGIN_TIMEOUT_S) from None
+        if error is not None:
+            raise error
+        await self.forget(job_name)
+        self._cadences.pop(job_name, None)
+        if owner is not None and holder is not None:
+            sought = await self._executor.seek_owner(m.SeekOwner(life, owner, holder))
+            if sought.is_present:
+                return False
+        return not any(other.claims for other in self._remembered)
+
     async def status(self, job_name: str) -> JobStatus:
         """What is known of a job now."""
         await self.hello()
@@ -314,7 +356,11 @@ class Coordinator:
     def _remembered(self) -> list[Job]:
         """Jobs that nobody had let go of since they last began."""
         jobs = sorted(self._jobs.values(), key=lambda job: job.name)
-        return [job for job in jobs if self._forgotten.get(job.name) != job.generation]
+        return [job for job in jobs if not self._is_forgotten(job)]
+
+    def _is_forgotten(self, job: Job) -> bool:
+        """Whether what holders have of it is to go; a stop is known from the register, too."""
+        return job.is_stopped or self._forgotten.get(job.name) == job.generation
 
     async def events(self, job_name: str | None, after: int) -> list[Entry]:
         """What happened, in order, after an entry's number."""
@@ -392,7 +438,7 @@ class Coordinator:
     async def _holder_up(self, job: Job, holder: HolderId, domain: str) -> None:
         """Tell a job's core of a holder and what it has; again later if it does not answer."""
         try:
-            if self._forgotten.get(job.name) == job.generation:
+            if self._is_forgotten(job):
                 await self._fleet.call(holder, "forget", CALL_TIMEOUT_S, job.name)
             records = await self._fleet.call(holder, "list_shards", CALL_TIMEOUT_S)
         except Exception as error:  # noqa: BLE001 - heartbeats will say if it is lost
@@ -466,6 +512,8 @@ class Coordinator:
                     self._tell(holder, "drop_step", job.name, command.version)
             case m.ReadManifests():
                 self._follow(job, self._executor.read_manifests(job, command.versions))
+            case m.SeekOwner():
+                self._follow(job, self._executor.seek_owner(command))
             case m.ClaimGeneration():
                 self._follow(job, self._executor.claim(job, command.claim))
             case m.ListDurable():

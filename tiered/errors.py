@@ -3,6 +3,7 @@
 TieredError (replication.errors)
 └── CheckpointError
     ├── ConfigError            a setting is wrong; says which, and what it may be
+    ├── NameInUseError         a trainer of another run is using the job's name; says which
     ├── StateError             a state holds something that cannot be saved or filled; names the key
     ├── WorldSizeError         ranks of one generation disagree on their number, or a step cannot
     │                          be given to another number of ranks
@@ -13,6 +14,7 @@ TieredError (replication.errors)
         └── DurableStoreDownError  it did not serve the request; it may later
 """
 
+from datetime import UTC, datetime
 from typing import ClassVar
 
 from replication.errors import TieredError
@@ -24,6 +26,26 @@ class CheckpointError(TieredError):
 
 class ConfigError(CheckpointError, ValueError):
     """A setting is wrong. The message says which one and what it may be."""
+
+
+class NameInUseError(CheckpointError):
+    """A trainer of another run has the job's name, and is there; nothing was begun or fenced."""
+
+    def __init__(self, job: str, run: str, host: str, pid: int, since_s: float) -> None:
+        super().__init__(job, run, host, pid, since_s)
+        self.job = job
+        self.run = run
+        self.host = host
+        self.pid = pid
+        self.since_s = since_s
+
+    def __str__(self) -> str:
+        since = datetime.fromtimestamp(self.since_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        return (
+            f"job {self.job!r} is in use: process {self.pid} on host {self.host}, of run "
+            f"{self.run!r}, trains it since {since}; end that one, give this job another name, or "
+            "take the name from it with Checkpointer(take_over=True)"
+        )
 
 
 class StateError(CheckpointError):

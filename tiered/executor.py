@@ -38,6 +38,17 @@ class Executor:
         self._ledgers: dict[str, Ledger] = {}
         self._upload_problem = ""
 
+    async def seek_owner(self, command: m.SeekOwner) -> m.OwnerSought:
+        """Ask the host of a trainer whether that is there; no answer says that it is not."""
+        is_present = False
+        try:
+            is_present = await self._fleet.call(
+                command.holder, "has_trainer", HEARTBEAT_TIMEOUT_S, command.owner
+            )
+        except Exception as error:  # noqa: BLE001 - a new life waits for nobody
+            logger.warning("process %d not looked for: %s", command.owner.pid, first_line(error))
+        return m.OwnerSought(command.life, command.owner, is_present)
+
     async def claim(self, job: Job, claim: m.Claim) -> m.Event:
         """Write a generation down in the register, if it is still free."""
         return await asyncio.to_thread(self.ledger(job).claim, claim)

@@ -5,21 +5,30 @@ Rules (the specification's names in brackets):
        its parent is recorded before any rank is answered [F3].
     2. All ranks of one life get that one answer, however often and however late they ask, from
        whichever life of the coordinator. A life that another one has overtaken is refused.
-    3. A step is chosen from what holders and S3 are known to have, and believed only after its
+    3. A life of another run does not take the name from a trainer that is there: it is refused. A
+       trainer that does not answer, for whatever reason, is fenced off: recovery waits for nobody.
+    4. A job is stopped by a generation that never starts: whoever trains is fenced off by it.
+    5. A step is chosen from what holders and S3 are known to have, and believed only after its
        copies were read end to end.
 
-The order is: list S3, claim, fence, choose, verify, record, answer. `tiered.job` hands each event
-to the method of its name; one of a begin that is over changes nothing.
+The order is: seek the owner, list S3, claim, fence, choose, verify, record, answer. `tiered.job`
+hands each event to the method of its name; one of a begin that is over changes nothing.
 """
 
 from dataclasses import dataclass, field, replace
 
 from replication.errors import FencedError, PlacementError, TieredError
-from replication.records import HolderId, Life, ShardKey, Version
+from replication.records import HolderId, Life, Owner, ShardKey, Version
 from tiered import messages as m
 from tiered.admission import Admissions
 from tiered.catalogue import Catalogue
-from tiered.errors import ConfigError, DurableStoreError, StepNotFoundError, WorldSizeError
+from tiered.errors import (
+    ConfigError,
+    DurableStoreError,
+    NameInUseError,
+    StepNotFoundError,
+    WorldSizeError,
+)
 from tiered.history import Choice, latest_consistent_step
 
 
@@ -33,6 +42,7 @@ class Begin:
     is_claimed: bool = False
     is_fenced: bool = False
     is_listing: bool = False
+    is_stop: bool = False  # nobody is to train in it: over once older generations are fenced off
     is_recorded: bool = False  # it has its parent; only where to read that is asked again
     s3_problem: str = ""
     verified: set[Version] = field(default_factory=set)
@@ -51,6 +61,9 @@ class Generations:
         self.begin: Begin | None = None
         self._overtaken: dict[Life, m.Claim] = {}
         self._oldest_claimable = 1
+        self._seeking: dict[Life, m.BeginAsked] = {}
+        self._gone: set[Owner] = set()
+        self._refused: dict[Life, NameInUseError] = {}
 
     def asked(self, event: m.BeginAsked) -> list[m.Command]:
         """A rank of a life asks; the first one sets everything off, the others wait."""
@@ -63,20 +76,76 @@ class Generations:
         replicas = event.settings.memory.replicas
         if not known.claims and replicas is not None and replicas >= known.hosts:
             return [m.AnswerBegin(event.life, PlacementError(replicas, known.hosts))]
+        if (error := self._refused.get(event.life)) is not None:
+            return [m.AnswerBegin(event.life, error)]
+        if event.life in self._seeking:
+            return []
+        if (seek := self._seek(event)) is not None:
+            self._seeking[event.life] = event
+            return [seek]
+        return self._claim_next(event)
+
+    def _seek(self, event: m.BeginAsked) -> m.SeekOwner | None:
+        """Have it looked for whoever has the name, unless this life succeeds it anyway."""
+        known, claim = self.known, None
+        if self.begin is not None:
+            claim = self.begin.claim
+        elif known.claims:
+            claim = known.claims[known.generation]
+        if claim is None or claim.owner is None or event.owner is None or event.takes_over:
+            return None
+        owner = claim.owner
+        if event.owner.succeeds(owner) or owner in self._gone:
+            return None
+        holder = next((h for h in known.holders if h.node_id == owner.node_id), None)
+        return None if holder is None else m.SeekOwner(event.life, owner, holder)
+
+    def sought(self, event: m.OwnerSought) -> list[m.Command]:
+        """Whoever has the name was looked for."""
+        asked = self._seeking.pop(event.life, None)
+        if asked is None:
+            return []
+        if not event.is_present:
+            self._gone.add(event.owner)
+            return self.asked(asked)
+        owner = event.owner
+        error = NameInUseError(self.known.name, owner.run, owner.host, owner.pid, owner.since_s)
+        self._refused[event.life] = error
+        return [m.AnswerBegin(event.life, error)]
+
+    def _claim_next(self, event: m.BeginAsked) -> list[m.Command]:
+        """A life that nobody stands in the way of: list S3 or claim the next generation."""
+        generation, commands = self._overtake()
+        claim = m.Claim(generation, event.life, event.world_size, event.settings, event.owner)
+        self.begin = Begin(claim, event.step, event.before)
+        listing = self._list_durable()
+        return [*commands, *(listing or [m.ClaimGeneration(claim)])]
+
+    def stop(self, event: m.StopAsked) -> list[m.Command]:
+        """Fence off everything that trains; what is asked again is on its way, or done again."""
+        if self.begin is not None and self.begin.claim.life == event.life:
+            return []
+        if not self.known.claims:
+            return [m.AnswerBegin(event.life)]
+        newest = self.known.claims[self.known.generation]
+        generation, commands = self._overtake()
+        claim = m.Claim(generation, event.life, newest.world_size, newest.settings)
+        self.begin = Begin(claim, None, None, is_stop=True)
+        return [*commands, m.ClaimGeneration(claim)]
+
+    def _overtake(self) -> tuple[int, list[m.Command]]:
+        """The next generation to claim; the life that is about to have one is refused."""
+        known = self.known
         overtaken = self.begin
         newest = known.generation if overtaken is None else overtaken.claim.generation
         generation = max(newest + 1, known.generation + 1, self._oldest_claimable)
-        claim = m.Claim(generation, event.life, event.world_size, event.settings)
-        self.begin = Begin(claim, event.step, event.before)
-        commands: list[m.Command] = []
-        if overtaken is not None:
-            known.put_back()
-            old = overtaken.claim
-            self._overtaken[old.life] = old
-            fenced = FencedError(known.name, old.generation, claim.generation)
-            commands.append(m.AnswerBegin(old.life, fenced))
-        listing = self._list_durable()
-        return [*commands, *(listing or [m.ClaimGeneration(claim)])]
+        if overtaken is None:
+            return generation, []
+        known.put_back()
+        old = overtaken.claim
+        self._overtaken[old.life] = old
+        fenced = FencedError(known.name, old.generation, generation)
+        return generation, [m.AnswerBegin(old.life, fenced)]
 
     def _asked_again(self, event: m.BeginAsked, claim: m.Claim) -> list[m.Command]:
         """A life asks that has a claim: every rank of it does, some of them late."""
@@ -160,9 +229,7 @@ class Generations:
         claim = begin.claim
         if not event.is_ours:  # another coordinator's: take the next one
             self._oldest_claimable = event.generation + 1
-            begin.claim = m.Claim(
-                event.generation + 1, claim.life, claim.world_size, claim.settings
-            )
+            begin.claim = replace(claim, generation=event.generation + 1)
             return [m.ClaimGeneration(begin.claim)]
         begin.is_claimed = True
         self.known.claims[claim.generation] = claim
@@ -174,6 +241,9 @@ class Generations:
         if self.begin is None or event.generation != self.begin.claim.generation:
             return []
         self.begin.is_fenced = True
+        if self.begin.is_stop:
+            life, self.begin = self.begin.claim.life, None
+            return [m.AnswerBegin(life)]
         return self._choose()
 
     def _fence(self) -> list[m.Command]:

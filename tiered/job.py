@@ -68,6 +68,10 @@ class Job(Catalogue):
                 return commands if is_expected else [*commands, *self._flush_newest(now_s)]
             case m.BeginAsked():
                 return self.generations.asked(event)
+            case m.StopAsked():
+                return self.generations.stop(event)
+            case m.OwnerSought():
+                return self.generations.sought(event)
             case m.GenerationClaimed():
                 return self.generations.claimed(event)
             case m.DurableListed():

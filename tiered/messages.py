@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from replication.errors import TieredError
-from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
+from replication.records import HolderId, Life, Owner, ShardKey, ShardRecord, Version
 from tiered.admission import Admission
 from tiered.config import JobSettings
 
@@ -21,12 +21,13 @@ Level = Literal["staged", "replicated", "durable"]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What the register remembers of a generation."""
+    """What the register remembers of a generation; `owner` is None where it is not known."""
 
     generation: int
     life: Life
     world_size: int
     settings: JobSettings
+    owner: Owner | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,18 @@ class HolderDown:
 
 @dataclass(frozen=True, slots=True)
 class BeginAsked:
-    """A rank of a new life asks from where to go on."""
+    """A rank of a new life asks from where to go on.
+
+    Attributes:
+        life: Which.
+        rank: Who asks.
+        world_size: Ranks of the life.
+        settings: The same for all of them.
+        step: Resume from this one.
+        before: Resume from one before this.
+        owner: Rank 0's process, whoever asks.
+        takes_over: It is not asked whether a trainer of another run is there.
+    """
 
     life: Life
     rank: int
@@ -63,6 +75,30 @@ class BeginAsked:
     settings: JobSettings
     step: int | None = None
     before: int | None = None
+    owner: Owner | None = None
+    takes_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """Somebody wants the job's trainers to end; answered as `life`, with AnswerBegin."""
+
+    life: Life
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerSought:
+    """The host of an older life's rank 0 said whether that is there, or did not answer in time.
+
+    Attributes:
+        life: That wants the name.
+        owner: Who had it.
+        is_present: It lives, and has not ended its part. False in any doubt.
+    """
+
+    life: Life
+    owner: Owner
+    is_present: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +266,8 @@ Event = (
     | HolderUp
     | HolderDown
     | BeginAsked
+    | StopAsked
+    | OwnerSought
     | GenerationClaimed
     | DurableListed
     | HoldersFenced
@@ -250,6 +288,15 @@ Event = (
 
 
 # --- commands -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SeekOwner:
+    """Ask `holder` whether a trainer of its host is there; answer with OwnerSought."""
+
+    life: Life
+    owner: Owner
+    holder: HolderId
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,7 +487,8 @@ class PolicyMet:
 
 FlushEvent = ShardUploaded | UploadFailed | ManifestPublished | PublishFailed
 Command = (
-    ClaimGeneration
+    SeekOwner
+    | ClaimGeneration
     | ListDurable
     | FenceHolders
     | VerifyShards

@@ -73,7 +73,7 @@ class Recovered:
     @property
     def sources(self) -> dict[int, tuple[str, ...]]:
         """For each rank, the places that have its shard, nearest first."""
-        return {rank: tuple(t.name for t in self._reader(rank).tiers) for rank in self._ranks}
+        return {rank: tuple(t.name for t in self.reader(rank).tiers) for rank in self._ranks}
 
     def keys(self) -> dict[str, TensorInfo]:
         """Every tensor of the step, by its keys in the state joined with dots; none is read.
@@ -217,7 +217,7 @@ class Recovered:
 
     def open(self) -> SavedStep:
         """The step for whoever reads it piece by piece, and closes it."""
-        readers = [self._reader(rank) for rank in self._ranks]
+        readers = [self.reader(rank) for rank in self._ranks]
         return SavedStep(readers, allow_pickle=self._allow_pickle, store=self._store)
 
     @contextlib.contextmanager
@@ -225,6 +225,7 @@ class Recovered:
         with contextlib.closing(self.open()) as step:
             yield step
 
-    def _reader(self, rank: int) -> ShardReader:
+    def reader(self, rank: int) -> ShardReader:
+        """One rank's shard, chunk by chunk; whoever reads it closes it."""
         sources = self._shards[rank]
         return ShardReader(sources, tiers_of(sources, None, self._store))

@@ -3,14 +3,16 @@
 import contextlib
 import math
 import time
+import uuid
 
 import ray
 
 from replication.errors import DeadlineError
-from replication.records import Version
+from replication.records import Life, Version
 from tiered import cluster, collection, register
+from tiered.catalogue import STOP
 from tiered.config import S3, check_job_name
-from tiered.coordinator import CALL_TIMEOUT_S, SETTLE_TIMEOUT_S
+from tiered.coordinator import BEGIN_TIMEOUT_S, CALL_TIMEOUT_S, SETTLE_TIMEOUT_S
 from tiered.errors import ConfigError, StepNotFoundError
 from tiered.fetch import ShardReader, tiers_of
 from tiered.garbage import GRACE_S, GarbagePlan
@@ -185,6 +187,30 @@ def forget(job: str) -> None:
     """
     check_job_name(job)
     cluster.ask(cluster.running_coordinator(), "forget", job, timeout_s=ASK_TIMEOUT_S)
+
+
+def stop(job: str) -> bool:
+    """End a job: whoever trains it can save no more, and everything it has in memory is let go of.
+
+    What is on S3 stays, and a later run under the name resumes from there. A trainer that still
+    runs gets FencedError at its next save. After the last job's end the holders and the coordinator
+    are ended, too, unless there is such a trainer, which they have to tell; do not stop the last
+    job while another one starts.
+
+    Returns:
+        Whether the holders and the coordinator were ended.
+
+    Raises:
+        ConfigError: No Ray cluster with checkpoints in its memory is running.
+        FencedError: A new life of the job has begun meanwhile; it goes on.
+        HolderUnavailableError: Some host did not answer. Ask again.
+    """
+    check_job_name(job)
+    actor, life = cluster.running_coordinator(), Life(f"{STOP}{uuid.uuid4().hex}")
+    is_last: bool = cluster.ask(actor, "stop", job, life, timeout_s=2 * BEGIN_TIMEOUT_S)
+    if is_last:
+        cluster.end_actors()
+    return is_last
 
 
 def collect_garbage(

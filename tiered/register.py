@@ -26,7 +26,7 @@ from ray.experimental.internal_kv import (
 
 from replication.checksum import DIGEST_BYTES
 from replication.holder import NAMESPACE
-from replication.records import Life, ShardRecord, Version, decode, encode
+from replication.records import Life, Owner, ShardRecord, Version, decode, encode
 from replication.wire import SECRET_BYTES, Secret
 from tiered import retention
 from tiered.config import S3, JobSettings, Memory
@@ -164,6 +164,7 @@ def encode_claim(claim: Claim) -> bytes:
             "world_size": claim.world_size,
             "memory": _pack_tier(settings.memory),
             "s3": None if settings.s3 is None else _pack_tier(settings.s3),
+            "owner": None if claim.owner is None else claim.owner._asdict(),
         },
     )
 
@@ -179,7 +180,10 @@ def decode_claim(data: bytes) -> Claim:
     if type(generation) is not int or type(world_size) is not int or type(life) is not str:
         raise TypeError(f"a claim of {generation=} by {life=} of {world_size=}")
     settings = JobSettings(_read_tier(Memory, memory), None if s3 is None else _read_tier(S3, s3))
-    return Claim(generation, Life(life), world_size, settings)
+    owner = body.get("owner")  # claims of the first release have none
+    return Claim(
+        generation, Life(life), world_size, settings, None if owner is None else Owner(**owner)
+    )
 
 
 def _pack_tier(tier: Memory | S3) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from replication.records import Life
+from replication.records import Life, Owner
 from tiered.errors import ConfigError
 
 
@@ -73,18 +73,26 @@ def _from_ray_train() -> Worker | None:
         return None
 
 
-def new_life(worker: Worker) -> Life:
-    """Name a new life of the job; a collective, all ranks return the same name.
+def new_life(worker: Worker, owner: Owner | None) -> tuple[Life, Owner | None]:
+    """Name a new life of the job; a collective.
+
+    Args:
+        worker: This rank.
+        owner: This process, of rank 0; others' do not count.
+
+    Returns:
+        The name of the life and rank 0's process: the same on all ranks.
 
     Raises:
         ConfigError: There are several ranks and no process group to agree through.
     """
-    names = [uuid.uuid4().hex]
+    said: list[tuple[str, Owner | None]] = [(uuid.uuid4().hex, owner)]
     if worker.world_size > 1:
         if not (dist.is_available() and dist.is_initialized()):
             raise ConfigError(
                 f"{worker.world_size} ranks have to agree on one beginning: call "
                 "torch.distributed.init_process_group() before restore() and save()"
             )
-        dist.broadcast_object_list(names, src=0)
-    return Life(names[0])
+        dist.broadcast_object_list(said, src=0)
+    name, agreed = said[0]
+    return Life(name), agreed

@@ -13,6 +13,8 @@ from tiered.job import Job
 
 def of_job(job: Job, command: m.Command) -> Iterator[str]:
     match command:
+        case m.SeekOwner(life, owner, holder):
+            yield f"seek process {owner.pid} on {write_holder(holder)} for {life}"
         case m.ClaimGeneration(claim):
             yield f"claim g{claim.generation} for {claim.life}"
         case m.ListDurable():
@@ -72,7 +74,12 @@ def _answer(job: Job, command: m.AnswerBegin) -> Iterator[str]:
     if command.error is not None:
         yield f"answer {command.life}: {type(command.error).__name__}: {command.error}"
         return
-    generation = max(c.generation for c in job.claims.values() if c.life == command.life)
+    generation = max(
+        (c.generation for c in job.claims.values() if c.life == command.life), default=0
+    )
+    if generation not in job.parents:
+        yield f"answer {command.life}: nobody trains"
+        return
     resolution = job.resolution(generation)
     yield f"answer {command.life}: g{generation} resumes from {v(resolution.version)}"
     for shard in resolution.shards:

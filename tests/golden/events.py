@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from replication import membership, messages
-from replication.records import HolderId, Life, ShardKey, ShardPlan, Version
+from replication.records import HolderId, Life, Owner, ShardKey, ShardPlan, Version
 from tests.golden import notation as n
 from tests.golden.notation import JOB, read_chunk, read_holder, read_shard, read_version
 from tiered import messages as m
@@ -139,7 +139,24 @@ def _up(w: Words) -> m.HolderUp:
 def _begin(w: Words) -> m.BeginAsked:
     rank, ranks = w.number("rank") or 0, w.number("ranks") or w.settings.ranks
     step, before = w.number("step"), w.number("before")
-    return m.BeginAsked(Life(w.names[0]), rank, ranks, w.settings.job, step, before)
+    return m.BeginAsked(
+        Life(w.names[0]), rank, ranks, w.settings.job, step, before, _owner(w), w.has("over")
+    )
+
+
+def _owner(w: Words) -> Owner | None:
+    """`by=batch/7 at=A`: process 7 of the run `batch`, on host A."""
+    run, _, pid = w.one("by").partition("/")
+    host = w.one("at")
+    return Owner(run, host, f"host-{host}", int(pid), 0.0, "mark") if run else None
+
+
+def _sought(w: Words) -> m.OwnerSought:
+    """`sought batch/7 at=A for=two present`"""
+    run, _, pid = w.names[0].partition("/")
+    host = w.one("at")
+    found = Owner(run, host, f"host-{host}", int(pid), 0.0, "mark")
+    return m.OwnerSought(Life(w.one("for")), found, w.has("present"))
 
 
 def _report(w: Words) -> m.ShardReported:
@@ -170,6 +187,8 @@ OF_JOB: dict[str, Callable[[Words], m.Event]] = {
     "down": lambda w: m.HolderDown(read_holder(w.names[0])),
     "leaving": lambda w: m.HostLeaving(w.names[0]),
     "begin": _begin,
+    "sought": _sought,
+    "stop": lambda w: m.StopAsked(Life(w.names[0])),
     "claimed": lambda w: m.GenerationClaimed(_generation(w.names[0]), not w.has("by-another")),
     "listed": _listed,
     "fenced": lambda w: m.HoldersFenced(_generation(w.names[0])),

@@ -5,11 +5,12 @@ run twice, or begun from the wrong state shows in the last bit of every rank's r
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +21,10 @@ import torch
 import torch.distributed as dist
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from safetensors.torch import load_file
 
 import tiered
+from tiered.ray_train import open_checkpoint
 from tiered.ray_train.run import facts
 
 RANKS = 2
@@ -82,12 +85,12 @@ class Sum:
     """What is trained, the same on all ranks; strikes where it is taken apart or filled."""
 
     faults: tuple[Fault, ...]
-    now: int = 0
+    now: int = -1  # before the first step that is run
     total: torch.Tensor = field(default_factory=lambda: torch.zeros(SIZE))
 
     def state_dict(self) -> dict[str, Any]:
         for fault in self.faults:
-            if fault.where == "save" and fault.step == self.now and self.now > 0:
+            if fault.where == "save" and fault.step == self.now:
                 fault.strike()
         return {"total": self.total}
 
@@ -108,6 +111,23 @@ def expected(rank_count: int, steps: int) -> torch.Tensor:
     return total
 
 
+def expected_in_parts(parts: Sequence[tuple[int, int]], steps: int) -> torch.Tensor:
+    """What every rank has after a run whose number of ranks changed.
+
+    Args:
+        parts: The first step of each part, and its ranks. A rank that the part before did not have
+            begins to draw anew.
+        steps: Of the run.
+    """
+    total, ranks = torch.zeros(SIZE), list[Draws]()
+    for (first, count), (stop, _) in itertools.pairwise([*parts, (steps, 0)]):
+        ranks = [*ranks[:count], *(Draws(rank) for rank in range(len(ranks), count))]
+        for _ in range(first, stop):
+            draws = [rank.next() for rank in ranks]
+            total = total * 0.999 + sum(draws[1:], start=draws[0])
+    return total
+
+
 def train(config: dict[str, Any]) -> None:
     """The train function."""
     settings: JobSettings = config["settings"]
@@ -117,6 +137,7 @@ def train(config: dict[str, Any]) -> None:
     faults = tuple(f for f in settings.faults if (f.life, f.rank) == (life, rank))
     node_id = ray.get_runtime_context().get_node_id()
     work, draws = Sum(faults), Draws(rank)
+    note(folder / "given", f"{life} {rank} {given()}")
     state = {"work": work, "draws": tiered.PerRank(draws)}
     memory = tiered.Memory(every_steps=settings.every, chunk_bytes=1 << 20, backpressure="wait")
     with tiered.Checkpointer(memory=memory, s3=settings.s3) as ckpt:
@@ -136,6 +157,17 @@ def train(config: dict[str, Any]) -> None:
                 wait_for(lambda: (folder / "go").exists())
         ckpt.wait()
     torch.save(work.total, folder / f"final-{rank}.pt")
+
+
+def given() -> str:
+    """What a script that knows nothing of Tiered gets: the step, and a sum over its files."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return "none 0"
+    with checkpoint.as_directory() as place:
+        shards = [load_file(path) for path in sorted(Path(place).glob("*.safetensors"))]
+    total = next(t for name, t in shards[0].items() if "total" in name)
+    return f"{open_checkpoint(checkpoint).step} {float(total.sum())!r}"
 
 
 def note(path: Path, line: str) -> None:
@@ -168,6 +200,7 @@ class Run:
         workers: Any = RANKS,
         max_failures: int = 5,
         keep: int | None = None,
+        resize_s: float = 60.0,
     ) -> None:
         self.folder = Path(settings.folder)
         self.settings = settings
@@ -177,7 +210,11 @@ class Run:
             train,
             train_loop_config={"settings": settings},
             torch_config=TorchConfig(backend="gloo"),
-            scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                resources_per_worker={"CPU": 1},
+                elastic_resize_monitor_interval_s=resize_s,
+            ),
             run_config=RunConfig(
                 name=name,
                 storage_path=storage,
@@ -222,8 +259,8 @@ class Run:
     def go(self) -> None:
         (self.folder / "go").touch()
 
-    def assert_exact(self, ranks: int = RANKS) -> None:
-        want = expected(ranks, self.settings.steps)
+    def assert_exact(self, ranks: int = RANKS, want: torch.Tensor | None = None) -> None:
+        want = expected(ranks, self.settings.steps) if want is None else want
         for rank in range(ranks):
             have = torch.load(self.folder / f"final-{rank}.pt")
             assert torch.equal(have, want), f"rank {rank} is off by {(have - want).abs().max()}"

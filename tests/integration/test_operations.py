@@ -1,12 +1,17 @@
 """The command line against a real cluster in which things go wrong; only it is used to find out."""
 
 import json
+import os
+import signal
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 import ray
+from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from typer.testing import CliRunner
 
@@ -35,6 +40,9 @@ def until(condition: Callable[[], Any]) -> Any:
     return found
 
 
+SETTINGS = {"memory": tiered.Memory(every_steps=1, replicas=1)}
+
+
 def trainers(job: str, hosts: list[str], port: int) -> list[Any]:
     kind = ray.remote(Trainer)
     started = [
@@ -43,9 +51,39 @@ def trainers(job: str, hosts: list[str], port: int) -> list[Any]:
         ).remote(rank, len(hosts), port)
         for rank, host in enumerate(hosts)
     ]
-    settings = {"memory": tiered.Memory(every_steps=1, replicas=1)}
-    ray.get([t.start.remote(job, dict(settings), rank) for rank, t in enumerate(started)])
+    ray.get([t.start.remote(job, dict(SETTINGS), rank) for rank, t in enumerate(started)])
     return started
+
+
+def trainer_of(run: str, host: str) -> Any:
+    """A trainer of another run than all others of this driver."""
+    kind: Any = ray.remote(Trainer)
+    return kind.options(
+        num_cpus=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(host, soft=False),
+        runtime_env={"env_vars": {"TORCHELASTIC_RUN_ID": run}},
+    ).remote(0, 1, 0)
+
+
+def start(trainer: Any, job: str) -> int:
+    """Begin; returns the next step to run."""
+    try:
+        step: int = ray.get(trainer.start.remote(job, dict(SETTINGS), 0))[0]
+    except RayTaskError as error:
+        raise error.cause from None
+    return step
+
+
+def save(trainer: Any, step: int) -> None:
+    try:
+        ray.get(trainer.save.remote(step, step))
+    except RayTaskError as error:
+        raise error.cause from None
+
+
+def actors() -> set[str]:
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return {actor["name"] for actor in named if actor["namespace"] == NAMESPACE}
 
 
 def test_the_story_of_a_lost_host_is_told_by_the_command_line_alone(
@@ -87,8 +125,71 @@ def test_the_story_of_a_lost_host_is_told_by_the_command_line_alone(
     assert "host_lost" in {e.kind for e in tiered.events(job)}
     for trainer in new:
         ray.kill(trainer)
-    assert tiered_command("stop", job, "--yes")[0] == 0
-    assert tiered_command("ls", "--job", job)[0] == 3
+    code, text = tiered_command("stop", job, "--yes")
+    assert (code, "it was the last job" in text) == (0, True)
+    code, text = tiered_command("ls", "--job", job)
+    assert (code, "holds no checkpoints" in text) == (4, True)
+
+
+def test_a_name_in_use_is_refused_until_its_trainer_hangs_or_dies(
+    cluster: LocalCluster, job: str
+) -> None:
+    hosts = cluster.hosts
+    first = trainer_of("first", hosts[0])
+    assert start(first, job) == 0
+    save(first, 1)
+    pid = ray.get(first.pid.remote())
+    second = trainer_of("second", hosts[1])
+    with pytest.raises(
+        tiered.NameInUseError, match=f"process {pid} on host .*'torchrun job first'"
+    ):
+        start(second, job)
+    save(first, 2)  # it was not fenced off
+
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert start(second, job) == 3
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    with pytest.raises(tiered.FencedError):
+        save(first, 3)
+    save(second, 3)
+    third = trainer_of("third", hosts[2])
+    with pytest.raises(tiered.NameInUseError, match="torchrun job second"):
+        start(third, job)
+    gone = ray.get(second.pid.remote())
+    ray.kill(second)
+    until(lambda: not psutil.pid_exists(gone))
+    assert start(third, job) == 4
+
+
+def test_stop_ends_one_job_and_leaves_the_other_alone(cluster: LocalCluster) -> None:
+    names = [f"{kind}-{uuid.uuid4().hex[:8]}" for kind in ("over", "other")]
+    over, other = names
+    running = [trainer_of(name, host) for name, host in zip(names, cluster.hosts, strict=False)]
+    for trainer, name, step in zip(running, names, (7, 9), strict=True):
+        assert start(trainer, name) == 0
+        save(trainer, step)
+
+    code, text = tiered_command("stop", "--job", over, "--yes")
+    assert (code, text) == (0, f"nothing of {over} is in memory any more\n")
+    with pytest.raises(tiered.FencedError):
+        save(running[0], 8)
+    with pytest.raises(tiered.StepNotFoundError):
+        tiered.recover(over)
+    save(running[1], 10)
+    assert tiered.recover(other).step == 10
+    assert [job.name for job in tiered.cluster_status().jobs] == [other]
+    again = trainer_of("again", cluster.hosts[2])
+    assert start(again, over) == 0
+    for trainer in (*running, again):
+        ray.kill(trainer)
+
+    assert not tiered.stop(over)
+    assert until(lambda: tiered.stop(other)), "no trainer of the last job is left"
+    until(lambda: not actors())
+    trainers(other, cluster.hosts[:1], 0)  # and everything starts again for whoever comes
+    assert len(actors()) >= 2
 
 
 def test_the_doctor_finds_no_problem_in_a_cluster_and_a_store_that_work(

@@ -8,7 +8,7 @@ import pytest
 
 import tiered
 from chaos.local_cluster import LocalCluster
-from tests.integration.ray_train_job import Fault, JobSettings, Run
+from tests.integration.ray_train_job import Fault, JobSettings, Run, expected, lines
 from tiered.ray_train import open_checkpoint, read_summary
 
 pytestmark = [
@@ -49,6 +49,8 @@ def test_a_killed_host_costs_a_few_steps_and_the_result_has_checkpoints_on_s3(
 
     run.assert_exact()
     assert {start for life, _, start, _ in run.lives() if life > 0} == {17}
+    shown = {(life, what[0]): float(what[1]) for life, _, *what in lines(tmp_path / "given")}
+    assert shown == {("0", "none"): 0.0, ("1", "16"): float(expected(2, 17).sum())}, "from RAM"
     assert victim not in {host for life, _, _, host in run.lives() if life > 0}
     summary = read_summary(result)
     assert str(summary) == "failures: 1, lost steps: 2"
@@ -79,4 +81,6 @@ def test_failures_in_a_row_in_the_first_save_while_restoring_and_by_an_error(
     summary = read_summary(result)
     assert summary.failures == 3
     assert [r.resumed_step for r in summary.recoveries] == [None, 0, 8]
+    shown = {(life, step) for life, _, step, _ in lines(tmp_path / "given")}
+    assert ("3", "8") in shown, "get_checkpoint() gives a step that is in memory only"
     assert "told to fail" in summary.recoveries[2].cause

@@ -5,12 +5,24 @@ Each is a run of its own with a fault of its own; `test_ray_train.py` has the co
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
+import ray.tune
+import torch
 
 import tiered
 from chaos.local_cluster import LocalCluster
-from tests.integration.ray_train_job import Fault, JobSettings, Run, hung
+from tests.integration.ray_train_job import (
+    Fault,
+    JobSettings,
+    Run,
+    expected,
+    expected_in_parts,
+    hung,
+    lines,
+)
 from tests.integration.test_ray_train import name, quick
 from tiered.ray_train import read_summary
 
@@ -39,6 +51,8 @@ def whole(cluster: LocalCluster) -> Iterator[LocalCluster]:
         Fault(0, 1, "raise", "save", step=8),
         Fault(0, 0, "kill", step=9),
         Fault(0, 1, "kill", step=9),
+        Fault(0, 0, "kill", "save", step=0),  # the very first save: nothing is committed
+        Fault(0, 1, "raise", "save", step=0),
         Fault(0, 0, "kill", "save", step=4),
         Fault(0, 1, "kill", "save", step=8),
     ],
@@ -84,18 +98,79 @@ def test_two_hosts_are_lost_one_after_the_other(
     assert summary.failures >= 2
 
 
-def test_without_a_spare_host_an_elastic_run_goes_on_with_fewer_workers(
+def test_an_elastic_run_shrinks_without_a_spare_host_and_grows_when_one_comes(
     whole: LocalCluster, name: str, tmp_path: Path
 ) -> None:
     while len(whole.hosts) > 2:
         whole.kill_host(whole.hosts[-1])
-    settings = JobSettings(str(tmp_path), hold_at=10)
-    run = Run(name, settings, str(tmp_path / "storage"), workers=(1, 2))
+    settings = JobSettings(str(tmp_path), steps=220, pace_s=0.2, hold_at=10)
+    run = Run(name, settings, str(tmp_path / "storage"), workers=(1, 2), resize_s=2.0)
     run.wait_for(lambda: run.has_stepped(0, 10))
     run.wait_for(lambda: tiered.status(name).committed[-1:] == (8,))
     whole.kill_host(run.host_of(1))
     run.go()
-    summary = read_summary(run.finish(240))
+    run.wait_for(lambda: run.has_stepped(0, 20))
+    whole.add_host()
+    result = run.finish(240)
+    summary = read_summary(result)
     assert summary.recoveries[-1].resumed_step == 8
-    ranks = {rank for life, rank, start, _ in run.lives() if life > 0 and start == 9}
-    assert ranks == {0}, "one worker went on, from the step that two had saved"
+    assert summary.resizes == 1
+    starts = [(rank, start) for life, rank, start, _ in run.lives() if life > 0]
+    (grown,) = {start for _, start in starts} - {9}
+    assert sorted(starts) == [(0, 9), (0, grown), (1, grown)]
+    assert grown > 20
+    run.assert_exact(want=expected_in_parts([(0, 2), (9, 1), (grown, 2)], settings.steps))
+    ran = len(lines(tmp_path / "steps-0"))
+    assert summary.lost_steps == ran - settings.steps, "a resize costs steps, too"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_host_is_preempted_with_notice(
+    whole: LocalCluster, name: str, tmp_path: Path, rank: int
+) -> None:
+    settings = JobSettings(str(tmp_path), steps=60, pace_s=0.4, hold_at=6)
+    run = Run(name, settings, str(tmp_path / "storage"), max_failures=0)
+    run.wait_for(lambda: run.has_stepped(0, 6))
+    victim = run.host_of(rank)
+    whole.warn_host(victim, notice_s=8.0)
+    run.go()
+    run.wait_for(lambda: victim in tiered.status(name).leaving)
+    summary = read_summary(run.finish())
+    whole.kill_host(victim)
+    run.assert_exact()
+    assert victim not in {host for life, _, _, host in run.lives() if life > 0}
+    (recovery,) = summary.recoveries
+    assert "preempted" in recovery.cause
+    assert recovery.failed_ranks == (rank,)
+    assert recovery.lost_steps <= settings.every
+
+
+def test_two_trials_of_a_tuner_share_a_cluster(
+    whole: LocalCluster, name: str, tmp_path: Path
+) -> None:
+    whole.add_host()
+    tuner = ray.tune.Tuner(
+        tune_one,
+        param_space={"name": name, "folder": str(tmp_path), "trial": ray.tune.grid_search([0, 1])},
+        run_config=ray.tune.RunConfig(storage_path=str(tmp_path / "tune")),
+    )
+    results = tuner.fit()
+    assert not results.errors
+    for trial in range(2):
+        have = torch.load(tmp_path / str(trial) / "final-0.pt")
+        assert torch.equal(have, expected(1, 12)), "each trial has its own steps"
+        lives = [life for life, *_ in lines(tmp_path / str(trial) / "lives")]
+        assert lives == ["0", "1"], "and its own failures"
+    tiered.stop(f"{name}-0")
+    assert tiered.recover(f"{name}-1").step == 8
+    tiered.stop(f"{name}-1")
+
+
+def tune_one(config: dict[str, Any]) -> None:
+    """A trial: a run of Ray Train with a failure of its own."""
+    folder = Path(config["folder"]) / str(config["trial"])
+    folder.mkdir()
+    fault = Fault(0, 0, "kill", step=5 + 4 * config["trial"])
+    settings = JobSettings(str(folder), steps=12, faults=(fault,))
+    run = Run(f"{config['name']}-{config['trial']}", settings, str(folder), workers=1)
+    run.finish()

@@ -279,6 +279,8 @@ class Coordinator(Process):
                 self.world.oracle.committed(self, command)
             case m.FlushGivenUp():
                 self.world.kernel.log("flush of %s given up: %s", command.version, command.reason)
+            case m.SeekOwner():
+                self._seek(command)
             case m.ClaimGeneration():
                 self._claim(command.claim)
             case m.ListDurable():
@@ -376,6 +378,17 @@ class Coordinator(Process):
 
     def _s3(self, run: Callable[[], Any], done: Reply) -> None:
         self.world.store.request(run, lambda outcome: done(outcome) if self.is_alive else None)
+
+    def _seek(self, command: m.SeekOwner) -> None:
+        launcher, owner = self.world.launcher, command.owner
+
+        def sought(outcome: Outcome) -> None:
+            self.feed(m.OwnerSought(command.life, owner, outcome is True))
+
+        self.world.network.call(
+            "fence", self, self.world.holder_on(command.holder.node_id), HEARTBEAT_TIMEOUT_S,
+            lambda reply: reply(launcher.is_present(owner)), sought,
+        )  # fmt: skip
 
     def _claim(self, claim: m.Claim) -> None:
         key, data = register.claim_key(claim.generation), register.encode_claim(claim)

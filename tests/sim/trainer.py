@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from replication.errors import FencedError, MemoryBudgetError, ShardNotHeldError, TieredError
 from replication.inventory import Reservation
-from replication.records import HolderId, Life, ShardKey, ShardPlan, Version
+from replication.records import HolderId, Life, Owner, ShardKey, ShardPlan, Version
 from tests.sim.holder import digest
 from tests.sim.limits import (
     ADMIT_TIMEOUT_S,
@@ -23,6 +23,7 @@ from tests.sim.limits import (
 from tests.sim.network import HEAD, Host, Outcome, Process, Reply, gather
 from tiered import messages as m
 from tiered.admission import Admission
+from tiered.errors import NameInUseError
 from tiered.history import Resolution, ShardSources
 
 if TYPE_CHECKING:
@@ -73,8 +74,9 @@ class Rank(Process):
         """Ask from where to go on, until there is an answer."""
         life, coordinator = self.life, self.world.coordinator
         event = m.BeginAsked(
-            life.name, self.rank, life.world_size, self.world.setup.settings, *life.asked
-        )
+            life.name, self.rank, life.world_size, self.world.setup.settings, *life.asked,
+            owner=life.owner,
+        )  # fmt: skip
         self.world.network.call(
             "begin", self, coordinator, ASK_TIMEOUT_S,
             lambda reply: coordinator.begin(event, reply), self._begun,
@@ -94,6 +96,9 @@ class Rank(Process):
                 self._to_read = list(saved[mine :: self.life.world_size])
                 self._restore(self._to_read.pop(0))
         elif not outcome.retryable:
+            if isinstance(outcome, NameInUseError) and self.life is self.world.launcher.life:
+                self.world.oracle.counts["names in use"] += 1
+                self.world.launcher.end(outcome.pid)
             self.fail(outcome)
         elif self.world.kernel.now_s - self._born_s < BEGIN_TIMEOUT_S:
             self.later(1.0, self.begin)
@@ -306,6 +311,10 @@ class LifeOfJob:
             Rank(world, self, rank, hosts[rank % len(hosts)]) for rank in range(self.world_size)
         ]
         self.arrived: set[int] = set()
+        self.owner: Owner | None = None
+        if setup.runs_apart:
+            place, number = self.ranks[0].host.place, world.launcher.lives
+            self.owner = Owner(f"run-{number}", place, place, number, world.kernel.now_s, name)
 
     def start(self) -> None:
         """Every process starts, in its own time."""
@@ -395,6 +404,22 @@ class Launcher(Process):
             elif not kill and rank.is_alive and rank.rank in life.arrived:
                 rank.later(1.0, rank.save)
         self.world.kernel.after(self.world.kernel.uniform(0.5, 8.0), self.start)
+
+    def is_present(self, owner: Owner) -> bool:
+        """Whether a life's rank 0 is there, for somebody on its host."""
+        now_s = self.world.kernel.now_s
+        return any(
+            r.is_alive and r.host.hung_until_s <= now_s
+            for r in self.everyone
+            if r.rank == 0 and r.life.owner == owner
+        )
+
+    def end(self, number: int) -> None:
+        """End the life that an error names, where its hosts can be reached, as a person would."""
+        for rank in self.everyone:
+            owner = rank.life.owner
+            if owner is not None and owner.pid == number and self._looks_well(rank.host):
+                rank.is_alive = False
 
     def ranks_on(self, host: Host) -> list[Rank]:
         """Every process on a host."""

@@ -61,6 +61,7 @@ class Setup:
         unchanged: The probability that a chunk, but the first, is what it was in the save before.
         profile: Which faults there are: one of `faults.PROFILES`.
         is_elastic: Each life has another number of ranks, at most `ranks`.
+        runs_apart: Each life is of a run of its own: it does not succeed one that is still there.
         is_patient: Both end when their time is over, not when all is well.
     """
 
@@ -79,6 +80,7 @@ class Setup:
     profile: str = "any"
     is_patient: bool = False
     is_elastic: bool = False
+    runs_apart: bool = False
 
 
 def draw_setup(
@@ -119,6 +121,7 @@ def draw_setup(
         is_patient=rng.random() < 0.1,
         is_elastic=is_elastic,
         unchanged=rng.choice((0.0, 0.8)) if chunks > 1 else 0.0,
+        runs_apart=seed % 8 == 7,
     )
     if hours is None:
         return setup

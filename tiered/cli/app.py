@@ -12,6 +12,7 @@ import typer
 from rich.live import Live
 
 import tiered
+from tiered import cluster
 from tiered.cli import checks, views
 from tiered.cli.session import Exit, err, fail, only_job, out, print_json, speaking
 from tiered.config import S3
@@ -237,7 +238,7 @@ def down(yes: Yes = False) -> None:
     with speaking():
         if not yes and not typer.confirm("All checkpoints in memory will be lost. Go on?"):
             raise typer.Exit(Exit.REFUSED)
-        ended = checks.end()
+        ended = cluster.end_actors()
     out.print(f"ended {ended} holders and the coordinator", highlight=False)
 
 
@@ -296,14 +297,19 @@ def drain(
 
 
 @app.command()
-def stop(job: NamedJob, yes: Yes = False) -> None:
-    """Let go of everything that a job has in memory; what is on S3 stays."""
+def stop(
+    name: Annotated[str | None, typer.Argument(metavar="[JOB]", help="The job's name.")] = None,
+    job: JobName = None,
+    yes: Yes = False,
+) -> None:
+    """End a job: its trainers can save no more, its memory is free; what is on S3 stays."""
     with speaking():
-        only_job(tiered.cluster_status(), job)
-        if not yes and not typer.confirm(f"Everything of {job} in memory will be gone. Go on?"):
+        chosen = only_job(tiered.cluster_status(), name or job).name
+        if not yes and not typer.confirm(f"Everything of {chosen} in memory will be gone. Go on?"):
             raise typer.Exit(Exit.REFUSED)
-        tiered.forget(job)
-    out.print(f"nothing of {job} is in memory any more", highlight=False)
+        is_last = tiered.stop(chosen)
+    last = "; it was the last job: holders and coordinator are ended" if is_last else ""
+    out.print(f"nothing of {chosen} is in memory any more{last}", highlight=False)
 
 
 @app.command()

@@ -1,18 +1,14 @@
 """What commands do that is more than a call of a public function: verify, up, down."""
 
-import contextlib
-
 import ray
 from ray.exceptions import RayError
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from replication.errors import TieredError
 from replication.holder import NAMESPACE, holder_name
 from replication.records import ActorRef, ShardKey, Version
 from tiered import cluster, recovery
 from tiered.cli.session import err, out
-from tiered.coordinator import COORDINATOR_NAME, SETTLE_TIMEOUT_S, START_TIMEOUT_S
-from tiered.errors import ConfigError
+from tiered.coordinator import SETTLE_TIMEOUT_S, START_TIMEOUT_S
 from tiered.overview import JobOverview, ShardStatus, StepStatus
 
 READ_BYTES_PER_S = 50e6  # slower than this counts as hung
@@ -97,21 +93,3 @@ def start() -> int:
     timeout_s = START_TIMEOUT_S + SETTLE_TIMEOUT_S
     holders: int = cluster.ask(cluster.coordinator(), "hello", timeout_s=timeout_s)
     return holders
-
-
-def end() -> int:
-    """End the coordinator, then every holder, of whichever release; returns how many holders.
-
-    Raises:
-        ConfigError: No Ray cluster is running, or nothing of Tiered on it.
-    """
-    cluster.attach()
-    names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True)
-             if a["namespace"] == NAMESPACE]  # fmt: skip
-    if not names:
-        raise ConfigError("no holder and no coordinator runs on this Ray cluster")
-    names.sort(key=lambda name: name != COORDINATOR_NAME)  # or it would start holders again
-    for name in names:
-        with contextlib.suppress(ValueError, RayError, TieredError):
-            ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
-    return len([name for name in names if name != COORDINATOR_NAME])

@@ -4,10 +4,12 @@
     RunConfig(callbacks=[tiered.ray_train.Callback()], ...)       # beside the trainer
 
     callback.py      `Callback`: holders before the first attempt, silent hosts avoided, the split
+    hung.py          workers on hosts that hang, found sooner than Ray does
     timeline.py      the core: when each part of a recovery was, and what was lost
     pulse.py         what rank 0 tells of the run, where the death of any process leaves it
     run.py           the worker's side: names, storage, pulse
     registration.py  steps on S3 as `ray.train.Checkpoint`s
+    step_files.py    a step in memory as the files of a `ray.train.Checkpoint`
     summary.py       what a finished run's recoveries were, read from its `Result`
     profile.py       `fast_recovery`: Ray's settings for quick detection, and what each costs
 

@@ -6,11 +6,13 @@ stable one, hears of reports and exceptions only. They run in the controller's p
 without it: what fails is logged.
 """
 
+import contextlib
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable as Function
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import ray
 from ray.train.v2._internal.execution.callback import (
@@ -19,18 +21,27 @@ from ray.train.v2._internal.execution.callback import (
     WorkerGroupCallback,
 )
 
+from replication.errors import DeadlineError
 from replication.holder import NAMESPACE, holder_name
 from tiered import cluster
 from tiered.config import check_job_name
+from tiered.errors import ConfigError, DurableStoreError, StepNotFoundError
 from tiered.ray_train import run
+from tiered.ray_train.hung import HungWorkers, Watched
 from tiered.ray_train.pulse import read_pulse
+from tiered.ray_train.registration import give_checkpoint
 from tiered.ray_train.summary import Summary, write_summary
 from tiered.ray_train.timeline import Pulse, Recovery, Timeline
+
+if TYPE_CHECKING:
+    from replication.records import Version
 
 logger = logging.getLogger(__name__)
 
 HOLDERS_TIMEOUT_S = 45.0
 PING_TIMEOUT_S = 1.5
+HUNG_AFTER_S = 10.0
+RESOLVE_TIMEOUT_S = 5.0
 NODE_LABEL = "ray.io/node-id"
 CAUSE_LENGTH = 200
 
@@ -55,20 +66,35 @@ def _harmless(hook: Function[P, T]) -> Function[P, T | None]:
 class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
     """Makes a Ray Train run and the checkpoints in its hosts' memory know of each other.
 
-    Starts the holders before the first attempt. After a failure it keeps the new workers away from
+    Starts the holders before the first attempt. Ends workers on hosts that hang, of which Ray would
+    learn after 65 s. After a failure it keeps the new workers away from
     hosts that do not answer, which Ray itself would find out 3 to 65 s later. Measures each
     recovery; `tiered.ray_train.read_summary(result)` returns them. Has each worker's
-    `Checkpointer` register the steps on S3, so that `Result.checkpoint` is one of them.
+    `Checkpointer` register the steps on S3, so that `Result.checkpoint` is one of them. And has
+    `ray.train.get_checkpoint()` give the newest consistent step, also where that is in memory only.
     """
 
-    def __init__(self, job: str | None = None, *, avoid_silent_hosts: bool = True) -> None:
+    def __init__(
+        self,
+        job: str | None = None,
+        *,
+        avoid_silent_hosts: bool = True,
+        hung_after_s: float | None = HUNG_AFTER_S,
+    ) -> None:
         """Make one for one run.
 
         Args:
             job: The `Checkpointer`'s, where it is not the run's name.
             avoid_silent_hosts: See above. Only where `ScalingConfig.label_selector` is not given
                 for each worker apart, and the other hosts have room for all of them.
+            hung_after_s: End a worker that has not answered for so long, if its host's holder has
+                not either; None: never. A host that only stood still for longer costs a recovery.
+
+        Raises:
+            ConfigError: `hung_after_s` is not a number of seconds above 0.
         """
+        if hung_after_s is not None and not 0 < hung_after_s < math.inf:
+            raise ConfigError(f"{hung_after_s=} must be a finite number above 0, or None")
         self._job = "" if job is None else check_job_name(job)
         self._avoids = avoid_silent_hosts
         self._run_id = ""
@@ -77,10 +103,16 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         self._last: Pulse | None = None
         self._nodes: tuple[str, ...] = ()
         self._is_after_failure = False
+        self._newest: Version | None = None
+        self._is_running = False
+        self._resizes = 0
+        self._hung_after_s = hung_after_s
+        self._watch: HungWorkers | None = None
+        self._hung: dict[int, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs; the controller keeps the rest to itself."""
-        return {**self.__dict__, "_problem": None, "_last": None}
+        return {**self.__dict__, "_problem": None, "_last": None, "_watch": None}
 
     # -- the run, in the controller -------------------------------------------------------------
 
@@ -100,8 +132,9 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
             self._job,
             self._run_id,
             len(timeline.recoveries),
-            timeline.lost_steps,
+            max(timeline.lost_steps, 0 if self._last is None else self._last.lost_steps),
             tuple(timeline.recoveries),
+            self._resizes,
         )
         logger.info("[%s] %s", self._job, summary)
         write_summary(result, summary)
@@ -114,9 +147,25 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         if errors := worker_group_status.errors:
             rank = min(errors)
             cause = f"rank {rank}: {_one_line(errors[rank])}"
+            if hung := sorted(errors.keys() & self._hung.keys()):
+                cause = f"rank {hung[0]}: {self._hung[hung[0]]}"
             self._problem = (cause, tuple(sorted(errors)))
+        elif (notice := worker_group_status.get_preemption_info()) is not None:
+            hosts = ", ".join(node_id[:8] for node_id in notice.preempted_node_ids)
+            self._problem = (f"preempted, with notice: {hosts}", tuple(notice.preempted_ranks))
         if self._timeline.is_recovering:
             self._listen()
+        self._end_hung()
+
+    def _end_hung(self) -> None:
+        """End the workers that hang: Ray Train starts a new group, and need not wait for them."""
+        if self._watch is None or self._hung_after_s is None:
+            return
+        for worker in self._watch.find(self._hung_after_s, time.monotonic()):
+            text = f"host {worker.node_id[:8]} has not answered for {self._hung_after_s:g} s"
+            self._hung[worker.rank] = text
+            logger.warning("[%s] rank %d is ended: %s", self._job, worker.rank, text)
+            ray.kill(worker.actor, no_restart=True)
 
     @_harmless
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
@@ -124,7 +173,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         now_s = time.time()
         self._listen()
         cause, ranks = self._problem or ("the workers did not start", ())
-        self._problem = None
+        self._problem, self._is_running, self._watch = None, False, None
         self._timeline.failed(cause, ranks, now_s, self._last)
         self._is_after_failure = True
         last = self._timeline.recoveries[-1]
@@ -133,9 +182,17 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         )
 
     @_harmless
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """A group is about to start; if one runs, it is replaced by one of another size."""
+        if self._is_running:
+            self._resizes += 1
+            logger.warning("[%s] going on with %d workers", self._job, resize_decision.num_workers)
+
+    @_harmless
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
         """The old workers are ended."""
         self._timeline.reached("tear_down_s", time.time())
+        self._watch = None
 
     @_harmless
     def on_controller_start_worker_group(
@@ -164,7 +221,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
     @_harmless
     def after_worker_group_start(self, worker_group: Any) -> None:
         """The workers know their ranks, and torch.distributed is up."""
-        now_s = time.time()
+        now_s, self._is_running = time.time(), True
         workers = worker_group.get_workers()
         self._nodes = tuple(sorted({worker.metadata.node_id for worker in workers}))
         known = [facts for facts in worker_group.execute(run.facts) if facts is not None]
@@ -172,11 +229,32 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
             self._timeline.reached("schedule_s", max(f.process_started_s for f in known))
             self._timeline.reached("process_start_s", max(f.ready_s for f in known))
         self._timeline.reached("process_group_s", now_s)
+        self._hung.clear()
+        self._watch = HungWorkers.of(
+            [
+                Watched(w.distributed_context.world_rank, w.metadata.node_id, w.actor)
+                for w in workers
+            ]
+        )
+
+    def before_init_train_context(self, workers: Any) -> dict[str, list[Any]]:
+        """Find the step that all of the new workers' `ray.train.get_checkpoint()` gives."""
+        self._newest = None
+        self._resolve()
+        return {}
+
+    @_harmless
+    def _resolve(self) -> None:
+        args = (cluster.running_coordinator(), "resolve", self._job)
+        with contextlib.suppress(StepNotFoundError, DurableStoreError, DeadlineError):
+            self._newest = cluster.ask(*args, timeout_s=RESOLVE_TIMEOUT_S).version
 
     @_harmless
     def after_init_train_context(self) -> None:
-        """In each worker: tell it of which run it is, and after how many failures."""
+        """In each worker: tell it of which run it is, after how many failures, and the step."""
         run.introduce(self._run_id, len(self._timeline.recoveries))
+        if self._newest is not None:
+            give_checkpoint(self._job, self._newest)
 
     def _listen(self) -> None:
         """Take the newest pulse in."""

@@ -25,11 +25,13 @@ from typing import Any
 
 import ray.train
 import ray.train.collective
+from pyarrow.fs import PyFileSystem
 
 from replication.records import Version
 from tiered import register, retention
 from tiered.config import S3
 from tiered.errors import CheckpointError, ConfigError
+from tiered.ray_train.step_files import StepFiles, checkpoint_of
 from tiered.recovered import Recovered
 from tiered.recovery import recover
 from tiered.s3 import S3Store
@@ -50,7 +52,7 @@ class Registrar:
         self._storage: Any = context.get_storage()
         self._job, self._s3, self._rank = job, s3, rank
         self.is_direct = is_direct(job, s3, self._storage)
-        self._last = _version_of(ray.train.get_checkpoint())
+        self._last = _version_of(_registered())
         self._durable: list[Version] = []
         self._refresher: threading.Thread | None = None
         self.refresh()
@@ -109,6 +111,33 @@ class Registrar:
         return ray.train.Checkpoint(path, filesystem=files)
 
 
+_given: ray.train.Checkpoint | None = None  # in place of what Ray Train has registered,
+_instead_of: ray.train.Checkpoint | None = None  # which is this
+
+
+def give_checkpoint(job: str, version: Version) -> None:
+    """Have this worker's `ray.train.get_checkpoint()` give a step of `job`, wherever it is.
+
+    Not where the script has registered checkpoints of its own: those it expects. Ray Train has no
+    public way to do it: the controller gives its workers what was reported, by an argument that two
+    callbacks cannot both set. So the worker's context is changed, before the train function runs.
+    """
+    global _given, _instead_of
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    context = get_train_context()
+    registered = context.checkpoint
+    if registered is None or _version_of(registered) is not None:
+        _given, _instead_of = checkpoint_of(job, version), registered
+        context.checkpoint = _given
+
+
+def _registered() -> ray.train.Checkpoint | None:
+    """The newest checkpoint that Ray Train has registered, as this worker knows."""
+    newest = ray.train.get_checkpoint()
+    return _instead_of if newest is not None and newest is _given else newest
+
+
 def is_direct(job: str, s3: S3, storage: Any) -> bool:
     """Whether the job's objects on S3 are in the folder of the run itself."""
     if getattr(storage.storage_filesystem, "type_name", "") != "s3":
@@ -129,6 +158,8 @@ def open_checkpoint(checkpoint: ray.train.Checkpoint, s3: S3 | None = None) -> R
         StepNotFoundError: Its step was deleted since.
     """
     files, path = checkpoint.filesystem, checkpoint.path.rstrip("/")
+    if isinstance(files, PyFileSystem) and isinstance(files.handler, StepFiles):
+        return files.handler.found
     if (version := _version_of(checkpoint)) is None:
         raise ConfigError(f"{checkpoint} was not registered by tiered")
     parent, _, name = path.rpartition("/")

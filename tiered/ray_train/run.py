@@ -1,5 +1,6 @@
 """A worker's side of a Ray Train run: its name, its storage, and what rank 0 tells of it."""
 
+import contextlib
 import os
 import sys
 import threading
@@ -59,6 +60,22 @@ def context() -> Any | None:
     except RuntimeError:
         return None
     return found
+
+
+def run_id() -> str:
+    """Names the run that this is a worker of, apart from others of its name; empty in none.
+
+    Ray Train has no public call for it where no callback of ours has told it.
+    """
+    if _facts is not None:
+        return _facts.run_id
+    if context() is None:
+        return ""
+    with contextlib.suppress(ImportError, AttributeError, RuntimeError):
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        return str(get_train_context().train_run_context.run_id)
+    return ""
 
 
 def run_name() -> str:

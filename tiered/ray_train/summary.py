@@ -23,8 +23,9 @@ class Summary:
         job: The run's name.
         run_id: Ray Train's.
         failures: Failures that the run was restarted from, or ended with.
-        lost_steps: Steps that were run twice.
+        lost_steps: Steps that were run twice, also because the number of workers changed.
         recoveries: One for each failure.
+        resizes: How often a running group was replaced by one of another size.
     """
 
     job: str
@@ -32,6 +33,7 @@ class Summary:
     failures: int
     lost_steps: int
     recoveries: tuple[Recovery, ...]
+    resizes: int = 0
 
     def __str__(self) -> str:
         return f"failures: {self.failures}, lost steps: {self.lost_steps}"

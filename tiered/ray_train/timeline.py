@@ -120,9 +120,10 @@ class Timeline:
     def reached(self, part: str, time_s: float) -> None:
         """A part of the newest failure's recovery has ended; after the end of the one before it.
 
-        A process may have been started before it was wanted: then the part took no time.
+        A process may have been started before it was wanted: then the part took no time. Groups
+        also end, and start, when the recovery is over (the run's end, a resize): no part of it.
         """
-        if not self._times:
+        if not self.is_recovering:
             return
         at = PARTS.index(part) + 1
         known = [t for t in self._times[:at] if t is not None]
@@ -136,8 +137,12 @@ class Timeline:
 
     def heard(self, pulse: Pulse) -> None:
         """Rank 0 of the newest life has told something."""
-        if not self.recoveries or pulse.failures != len(self.recoveries):
-            return  # of an older life
+        if not self.is_recovering or pulse.failures != len(self.recoveries):
+            return  # it is over, or this is of an older life
+        if (step := pulse.resumed_step) is not None:
+            newest = self.recoveries[-1]
+            lost = max(0, newest.last_step - step)
+            self.recoveries[-1] = replace(newest, resumed_step=step, lost_steps=lost)
         for part, time_s in (
             ("set_up_s", pulse.restore_began_s),
             ("restore_s", pulse.restored_s),
@@ -145,10 +150,6 @@ class Timeline:
         ):
             if time_s is not None:
                 self.reached(part, time_s)
-        if (step := pulse.resumed_step) is not None:
-            newest = self.recoveries[-1]
-            lost = max(0, newest.last_step - step)
-            self.recoveries[-1] = replace(newest, resumed_step=step, lost_steps=lost)
 
     def _measure(self) -> None:
         times = self._times

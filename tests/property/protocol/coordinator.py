@@ -147,6 +147,8 @@ class Coordinator:
     def _run(self, command: m.Command) -> None:
         cluster = self.cluster
         match command:
+            case m.SeekOwner():
+                raise AssertionError("the modelled lives are all of one run")
             case m.ClaimGeneration(claim):
                 self._claim(claim)
             case m.FenceHolders(generation, holders):

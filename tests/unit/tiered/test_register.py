@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replication.holder import NAMESPACE
-from replication.records import Life, ShardKey, ShardPlan, ShardRecord, Version, encode
+from replication.records import Life, Owner, ShardKey, ShardPlan, ShardRecord, Version, encode
 from tiered import register
 from tiered.config import S3, JobSettings, Memory
 from tiered.messages import Claim, DurableListed
@@ -221,6 +221,15 @@ def test_a_claim_round_trips(memory: Memory, s3: S3 | None) -> None:
     assert decode_claim(encode_claim(claim)) == claim
 
 
+def test_a_claim_says_whose_it_is_and_an_older_releases_does_not() -> None:
+    owner = Owner("batch", "node", "host", 7, 1.5, "/tmp/mark")
+    claim = Claim(7, Life("abc"), 16, JobSettings(Memory()), owner)
+    assert decode_claim(encode_claim(claim)) == claim
+    body = claim_body()
+    del body["owner"]
+    assert decode_claim(msgpack.packb(body)).owner is None
+
+
 def claim_body() -> dict[str, Any]:
     claim = Claim(7, Life("abc"), 16, JobSettings(Memory(), S3("s3://bucket")))
     return dict(msgpack.unpackb(encode_claim(claim)))
@@ -253,6 +262,7 @@ def test_a_claim_without_a_field_is_refused(name: str) -> None:
         ("life", 5), ("life", None), ("memory", None), ("memory", {"keep": 0}),
         ("memory", {"unknown": 1}), ("memory", {1: 2}), ("memory", "x"), ("memory", [["keep", 2]]),
         ("s3", {}), ("s3", {"uri": "ftp://x"}), ("s3", "s3://bucket"), ("s3", 1),
+        ("owner", {}), ("owner", "me"), ("owner", {"run": "batch"}),
         ("kind", "manifest"), ("format", 9),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 import ray
 import torch.distributed as dist
 
+from replication.records import Owner
 from tiered.errors import ConfigError
 from tiered.worker import Worker, find_worker, new_life
 
@@ -113,22 +114,26 @@ def test_an_environment_that_makes_no_sense_is_refused_with_both_values(
     assert find_worker(0, 1) == Worker(0, 1)
 
 
+OWNER = Owner("run", "node", "host", 7, 1.5, "mark")
+
+
 def test_a_single_rank_names_its_own_life() -> None:
-    names = {new_life(Worker(0, 1)) for _ in range(100)}
+    names = {new_life(Worker(0, 1), None)[0] for _ in range(100)}
     assert len(names) == 100
     assert all(len(name) == 32 for name in names)
+    assert new_life(Worker(0, 1), OWNER)[1] == OWNER
 
 
 def test_several_ranks_need_a_process_group() -> None:
     with pytest.raises(ConfigError, match=r"4 ranks have to agree.*init_process_group\(\)"):
-        new_life(Worker(0, 4))
+        new_life(Worker(0, 4), None)
 
 
-def test_all_ranks_take_the_name_that_rank_0_gave(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broadcast(names: list[str], src: int) -> None:
-        assert (len(names), src) == (1, 0)
-        names[0] = "of rank 0"
+def test_all_ranks_take_the_name_and_the_process_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broadcast(said: list[Any], src: int) -> None:
+        assert (len(said), src) == (1, 0)
+        said[0] = ("of rank 0", OWNER)
 
     in_torch_distributed(monkeypatch)
     monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
-    assert new_life(Worker(2, 20)) == "of rank 0"
+    assert new_life(Worker(2, 20), None) == ("of rank 0", OWNER)

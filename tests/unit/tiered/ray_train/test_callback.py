@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import ray
 
+from tiered.errors import ConfigError
 from tiered.ray_train import callback
 from tiered.ray_train.callback import NODE_LABEL, Callback, describe
 from tiered.ray_train.timeline import Recovery
@@ -84,3 +85,32 @@ def test_a_recovery_in_a_line() -> None:
     assert describe(recovery) == (
         "failure 2: training again in 9.0 s (detect 0.5, restore 0.2), from step 25; 2 steps lost"
     )
+
+
+def group(error: Exception | None = None, rank: int = 1) -> Any:
+    """What Ray Train tells of its workers now and then."""
+    errors = {} if error is None else {rank: error}
+    return SimpleNamespace(errors=errors, get_preemption_info=lambda: None)
+
+
+def test_a_hung_worker_is_ended_and_named_as_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[Any] = []
+    monkeypatch.setattr(ray, "kill", lambda actor, no_restart: ended.append(actor))
+    monkeypatch.setattr(callback, "read_pulse", lambda job: None)
+    watching = Callback("job", hung_after_s=5.0)
+    hung = [callback.Watched(1, "b" * 20, "its actor")]
+    watching._watch = SimpleNamespace(find=lambda after_s, now_s: hung)  # type: ignore[assignment]
+    watching.after_worker_group_poll_status(group())
+    assert ended == ["its actor"]
+    hung.clear()
+    watching.after_worker_group_poll_status(group(RuntimeError("killed by ray.kill")))
+    watching.before_controller_execute_failure_decision(None)
+    (recovery,) = watching._timeline.recoveries
+    assert recovery.cause == "rank 1: host bbbbbbbb has not answered for 5 s"
+    assert watching._watch is None
+
+
+@pytest.mark.parametrize("after_s", [0, -1.0, float("inf"), float("nan")])
+def test_a_time_that_makes_no_sense_is_refused(after_s: float) -> None:
+    with pytest.raises(ConfigError, match="hung_after_s"):
+        Callback("job", hung_after_s=after_s)

@@ -45,6 +45,17 @@ def test_a_failure_while_recovering_has_a_recovery_of_its_own() -> None:
     assert timeline.lost_steps == 2
 
 
+def test_what_comes_after_a_recovery_changes_nothing_of_it() -> None:
+    timeline = Timeline()
+    timeline.failed("rank 1: gone", (1,), 103.0, LAST)
+    recovered(timeline)
+    (before,) = timeline.recoveries
+    recovered(timeline)  # a resize: the group is ended, another one restores
+    timeline.reached("tear_down_s", 500.0)  # the run's end
+    timeline.heard(Pulse("run", 1, step=90, resumed_step=80, first_step_s=400.0))
+    assert timeline.recoveries == [before]
+
+
 def test_news_of_an_older_life_says_nothing_of_the_recovery() -> None:
     timeline = Timeline()
     timeline.failed("a", (0,), 103.0, LAST)

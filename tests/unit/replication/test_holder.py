@@ -8,6 +8,7 @@ import pytest
 
 from replication import messages
 from replication.checksum import digest
+from replication.errors import FencedError, HolderUnavailableError
 from replication.holder import Holder
 from replication.inventory import Inventory
 from replication.records import Chunk, ChunkId, HolderId, ShardKey, ShardPlan, Version
@@ -200,3 +201,58 @@ def test_an_earlier_chunk_that_rotted_is_not_shared_but_told_of(observer: Observ
 
     asyncio.run(run())
     assert ("corrupt", [KEY]) in observer.told
+
+
+def test_memory_that_was_prepared_becomes_a_chunk_with_one_call() -> None:
+    async def run() -> None:
+        holder = Holder("node", 100, "observer", Secret(bytes(32)))
+        memory = chunk(0, 0, 0)
+        await holder.prepare("job", 0, 1, ["a"], memory)
+        memory[0][:] = [1, 2, 3]
+        await holder.stage_prepared(KEY, PLAN, {0: "a"})
+        await holder.stage_prepared(KEY, PLAN, {0: "a"})  # asked again, it says the same
+        await settled(holder)
+        assert holder._core.record(KEY).digests == (digest(chunk(1, 2, 3)),)
+        assert holder._prepared["job", 0].chunks == {}
+
+    asyncio.run(run())
+
+
+def test_prepared_memory_that_is_not_known_is_not_staged() -> None:
+    async def run() -> None:
+        holder = Holder("node", 100, "observer", Secret(bytes(32)))
+        with pytest.raises(HolderUnavailableError, match="does not know the memory"):
+            await holder.stage_prepared(KEY, PLAN, {0: "a"})
+        assert holder._chunks == {}
+
+    asyncio.run(run())
+
+
+def test_only_memory_that_is_still_named_stays_prepared() -> None:
+    async def run() -> None:
+        holder = Holder("node", 100, "observer", Secret(bytes(32)))
+        await holder.prepare("job", 0, 1, ["a"], chunk(1))
+        await holder.prepare("job", 0, 1, ["a", "b"], chunk(2))
+        await holder.prepare("job", 1, 1, ["c"], chunk(3))
+        await holder.prepare("job", 0, 1, ["b", "d"], chunk(4))
+        assert list(holder._prepared["job", 0].chunks) == ["b", "d"]
+        await holder.release("job", 0)
+        assert list(holder._prepared) == [("job", 1)]
+
+    asyncio.run(run())
+
+
+def test_a_fence_lets_go_of_what_older_generations_prepared() -> None:
+    async def run() -> None:
+        holder = Holder("node", 100, "observer", Secret(bytes(32)))
+        await holder.prepare("job", 0, 1, ["a"], chunk(1))
+        await holder.prepare("job", 1, 2, ["b"], chunk(1))
+        await holder.prepare("other", 0, 1, ["c"], chunk(1))
+        await holder.fence("job", 2)
+        assert list(holder._prepared) == [("job", 1), ("other", 0)]
+        with pytest.raises(FencedError):
+            await holder.prepare("job", 0, 1, ["a"], chunk(1))
+        await holder.forget("job")
+        assert list(holder._prepared) == [("other", 0)]
+
+    asyncio.run(run())

@@ -109,9 +109,9 @@ class Watcher:
                 logger.warning("%s no news of saves: %s", self._tag(), error)
                 continue
             known.update(news.progress)
+            self._note_degraded(news.degraded)  # first: who waits for the rest may look at it
             self._tell(news.progress, pending)
             self._on_news()
-            self._note_degraded(news.degraded)
 
     def _tell(self, news: Progress, pending: Mapping[int, SaveHandle]) -> None:
         for step, (level, problem) in sorted(news.items()):

@@ -3,8 +3,7 @@
 Object-store memory for the next save is made ready in the background, while training goes on: new
 objects, filled with zeros, which also takes the page faults, and pinned by the holder. A save then
 copies its tensors straight into that memory, many with one call, and tells the holder so. Without
-it
-(the first save of a state, saves in close succession, a Ray that maps the store read-only) each
+it (the first save of a state, saves in close succession, a Ray that maps the store read-only) each
 chunk is put as usual, with one copy too, but through the pickling of each tensor's buffer and into
 memory that may never have been touched.
 
@@ -126,7 +125,7 @@ class Stager:
     def give_back(self, layout: Layout, slots: list[Slot]) -> None:
         """Take memory back, filled or not, of which nobody has been told."""
         with self._lock:
-            if self._ready is None:
+            if slots and self._ready is None:  # none: they are still to be made ready
                 self._ready = _Preparation(layout, slots)
 
     def stage(self, layout: Layout, tensors: Mapping[str, torch.Tensor], index: int,

@@ -3,6 +3,9 @@
 import json
 import logging
 import secrets
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +17,7 @@ from chaos import picture, report
 from chaos.checker import check
 from chaos.history import read_history, write_history
 from chaos.run import Options, Run
-from chaos.schedule import SCENARIOS, draw
+from chaos.schedule import SCENARIOS, Kind, Scenario, draw
 
 NAMES = ", ".join(SCENARIOS)
 
@@ -31,6 +34,7 @@ def main(
         float | None, typer.Option(min=0.1, help="Between faults, on average; the scenario's own.")
     ] = None,
     state_mib: Annotated[int, typer.Option(min=1, help="Of a rank.")] = 4,
+    only: Annotated[str, typer.Option(help="Of the scenario's faults, with commas between.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for history, summary, picture.")] = Path(
         "chaos_out"
     ),
@@ -59,6 +63,8 @@ def main(
     chosen = SCENARIOS[name]
     if gap_s is not None:
         chosen = replace(chosen, gap_s=gap_s)
+    if only:
+        chosen = replace(chosen, kinds=_kinds(chosen, only))
     seed = secrets.randbelow(1_000_000) if seed is None else seed
     console.print(f"seed {seed}")
     plan = draw(seed, minutes, chosen)
@@ -81,12 +87,43 @@ def main(
         write_history(folder / "history.jsonl", outcome.records)
     verdict = check(outcome.records)
     told = report.summary(outcome.records, verdict, outcome.left_out)
+    told = {"command": _command(), "commit": _commit(), **told}
     (folder / "summary.json").write_text(json.dumps(told, indent=1) + "\n")
     picture.draw(outcome.records, verdict, folder / "timeline.png")
     report.show(console, outcome.records, verdict, outcome.left_out)
     console.print(f"seed {seed}: {'every promise was kept' if verdict.is_valid else 'BROKEN'}")
     console.print(f"history, summary and timeline are in {folder}", soft_wrap=True)
     raise typer.Exit(0 if verdict.is_valid else 1)
+
+
+def _command() -> str:
+    """What was called, for whoever wants to do the same."""
+    return shlex.join(["python", "-m", "chaos", *sys.argv[1:]])
+
+
+def _commit() -> str:
+    """The commit of the code that runs, with `-dirty` behind it; empty outside of a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10.0, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # no git here
+        return ""
+    return done.stdout.strip()
+
+
+def _kinds(scenario: Scenario, only: str) -> dict[str, Kind]:
+    """The scenario's kinds of these names.
+
+    Raises:
+        typer.BadParameter: It has no such kind.
+    """
+    names = [name.strip() for name in only.split(",")]
+    if unknown := [name for name in names if name not in scenario.kinds]:
+        raise typer.BadParameter(
+            f"{', '.join(unknown)}: the scenario has {', '.join(sorted(scenario.kinds))}",
+            param_hint="--only",
+        )
+    return {name: scenario.kinds[name] for name in names}
 
 
 if __name__ == "__main__":

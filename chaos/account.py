@@ -59,6 +59,7 @@ class Harm:
     Attributes:
         lost: Hosts whose copies are gone, or damaged, from `from_s` on.
         away: Hosts that did not answer, or not everybody, from `from_s` to `until_s`.
+        step: The only one whose copies are damaged; None if all may be.
     """
 
     id: str
@@ -68,6 +69,7 @@ class Harm:
     lost: frozenset[str] = frozenset()
     away: frozenset[str] = frozenset()
     is_s3: bool = False
+    step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +84,36 @@ class Observation:
 
 @dataclass(slots=True)
 class Life:
-    """One start of the job's workers."""
+    """One start of the job's workers; or somebody outside of the job who reads what they would get.
+
+    Attributes:
+        is_reader: It is outside: nothing is abandoned, or fenced, because of it.
+    """
 
     number: int
     started_s: float
     hosts: tuple[str, ...] = ()
     ended_s: float = NEVER_S
     restores: dict[int, Restore] = field(default_factory=dict)
+    is_reader: bool = False
+
+    def __str__(self) -> str:
+        return "who read it in the end" if self.is_reader else f"life {self.number}"
 
     @property
     def begun(self) -> list[Restore]:
         """The ranks that were given their answer."""
         return [r for _, r in sorted(self.restores.items()) if r.is_ok]
+
+    @property
+    def content(self) -> Saved | None:
+        """What it was given; None for a fresh start."""
+        return next((r.content for r in self.begun if r.content is not None), None)
+
+    @property
+    def begun_s(self) -> float:
+        """When the first rank had its answer, or the life was over."""
+        return min((r.answered_s for r in self.begun), default=self.ended_s)
 
     @property
     def asked_s(self) -> float:
@@ -128,6 +148,7 @@ class Account:
     ended_s: float
     inspections: list[Record]
     leaks: list[Record]
+    readers: list[Life] = field(default_factory=list)
 
     def ranks_of(self, saved: Saved) -> set[int]:
         """Ranks that at least tried to save it."""
@@ -165,6 +186,7 @@ def account_of(records: Sequence[Record]) -> Account:
                 _note_restore(account, record)
             case "save" | "level":
                 _note_save(account, record)
+    account.readers.extend(_readers(account, records))
     return account
 
 
@@ -228,12 +250,31 @@ def _harms(records: Iterable[Record]) -> list[Harm]:
                 lost=frozenset(data.get("lost", ())),
                 away=frozenset(data.get("away", ())),
                 is_s3=bool(data.get("is_s3", False)),
+                step=data.get("step"),
             )
         elif record.op == "fault" and record.phase == "fail":
             harms.pop(record.id, None)
         elif record.op == "mend" and data["fault"] in harms:
             harms[data["fault"]].until_s = record.time_s
     return list(harms.values())
+
+
+def _readers(account: Account, records: Iterable[Record]) -> Iterable[Life]:
+    """Inspections as lives that restore; whose save a rank got, its digest tells."""
+    saves = {(s.saved.step, s.rank, s.digest): s.saved for s in account.saves.values()}
+    asked = {r.id: r.time_s for r in records if r.op == "inspect" and r.phase == "invoke"}
+    for record in account.inspections:
+        asked_s = asked.get(record.id, record.time_s)
+        reader = Life(-1, asked_s, ended_s=record.time_s, is_reader=True)
+        step = record.data["step"]
+        for rank, digest in enumerate(record.data["digests"]):
+            content = saves.get((step, rank, digest))
+            if content is not None:
+                reader.restores[rank] = Restore(
+                    -1, rank, asked_s, record.time_s, is_ok=True,
+                    content=content, content_rank=rank, claimed_step=step, digest=digest,
+                )  # fmt: skip
+        yield reader
 
 
 def _observations(records: Iterable[Record]) -> list[Observation]:

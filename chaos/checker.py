@@ -8,30 +8,36 @@ timed out may count or not, a life of which nobody heard may have begun. What is
     changed      what a rank restored is not, by its digest, what that rank saved
     disagree     ranks of one life were told different steps
     older        a restore went back further than the losses since the commit allow
+    abandoned    a restore gave what a life before it had left behind
     fenced       a save begun after a newer life had begun counted
     progress     after the faults the job did not train and commit again in time
     redundancy   after the faults steps stayed below their number of copies, or a copy was wrong
     leak         something was left behind
 
-How `older` is judged. A save counts from the moment when a rank was told that it is replicated.
-Its copies were made after its save began (with enough hosts in order then, or it may have been
-committed with fewer), and made whole again by the time of each observation without degraded steps.
-A host is lost since then if a fault took its memory, or kept it from answering. If those are no
-more than `replicas`, the next life has to go on from that save or from a newer one. A save on S3
-has to be found whatever was lost, if nothing was wrong with S3. A life that may have begun unheard
-counts as a life: what it was not bound to find may be abandoned.
+Who reads the newest step from outside in the end is judged as a life that restores it.
+
+How `older` is judged. A save counts if it began before the next life asked and a rank was told that
+it is replicated, however late: it was so before that life's fence, or never. Its copies were made
+after its save began (with enough hosts in order then, or it may have been committed with fewer),
+and made whole again by the time of each observation without degraded steps. A host is lost since
+then if a fault took its memory, or kept it from answering. If those are no more than `replicas`,
+the next life has to go on from that save or from a newer one. A save on S3 has to be found whatever
+was lost, if nothing was wrong with S3. A life that may have begun unheard counts as a life: what it
+was not bound to find may be abandoned.
+
+Lives that began side by side are in no order that a history knows. Where `abandoned`, `fenced` and
+`older` ask for one, a life is newer only if it asked when the other had been answered.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from chaos.account import NEVER_S, Account, Harm, Life, Save, Saved, account_of
 from chaos.history import Record
 
 CLOCK_SLACK_S = 0.05  # between writers of one machine
-NOTICED_S = 15.0  # a loss that is no older than this may not be in a status yet
-SETTLED_S = 30.0  # so long after a fault its hosts may still be coming back
+NOTICED_S = 10.0  # a loss that is no older than this may not be in a status yet
+SETTLED_S = 10.0  # so long after a fault its hosts may still be coming back, or be given up
 S3_SETTLED_S = 60.0  # and so long S3 may still be left alone
 
 VERDICTS = (
@@ -40,6 +46,7 @@ VERDICTS = (
     "changed",
     "disagree",
     "older",
+    "abandoned",
     "fenced",
     "progress",
     "redundancy",
@@ -93,10 +100,11 @@ def check(records: Sequence[Record]) -> Report:
     """
     account = account_of(records)
     report = Report()
-    order = _order(account.lives.values())
+    order = [*_order(account.lives.values()), *account.readers]
     for life in order:
         _check_contents(account, life, report)
     _check_age(account, order, report)
+    _check_branch(account, order, report)
     _check_fencing(account, order, report)
     if account.calm_s is not None:
         _check_progress(account, account.calm_s, report)
@@ -109,11 +117,12 @@ def check(records: Sequence[Record]) -> Report:
 def _order(lives: Iterable[Life]) -> list[Life]:
     """Lives that may have begun, in the order in which they were answered."""
     asked = [life for life in lives if life.restores]
-    return sorted(asked, key=_begun_s)
+    return sorted(asked, key=lambda life: life.begun_s)
 
 
-def _begun_s(life: Life) -> float:
-    return min((r.answered_s for r in life.begun), default=life.ended_s)
+def _is_newer(life: Life, other: Life) -> bool:
+    """Whether its generation is certainly newer than the other's."""
+    return life.asked_s > other.begun_s + CLOCK_SLACK_S
 
 
 # --- what was restored ---------------------------------------------------------------------------
@@ -125,7 +134,7 @@ def _check_contents(account: Account, life: Life, report: Report) -> None:
         return
     at_s = life.answered_s
     told = {r.claimed_step for r in begun}
-    problem = f"ranks of life {life.number} were told {_list(told)}" if len(told) > 1 else ""
+    problem = f"ranks of {life} were told {_list(told)}" if len(told) > 1 else ""
     report.judge("disagree", at_s, problem)
     contents = {r.content for r in begun if r.content is not None}
     if not contents:
@@ -134,7 +143,7 @@ def _check_contents(account: Account, life: Life, report: Report) -> None:
         report.judge("mixed", at_s, _mixed(life))
     for content in sorted(contents):
         missing = set(range(account.world_size)) - account.ranks_of(content)
-        text = f"life {life.number} restored {content}, which ranks {sorted(missing)} never saved"
+        text = f"{life} restored {content}, which ranks {sorted(missing)} never saved"
         report.judge("incomplete", at_s, text if missing else "")
     for restore in begun:
         if restore.content is not None:
@@ -144,7 +153,7 @@ def _check_contents(account: Account, life: Life, report: Report) -> None:
                 problem = "which was never saved"
             elif save.digest != restore.digest:
                 problem = f"with digest {restore.digest}, saved with {save.digest}"
-            who = f"rank {restore.rank} of life {life.number} restored {restore.content}"
+            who = f"rank {restore.rank} of {life} restored {restore.content}"
             report.judge("changed", at_s, f"{who}, {problem}" if problem else "")
 
 
@@ -152,12 +161,12 @@ def _mixed(life: Life) -> str:
     """Whether what the ranks of a life got is not one step of one life, each rank its own."""
     contents = {r.content for r in life.begun}
     if len(contents) > 1:
-        return f"life {life.number} was given {_list(contents)} as one step"
+        return f"{life} was given {_list(contents)} as one step"
     for restore in life.begun:
         if restore.content_rank != restore.rank:
-            return f"rank {restore.rank} of life {life.number} got rank {restore.content_rank}'s"
+            return f"rank {restore.rank} of {life} got rank {restore.content_rank}'s"
         if restore.content is not None and restore.content.step != restore.claimed_step:
-            told = f"rank {restore.rank} of life {life.number} was told step {restore.claimed_step}"
+            told = f"rank {restore.rank} of {life} was told step {restore.claimed_step}"
             return f"{told} and got {restore.content}"
     return ""
 
@@ -166,30 +175,63 @@ def _mixed(life: Life) -> str:
 
 
 def _check_age(account: Account, order: Sequence[Life], report: Report) -> None:
-    rank_of = {life.number: number for number, life in enumerate(order)}
+    age = _ages(order)
     acknowledged = _first_time(account.saves.values(), "replicated")
     durable = _first_time(account.saves.values(), "durable")
     bounds = _Bounds(account, acknowledged, durable)
-
-    def age(saved: Saved) -> tuple[int, int]:
-        return rank_of.get(saved.life, -1), saved.step
-
     alive: set[Saved] = set()
     for number, life in enumerate(order):
-        alive |= {s for s in acknowledged if rank_of.get(s.life, -1) == number - 1}
+        alive |= {s for s in acknowledged if age(s)[0] == number - 1}
         if life.is_unknown:
             alive = {s for s in alive if bounds.holds(s, life)}
             continue
-        got = next((r.content for r in life.begun if r.content is not None), None)
-        in_time = [s for s in alive if acknowledged[s] + CLOCK_SLACK_S < life.asked_s]
-        bound = max((s for s in in_time if bounds.holds(s, life)), key=age, default=None)
+        got = life.content
+        bound = max((s for s in alive if bounds.holds(s, life)), key=age, default=None)
         if bound is not None:
             problem = ""
             if got is None or age(got) < age(bound):
                 what = "started afresh" if got is None else f"went back to {got}"
-                problem = f"life {life.number} {what}, although {bounds.reason(bound, life)}"
+                problem = f"{life} {what}, although {bounds.reason(bound, life)}"
             report.judge("older", life.answered_s, problem)
         alive = {s for s in alive if got is not None and age(s) <= age(got)}
+
+
+def _ages(order: Sequence[Life]) -> Callable[[Saved], tuple[int, int]]:
+    """By what to compare saves: the newer its life and then its step, the newer it is."""
+    rank_of = {life.number: number for number, life in enumerate(order) if not life.is_reader}
+    return lambda saved: (rank_of.get(saved.life, -1), saved.step)
+
+
+def _check_branch(account: Account, order: Sequence[Life], report: Report) -> None:
+    """What is newer than where a life began, and older than itself, is given to nobody after it."""
+    age = _ages(order)
+    heard = [life for life in order if life.begun]
+    by_number = {life.number: life for life in heard}
+
+    def leaver(saved: Saved, life: Life) -> Life | None:
+        """The first life before this one that left the save behind."""
+        maker = by_number.get(saved.life)
+        for other in heard:
+            if maker is None or other.is_reader:
+                continue
+            if not (_is_newer(other, maker) and _is_newer(life, other)):
+                continue
+            began = other.content
+            if began is None or age(saved) > age(began):
+                return other
+        return None
+
+    newest: dict[int, Saved] = {}  # of each life: what is left behind first
+    for saved, _ in account.saves:
+        newest[saved.life] = max(saved, newest.get(saved.life, saved))
+    for life in heard:
+        if not any(leaver(saved, life) for saved in newest.values()):
+            continue
+        problem = ""
+        if life.content is not None and (other := leaver(life.content, life)) is not None:
+            began = "afresh" if other.content is None else f"from {other.content}"
+            problem = f"{life} was given {life.content}, although {other} had begun {began}"
+        report.judge("abandoned", life.answered_s, problem)
 
 
 def _first_time(saves: Iterable[Save], level: str) -> dict[Saved, float]:
@@ -216,6 +258,10 @@ class _Bounds:
 
     def holds(self, saved: Saved, life: Life) -> bool:
         """Whether it had to."""
+        if not _is_newer(life, self._account.lives[saved.life]):
+            return False
+        if self._begun_s[saved] + CLOCK_SLACK_S >= life.asked_s:
+            return False
         return self._is_on_s3(saved, life) or self._losses(saved, life) is not None
 
     def reason(self, saved: Saved, life: Life) -> str:
@@ -238,39 +284,40 @@ class _Bounds:
     def _losses(self, saved: Saved, life: Life) -> set[str] | None:
         """The hosts lost since its copies were last known to be whole; None if too many."""
         begun_s = self._begun_s[saved]
-        for since_s in self._whole(saved, begun_s, life.asked_s):
-            lost = set().union(*(_hit(h, begun_s, since_s, life) for h in self._account.harms))
-            if len(lost) <= self._account.replicas:
-                return lost
-        return None
+        since_s = self._whole_s(saved, begun_s, life.asked_s)
+        if since_s is None:
+            return None
+        until_s = life.answered_s
+        harms = [harm for harm in self._account.harms if harm.from_s <= until_s]
+        lost = set[str]().union(*(_hit(harm, saved, begun_s, since_s) for harm in harms))
+        return lost if len(lost) <= self._account.replicas else None
 
-    def _whole(self, saved: Saved, begun_s: float, before_s: float) -> Iterable[float]:
-        """Times at which it had all its copies, or a newer one had."""
+    def _whole_s(self, saved: Saved, begun_s: float, before_s: float) -> float | None:
+        """The last time at which it had all its copies, or a newer one had; None for never."""
         acknowledged_s = self._acknowledged[saved]
-        if not any(
-            h.from_s <= acknowledged_s and h.until_s + SETTLED_S >= begun_s
-            for h in self._account.harms
-            if h.lost or h.away
-        ):
-            yield begun_s
-        for seen in self._account.observations:
+        for seen in reversed(self._account.observations):
             if not acknowledged_s < seen.invoked_s < seen.answered_s < before_s:
                 continue
             if not seen.degraded and seen.committed and max(seen.committed) >= saved.step:
-                yield seen.invoked_s - NOTICED_S
+                return max(begun_s, seen.invoked_s - NOTICED_S)
+        was_disturbed = any(
+            harm.from_s <= acknowledged_s and harm.until_s + SETTLED_S >= begun_s
+            for harm in self._account.harms
+            if harm.lost or harm.away
+        )
+        return None if was_disturbed else begun_s
 
 
-def _hit(harm: Harm, begun_s: float, since_s: float, life: Life) -> set[str]:
-    """Hosts whose copies a fault may have taken since, as far as this life could see.
+def _hit(harm: Harm, saved: Saved, begun_s: float, since_s: float) -> frozenset[str]:
+    """Hosts whose copies of a save a fault may have taken since.
 
     A host that did not answer may have been given up meanwhile, and its memory with it.
     """
-    if harm.from_s > life.answered_s:
-        return set()
-    hosts: set[str] = set()
-    # Damage that no status shows until somebody reads it counts for all that was there.
-    if harm.from_s >= (begun_s if harm.mechanism in SILENT else since_s):
-        hosts |= harm.lost
+    if harm.mechanism in SILENT:
+        # No status shows it until somebody reads it: it counts for all that was there.
+        is_of_another = harm.step is not None and harm.step != saved.step
+        return frozenset() if is_of_another or harm.from_s < begun_s else harm.lost
+    hosts = harm.lost if harm.from_s >= since_s else frozenset()
     if harm.away and harm.until_s + SETTLED_S >= since_s:
         hosts |= harm.lost | harm.away
     return hosts
@@ -285,7 +332,10 @@ SILENT = frozenset({"flip", "truncate"})
 def _check_fencing(account: Account, order: Sequence[Life], report: Report) -> None:
     """A save begun after a newer life had begun must come to nothing."""
     begun = [life for life in order if life.begun]
-    fenced_s = {life.number: _begun_s(newer) + CLOCK_SLACK_S for life, newer in pairwise(begun)}
+    fenced_s: dict[int, float] = {}
+    for life in begun:
+        newer = (n for n in begun if not n.is_reader and _is_newer(n, life))
+        fenced_s[life.number] = min((n.begun_s for n in newer), default=NEVER_S) + CLOCK_SLACK_S
     taken = {r.content for life in begun for r in life.begun if r.content is not None}
     for save in account.saves.values():
         limit_s = fenced_s.get(save.saved.life, NEVER_S)
@@ -318,12 +368,11 @@ def _check_progress(account: Account, calm_s: float, report: Report) -> None:
 
 def _check_redundancy(account: Account, calm_s: float, report: Report) -> None:
     deadline_s = calm_s + account.repair_within_s
-    whole = (
-        o.answered_s
-        for o in account.observations
-        if o.invoked_s > calm_s and o.committed and not o.degraded
-    )
-    first_s = min(whole, default=NEVER_S)
+    first_s = NEVER_S  # since when it has been whole, and stayed so
+    for seen in account.observations:
+        if seen.invoked_s > calm_s:
+            is_whole = bool(seen.committed) and not seen.degraded
+            first_s = min(first_s, seen.answered_s) if is_whole else NEVER_S
     problem = ""
     if first_s > deadline_s:
         when = "never" if first_s == NEVER_S else f"only after {first_s - calm_s:.1f} s"

@@ -16,7 +16,8 @@ for, such as a level that a save has reached, is an `ok` record of its own.
               fail     error, is_fenced
     level     ok       life, rank, step, level: a save was said to be that safe
     fault     invoke   mechanism, target, moment; lost: hosts whose memory is gone (or not what it
-                       was), away: hosts that do not answer, is_s3: S3 is what is disturbed
+                       was), away: hosts that do not answer, is_s3: S3 is what is disturbed;
+                       step: the only one that is damaged, or None
               ok/fail  it is in force / could not be done, and did nothing
     mend      ok       fault (its id): what it did to `away` or S3 is over
     observe   invoke

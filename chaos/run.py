@@ -295,6 +295,7 @@ class Run:
         name = self._history.invoke(
             "fault", mechanism=planned.mechanism, target=aim.target, moment=planned.moment,
             number=planned.number, lost=sorted(aim.lost), away=sorted(aim.away), is_s3=aim.is_s3,
+            step=aim.step,
         )  # fmt: skip
         try:
             aim.strike()

@@ -29,6 +29,7 @@ class Aim:
         away: Hosts that do not answer, or not everybody, until it is mended.
         avoided: Hosts that the launcher starts nothing on meanwhile, nor ends anything.
         is_s3: S3 is disturbed until it is mended.
+        step: The only one whose copies are damaged; None if all may be.
     """
 
     target: str
@@ -38,6 +39,7 @@ class Aim:
     away: frozenset[str] = frozenset()
     avoided: frozenset[str] = frozenset()
     is_s3: bool = False
+    step: int | None = None
 
 
 @dataclass(slots=True)

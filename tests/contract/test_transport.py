@@ -1,5 +1,6 @@
 """What every transport must do: one suite, over TCP, over Ray and a fake of it, and over both."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
@@ -154,16 +156,21 @@ class RealHolder:
             threading.Event().wait(60.0)
         return self.store.read(key, index)
 
+    def pid(self) -> int:
+        return os.getpid()
+
 
 class RealRayPlace:
     def __init__(self) -> None:
         actor: Any = ray.remote(RealHolder).options(num_cpus=0, max_concurrency=8)
         self.transport: Transport = RayTransport()
         self.source = Source(NODE, actor.remote(), None)
-        ray.get(self.source.actor.read_chunk.remote(KEY, 0), timeout=60)
+        self._process = psutil.Process(ray.get(self.source.actor.pid.remote(), timeout=60))
 
     def die(self) -> None:
+        """`ray.kill` only asks: until the process is gone it may still answer."""
         ray.kill(self.source.actor)
+        self._process.wait(timeout=30)
 
     def close(self) -> None:
         self.die()

@@ -5,6 +5,7 @@ torch or a package of an extra is imported by the command that needs it.
 """
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ import tiered
 from tiered import cluster
 from tiered.cli import checks, views
 from tiered.cli.session import Exit, err, fail, only_job, out, print_json, speaking
-from tiered.config import S3
+from tiered.config import S3, JobSettings, Memory
 from tiered.journal import Entry
 from tiered.overview import ClusterStatus
 
@@ -199,6 +200,41 @@ def doctor(
             doctors.report(findings)
     if any(f.is_problem for f in findings):
         raise typer.Exit(Exit.FINDING)
+
+
+@app.command()
+def size(
+    per_host: Annotated[str, typer.Argument(help="Saved by one host's ranks each time: 8.1GB.")],
+    hosts: Annotated[int, typer.Option(min=1, help="Of the job.")] = 8,
+    replicas: Annotated[int, typer.Option(min=0, help="Memory(replicas=...).")] = 1,
+    keep: Annotated[int, typer.Option(min=2, help="Memory(keep=...).")] = 2,
+    in_flight: Annotated[int, typer.Option(min=1, help="Memory(in_flight=...).")] = 2,
+    s3: Annotated[bool, typer.Option("--s3/--no-s3", help="With the S3 tier.")] = True,
+    network: Annotated[str, typer.Option(help="A second, from a host to its buddy.")] = "1GB",
+    step_s: Annotated[float, typer.Option(min=1e-6, help="Seconds of a training step.")] = 1.0,
+    stall_s: Annotated[float, typer.Option(min=0.0, help="A save holds training up.")] = 0.1,
+    mtbf_h: Annotated[
+        float | None, typer.Option(min=1e-6, help="Hours between failures of the job.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Calculate, without a cluster: memory that each host needs, and how often to save."""
+    from tiered import sizing
+    from tiered.cadence import Pace
+
+    with speaking():
+        memory = Memory(keep=keep, replicas=replicas, in_flight=in_flight)
+        settings = JobSettings(memory, S3("s3://any-bucket") if s3 else None)
+        host_bytes, speed = views.read_size(per_host), views.read_size(network)
+        found = sizing.size(settings, host_bytes, speed)
+        pace = Pace(step_s, stall_s, found.replicate_s)
+        cadence = sizing.best_cadence(
+            settings, pace, hosts, None if mtbf_h is None else 3600 * mtbf_h
+        )
+    if as_json:
+        print_json({**asdict(found), **asdict(cadence)})
+    else:
+        out.print(views.size_view(found, cadence, host_bytes))
 
 
 @app.command()

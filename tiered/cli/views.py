@@ -1,5 +1,6 @@
 """How the command line shows a `ClusterStatus` and a journal; decides nothing, asks nobody."""
 
+import re
 import time
 from collections.abc import Sequence
 
@@ -8,10 +9,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from tiered.cadence import Cadence
+from tiered.errors import ConfigError
 from tiered.journal import Entry
 from tiered.overview import ClusterStatus, Finding, HostStatus, JobOverview, StepStatus
+from tiered.sizing import Size
 
 RANKS_SHOWN = 64
+_SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE)
 STYLES = {"critical": "bold red", "error": "bold red", "warning": "yellow", "info": "cyan"}
 MARKS = {"critical": "✗", "error": "✗", "warning": "!", "info": "·"}
 STATE_STYLES = {"up": "green", "silent": "yellow", "starting": "yellow", "lost": "red"}
@@ -25,6 +30,22 @@ def size_text(size_bytes: float) -> str:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1000
     raise AssertionError
+
+
+def read_size(text: str) -> int:
+    """Bytes that a person wrote: 1.5GB, 64MiB, 1000.
+
+    Raises:
+        ConfigError: It is no size above 0.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    size_bytes = 0
+    if found is not None:
+        base = 1024 if found[3] else 1000
+        size_bytes = round(float(found[1]) * base ** " kmgtp".index(found[2].lower() or " "))
+    if size_bytes < 1:
+        raise ConfigError(f"{text!r} is no size: write it like 8.1GB, 512MiB or 1000000")
+    return size_bytes
 
 
 def age_text(seconds: float) -> str:
@@ -291,4 +312,20 @@ def _table(title: str, *columns: str) -> Table:
     )
     for column in columns:
         table.add_column(column, header_style="dim", overflow="fold")
+    return table
+
+
+def size_view(size: Size, cadence: Cadence, host_bytes: int) -> RenderableType:
+    """`tiered size`: what a host needs, and how often to save."""
+    table = Table.grid(padding=(0, 2))
+    held = f"{size.steps} steps x {size.copies} copies x {size_text(host_bytes)}"
+    rows = (
+        ("checkpoints in memory", size_text(size.checkpoint_bytes), held),
+        ("object store", size_text(size.store_bytes),
+         f"ray start --object-store-memory={size.store_bytes}"),
+        ("replicated after", f"{size.replicate_s:.2f} s", "at that network speed"),
+        ("save every", f"{cadence.every_steps} steps", cadence.reason),
+    )  # fmt: skip
+    for name, value, why in rows:
+        table.add_row(f"[bold]{name}", value, Text(why, style="dim"))
     return table

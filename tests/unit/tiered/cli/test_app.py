@@ -136,3 +136,33 @@ def test_a_narrow_terminal_shows_the_same_facts() -> None:
     console = Console(width=60, record=True, file=io.StringIO())
     console.print(views.status_view(cluster(is_degraded=True)))
     assert "1 of 2 copies" in " ".join(console.export_text().split())
+
+
+def test_size_calculates_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, text = run(monkeypatch, "size", "8.1GB", "--hosts", "64")
+    assert code == 0
+    assert "7 steps x 2 copies x 8.1 GB" in text
+    assert "ray start --object-store-memory=141750000000" in text
+    code, text = run(monkeypatch, "size", "1GiB", "--no-s3", "--replicas", "0", "--json")
+    assert json.loads(text)["checkpoint_bytes"] == 5 << 30
+    assert run(monkeypatch, "size", "much")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("1000", 1000),
+        ("8.1GB", 8_100_000_000),
+        ("512 MiB", 512 << 20),
+        ("1.5k", 1500),
+        ("2tb", 2e12),
+    ],
+)
+def test_a_person_writes_sizes(text: str, size_bytes: int) -> None:
+    assert views.read_size(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "1 XB", "1e9"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no size"):
+        views.read_size(text)

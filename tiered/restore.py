@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tiered.boxes import Box, whole
-from tiered.errors import StateError, StepNotFoundError
+from tiered.errors import StateError
 from tiered.rng import is_per_rank
 from tiered.saved_step import SavedStep
 from tiered.state import Captured, capture, is_stateful, place_of, unwrapped
@@ -91,7 +91,7 @@ def restore_into(
             if not is_same_world:
                 plan.check_replicas(world_size or step.world_size)
         plan.check()
-        _read(plan, step, rank)
+        read_tensors(step, plan.index, plan.wanted.values(), step.nearest(rank))
     _fill(state, target, plan)
     return Filled(
         tuple(plan.missing), tuple(plan.unexpected), tuple(target.kept.values()),
@@ -385,21 +385,6 @@ def templates(state: Mapping[str, Any], tree: Any) -> dict[str, torch.Tensor]:
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
     repeated = (n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.numel() > 1 and any(repeated)
-
-
-# --- bytes --------------------------------------------------------------------------------------
-
-
-def _read(plan: _Plan, step: SavedStep, rank: int) -> None:
-    try:
-        read_tensors(step, plan.index, plan.wanted.values(), step.nearest(rank))
-    except StepNotFoundError as error:
-        changed = sorted({one.path for one in plan.wanted.values() if one.targets})
-        if changed:
-            named = f"these tensors may have been overwritten: {', '.join(changed)}"
-            reasons = (*error.reasons, named)
-            raise StepNotFoundError(error.job, error.wanted, reasons) from error
-        raise
 
 
 # --- values -------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ from tiered.saved_step import SavedStep
 from tiered.state import TensorPart
 from tiered.step_index import Entry, StepIndex, listed, merged
 from tiered.tensor_reads import Wanted, read_tensors
-from tiered.tree import Array, TensorRef, leaves, materialise
+from tiered.tree import Array, TensorRef, check_makable, leaves, materialise
 
 CheckpointId = str | PathLike[str]
 
@@ -344,6 +344,8 @@ class StorageReader(DcpStorageReader):
             for item in plan.items
             if item.type == LoadItemType.BYTE_IO
         }
+        for key in values:
+            check_makable(self._subtree(key), self._paths[key])
         wanted = [one for _, _, one in tensors]
         wanted += [one for parts in values.values() for one in parts.values()]
         if self._world_size != saved.world_size:

@@ -27,6 +27,7 @@ from tiered.tree import (
     EXT_TORCH_DTYPE,
     EXT_TORCH_SIZE,
     EXT_TUPLE,
+    EXT_TYPED,
     MAX_DEPTH,
     Array,
     TensorRef,
@@ -483,6 +484,10 @@ def ref(*fields: Any) -> bytes:
         tree_of(EXT_DEVICE, pack([])),
         tree_of(12, pack([[[], 1]])),
         tree_of(12, pack(5)),
+        tree_of(EXT_TYPED, pack(5)),
+        tree_of(EXT_TYPED, pack(["a.B"])),
+        tree_of(EXT_TYPED, pack([1, {}])),
+        tree_of(EXT_TYPED, pack(["a.B", [1]])),
     ],
 )
 def test_a_hostile_tree_is_a_state_error(tree: bytes) -> None:

@@ -11,6 +11,7 @@ Face tools expect. Tensors that are the same memory (tied weights) are saved onc
 twice. Of a DTensor the local shard is saved, with its place in the global tensor.
 """
 
+import io
 import itertools
 import pickle
 from collections import Counter, OrderedDict
@@ -29,6 +30,7 @@ from tiered.errors import StateError
 from tiered.tree import (
     ARRAY_DTYPES,
     EXT_BIGINT,
+    EXT_BYTES_IO,
     EXT_COMPLEX,
     EXT_COUNTER,
     EXT_DEVICE,
@@ -255,6 +257,8 @@ class _Capture:
             return self.ext(EXT_COUNTER, [self.members(item, path) for item in value.items()])
         if (name := typed.name_of(kind)) is not None:
             return self.ext(EXT_TYPED, [name, self.encode(typed.content_of(value), path)])
+        if kind is io.BytesIO:  # what trainers of DCP put something of their own into
+            return msgpack.ExtType(EXT_BYTES_IO, value.getvalue())
         if kind is torch.dtype:
             return self.ext(EXT_TORCH_DTYPE, dtype_name(value))
         if kind is torch.Size:

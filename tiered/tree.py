@@ -4,6 +4,7 @@ One msgpack document with extension types; docs/FORMAT.md describes them. Whoeve
 nothing: a tree may come from S3, and nothing in it is unpickled unless the user says so.
 """
 
+import io
 import pickle
 import re
 from collections import Counter
@@ -27,7 +28,7 @@ EXT_TENSOR, EXT_TUPLE, EXT_BIGINT, EXT_COMPLEX, EXT_NDARRAY = 1, 2, 3, 4, 5
 EXT_NUMPY_SCALAR, EXT_SET, EXT_TORCH_DTYPE, EXT_TORCH_SIZE, EXT_DEVICE, EXT_PICKLE = (
     6, 7, 8, 9, 10, 11
 )  # fmt: skip
-EXT_COUNTER, EXT_TYPED = 12, 13
+EXT_COUNTER, EXT_TYPED, EXT_BYTES_IO = 12, 13, 14
 
 MAX_DEPTH = 64  # of containers in containers: msgpack takes 35 KB of stack for each tuple it reads
 
@@ -154,6 +155,7 @@ def read_tree(tree: bytes, *, allow_pickle: bool = False) -> dict[Any, Any]:
         EXT_PICKLE: unpickle,
         EXT_COUNTER: lambda data: Counter(dict(unpack(data))),
         EXT_TYPED: lambda data: _typed(*unpack(data)),
+        EXT_BYTES_IO: io.BytesIO,
     }
 
     def extension(code: int, data: bytes) -> Any:

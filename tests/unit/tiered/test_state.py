@@ -1,5 +1,6 @@
 """Taking a state apart: what keeps its type, what is refused and how it is named."""
 
+import io
 import pickle
 import sys
 import warnings
@@ -131,6 +132,14 @@ def test_a_value_keeps_its_type_and_bits(value: Any) -> None:
 def test_the_bits_of_a_nan_survive() -> None:
     odd = np.frombuffer(bytes.fromhex("010000000000f8ff"))[0].item()
     assert_same({"nan": odd}, through({"nan": odd}))
+
+
+def test_bytes_in_a_file_of_memory_are_read_from_the_beginning() -> None:
+    file = io.BytesIO(b"\x00all of it\xff")
+    file.seek(4)
+    back = through({"f": [file]})["f"][0]
+    assert type(back) is io.BytesIO
+    assert (back.tell(), back.read()) == (0, b"\x00all of it\xff")
 
 
 def test_keys_keep_their_types() -> None:

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from tiered.replies import DegradedStep, JobStatus
     from tiered.retention import KeepBest, KeepEvery, KeepInterval
     from tiered.rng import PerRank, RngState
+    from tiered.typed import register_type
 
 __all__ = [
     "S3",
@@ -124,6 +125,7 @@ __all__ = [
     "forget",
     "import_step",
     "recover",
+    "register_type",
     "status",
     "stop",
 ]
@@ -183,6 +185,7 @@ _HOME = {
     "PerRank": "tiered.rng",
     "TensorInfo": "tiered.recovered",
     "RngState": "tiered.rng",
+    "register_type": "tiered.typed",
 }
 
 

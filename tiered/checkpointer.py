@@ -16,7 +16,7 @@ A save's way:
 import logging
 import threading
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from numbers import Real
 from types import TracebackType
@@ -60,7 +60,7 @@ from tiered.ray_metrics import TrainerMetrics
 from tiered.ray_train import run
 from tiered.ray_train.part import RunPart
 from tiered.replies import DegradedStep
-from tiered.restore import restore_into
+from tiered.restore import Filled, restore_into
 from tiered.rhythm import Rhythm
 from tiered.s3 import S3Store
 from tiered.saved_step import SavedStep
@@ -174,6 +174,7 @@ class Checkpointer:
         )
         self._watcher = Watcher(self._coordinator, self.job, self._worker.rank, self._prepare)
         self._generation = 0
+        self._resolution: Resolution | None = None
         self._layout: Layout | None = None
         self._cache: CaptureCache = {}
         self._stager = Stager(
@@ -282,22 +283,35 @@ class Checkpointer:
             self._log_passed_over(resolution.passed_over)
             logger.info("%s fresh start", self._tag())
             return 0
-        began_s = time.monotonic()
         saved = self._open(resolution)
+        rank, world_size = self._worker.rank, self._worker.world_size
+        self.read(saved, lambda: restore_into(state, saved, rank, world_size, strict=strict))
+        return resolution.version.step + 1
+
+    def read(self, saved: SavedStep, fill: Callable[[], Filled]) -> None:
+        """Fill a state from what `begin_reading` has opened, and tell of it: log, journal, metrics.
+
+        Raises:
+            StepNotFoundError: As `fill` says; the coordinator is told of what S3 has wrong.
+        """
+        assert self._resolution is not None
+        version = self._resolution.version
+        assert version is not None
+        began_s, before = time.monotonic(), saved.bytes_by_label
         try:
-            rank, world_size = self._worker.rank, self._worker.world_size
-            filled = restore_into(state, saved, rank, world_size, strict=strict)
+            filled = fill()
         except StepNotFoundError:
-            self._report_rotten(saved, resolution.version)
+            self._report_rotten(saved, version)
             raise
+        counts = {k: n - before.get(k, 0) for k, n in saved.bytes_by_label.items()}
         self.restored = Restored(
-            step=resolution.version.step,
-            generation=resolution.version.generation,
-            source=saved.label,
-            bytes_by_source=dict(saved.bytes_by_label),
-            size_bytes=sum(saved.bytes_by_label.values()),
+            step=version.step,
+            generation=version.generation,
+            source=max(counts, key=lambda label: counts[label], default=""),
+            bytes_by_source=counts,
+            size_bytes=sum(counts.values()),
             seconds=time.monotonic() - began_s,
-            passed_over=resolution.passed_over,
+            passed_over=self._resolution.passed_over,
             world_size=saved.world_size,
             is_resharded=filled.is_resharded,
             missing=filled.missing,
@@ -305,9 +319,8 @@ class Checkpointer:
             kept=filled.kept,
         )
         self._log_restored(self.restored)
-        self._report_restored(resolution.version, self.restored)
+        self._report_restored(version, self.restored)
         self._metrics.restored(self.restored.seconds, self.restored.source)
-        return resolution.version.step + 1
 
     def _report_restored(self, version: Version, restored: Restored) -> None:
         """Tell the coordinator for its journal; nobody waits for that."""
@@ -317,7 +330,7 @@ class Checkpointer:
         self._coordinator.report_restored.remote(self.job, self._generation, facts)
 
     def begin_reading(self, step: int | None = None) -> tuple[int | None, SavedStep | None]:
-        """Begin a generation as `restore` does, and leave the reading to the caller.
+        """Begin a generation as `restore` does, and leave the reading to the caller: see `read`.
 
         Returns:
             The step that was found, and its shards; None on a fresh start.
@@ -364,7 +377,7 @@ class Checkpointer:
             self.job, life, worker.rank, worker.world_size, self.settings, step, before, owner,
             takes_over=self._takes_over, timeout_s=BEGIN_TIMEOUT_S + START_TIMEOUT_S,
         )  # fmt: skip
-        self._generation = resolution.generation
+        self._generation, self._resolution = resolution.generation, resolution
         self._watcher.begin(resolution.generation)
         self._fenced = None
         self._not_staged.clear()

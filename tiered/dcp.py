@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.planner import (
     LoadItemType,
     LoadPlan,
     LoadPlanner,
+    ReadItem,
     SavePlan,
     SavePlanner,
     WriteItem,
@@ -46,7 +47,7 @@ from torch.distributed.checkpoint.storage import StorageWriter as DcpStorageWrit
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from tiered import torch_versions
+from tiered import conflicts, torch_versions
 from tiered.boxes import Box, whole
 from tiered.checkpointer import Checkpointer
 from tiered.config import check_step
@@ -54,11 +55,12 @@ from tiered.errors import ConfigError, SaveError, StateError, StepNotFoundError
 from tiered.handle import LEVELS, SaveHandle
 from tiered.messages import Level
 from tiered.recovered import Recovered
+from tiered.restore import Filled
 from tiered.saved_step import SavedStep
 from tiered.state import TensorPart
-from tiered.step_index import Entry, StepIndex, merged
+from tiered.step_index import Entry, StepIndex, listed, merged
 from tiered.tensor_reads import Wanted, read_tensors
-from tiered.tree import Array, TensorRef, leaves, materialise
+from tiered.tree import Array, TensorRef, check_makable, leaves, materialise
 
 CheckpointId = str | PathLike[str]
 
@@ -71,6 +73,7 @@ class StorageWriter(DcpStorageWriter):
     With `dcp.async_save` it is the stager, too: the state goes with one copy straight into the
     object store, and training goes on. That needs the step in the constructor, and leaves nothing
     for a planner to do; to have a planner of your own used, pass `async_stager=DefaultStager()`.
+    With the step in `checkpoint_id` only, which `async_save` says later, it copies the state twice.
 
     Making the first one of a job's life is collective, where nothing was restored before: it begins
     a generation.
@@ -115,8 +118,8 @@ class StorageWriter(DcpStorageWriter):
         """For async_save's process, which gets what is staged already, and has nothing to do."""
         if not self._is_staged or self._until != "staged":
             raise ConfigError(
-                "a StorageWriter goes to another process only for async_save, staged by itself and "
-                'with until="staged"; wait for more with writer.handle.wait() in the trainer'
+                "a StorageWriter goes to another process only for async_save, with the step given "
+                'to it and until="staged"; wait for more with writer.handle.wait() in the trainer'
             )
         return {**self.__dict__, "_checkpointer": None, "handle": None}
 
@@ -130,15 +133,14 @@ class StorageWriter(DcpStorageWriter):
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy the state into this host's memory; return an empty one, for DCP to do nothing with.
 
+        Where the step is not known yet, return a copy for DCP to save when it is.
+
         Raises:
-            ConfigError: The step is not known yet.
             StateError: The state holds something that cannot be saved.
             TieredError: It could not be saved.
         """
-        if self._step is None:
-            raise ConfigError(
-                "async_save stages before it says checkpoint_id: give StorageWriter a step="
-            )
+        if not self._is_step_given:
+            return torch_versions.copied(state_dict)
         self._save(state_dict)
         self._is_staged = True
         return {}
@@ -214,17 +216,27 @@ class StorageReader(DcpStorageReader):
     same step, and saves go on from there; making one is collective. From a `tiered.recover(...)`
     nothing begins. One reader serves any number of loads.
 
+    Before a load changes anything, all that does not fit is named in one error: keys that are
+    missing, other shapes, other dtypes. With `DefaultLoadPlanner(allow_partial_load=True)` missing
+    keys are reported here instead.
+
     Attributes:
         step: Which step it reads; None where there is none yet.
+        missing: Keys of the last load's state that the step has not; left as they were.
+        unexpected: Keys of this rank's shard that the state did not have; not read.
     """
 
-    def __init__(self, source: Checkpointer | Recovered, step: int | None = None) -> None:
+    def __init__(
+        self, source: Checkpointer | Recovered, step: int | None = None, *, cast: bool = False
+    ) -> None:
         """Find the step; nothing is read.
 
         Args:
             source: This rank's Checkpointer, or what `tiered.recover` has found.
             step: Just this step. None: the latest consistent one, or, for a Checkpointer, the
                 number at the end of `checkpoint_id` where `dcp.load` gets one.
+            cast: Convert what was saved with another dtype than the state has, as DCP's own
+                storages do without being asked.
 
         Raises:
             StepNotFoundError: `step` cannot be restored.
@@ -232,7 +244,10 @@ class StorageReader(DcpStorageReader):
         """
         self._source = source
         self._is_step_given = step is not None
+        self._may_cast = cast
         self.step: int | None = None
+        self.missing: tuple[str, ...] = ()
+        self.unexpected: tuple[str, ...] = ()
         self._find(step)
 
     @property
@@ -274,6 +289,7 @@ class StorageReader(DcpStorageReader):
         self._index, self._tree = StepIndex(views), merged(views)
         flat, paths = torch_versions.flattened(_outline(self._tree))
         self._paths = paths
+        self._own = torch_versions.flattened(_outline(views[0].tree))[0].keys()
         return Metadata(
             {key: _storage_of(value, self._index.entries.get(key)) for key, value in flat.items()},
             planner_data=paths,
@@ -282,7 +298,15 @@ class StorageReader(DcpStorageReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *_args: Any, **_kwargs: Any
     ) -> None:
-        """Nothing to set up."""
+        """Compare the state with the step, before the planner does it one key at a time.
+
+        Raises:
+            StateError: They do not fit; names everything.
+        """
+        self._metadata = metadata
+        if (planner := torch_versions.planner_of_load()) is not None:
+            found = conflicts.find(planner.state_dict, metadata, self._own, may_cast=self._may_cast)
+            found.check(is_partial=planner.allow_partial_load)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Nothing to add."""
@@ -296,30 +320,34 @@ class StorageReader(DcpStorageReader):
         """Fill the planner's tensors and values; only chunks with something of them are read.
 
         Raises:
-            StepNotFoundError: No tier has an intact copy of a chunk. Tensors may be part old, part
-                new then.
+            StateError: A tensor is of another dtype than was saved; nothing was changed.
+            StepNotFoundError: No tier has an intact copy of a chunk. Says which tensors may be part
+                old, part new.
             WorldSizeError: Tensors differ between the ranks that saved them, which are no DTensors,
                 and another number of ranks loads them.
         """
-        saved, index = self._opened(), self._index
+        saved = self._opened()
+        if isinstance(self._source, Recovered):
+            self._fill(plan, planner, saved)
+        else:
+            self._source.read(saved, lambda: self._fill(plan, planner, saved))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _fill(self, plan: LoadPlan, planner: LoadPlanner, saved: SavedStep) -> Filled:
+        index = self._index
         assert index is not None
-        wanted: list[Wanted] = []
-        values: dict[str, dict[str, Wanted]] = {}
-        tensors = []
-        for item in plan.items:
-            key = item.storage_index.fqn
-            if item.type == LoadItemType.BYTE_IO:
-                values[key] = self._wanted_in(key)
-                wanted += values[key].values()
-                continue
-            start = item.storage_index.offset or (0,) * len(item.storage_offsets)
-            offsets = tuple(a + b for a, b in zip(start, item.storage_offsets, strict=True))
-            one = Wanted(key, Box(offsets, tuple(item.lengths)))
-            target = planner.resolve_tensor(item)
-            if str(target.dtype) == f"torch.{index.entries[key].dtype}":
-                one.targets.append(target.detach())
-            tensors.append((item, target, one))
-            wanted.append(one)
+        tensors = self._wanted_tensors(plan, planner, index)
+        values = {
+            item.storage_index.fqn: self._wanted_in(item.storage_index.fqn)
+            for item in plan.items
+            if item.type == LoadItemType.BYTE_IO
+        }
+        for key in values:
+            check_makable(self._subtree(key), self._paths[key])
+        wanted = [one for _, _, one in tensors]
+        wanted += [one for parts in values.values() for one in parts.values()]
         if self._world_size != saved.world_size:
             paths = [one.path for one in wanted]
             index.check_replicas(paths, self._world_size, str(saved))
@@ -328,17 +356,45 @@ class StorageReader(DcpStorageReader):
         finally:
             saved.close()
         for item, target, one in tensors:
-            if not one.targets:  # of another dtype: a load casts, as DCP's own storage does
+            if not one.targets:
                 target.detach().copy_(one.tensor)
             planner.commit_tensor(item, target)
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
-                parts = {n: w.tensor for n, w in values[item.storage_index.fqn].items()}
-                value = materialise(self._subtree(item.storage_index.fqn), parts)
-                planner.load_bytes(item, _as_dcp_saves(value))
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+                key = item.storage_index.fqn
+                parts = {name: one.tensor for name, one in values[key].items()}
+                planner.load_bytes(item, _as_dcp_saves(materialise(self._subtree(key), parts)))
+        return self._report(planner)
+
+    def _wanted_tensors(
+        self, plan: LoadPlan, planner: LoadPlanner, index: StepIndex
+    ) -> list[tuple[ReadItem, torch.Tensor, Wanted]]:
+        """What the plan has of tensors: where each goes to, and what is wanted for it."""
+        tensors, problems = [], {}
+        for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                continue
+            key = item.storage_index.fqn
+            start = item.storage_index.offset or (0,) * len(item.storage_offsets)
+            offsets = tuple(a + b for a, b in zip(start, item.storage_offsets, strict=True))
+            one = Wanted(key, Box(offsets, tuple(item.lengths)))
+            target = planner.resolve_tensor(item)
+            dtype = TensorRef(key, index.entries[key].dtype, ()).torch_dtype
+            if problem := conflicts.of_dtype(dtype, target.dtype):
+                problems[key] = problem
+            else:
+                one.targets.append(target.detach())
+            tensors.append((item, target, one))
+        if problems and not self._may_cast:
+            raise StateError(next(iter(problems)), listed(problems))
+        return tensors
+
+    def _report(self, planner: LoadPlanner) -> Filled:
+        self.missing = self.unexpected = ()
+        if isinstance(planner, DefaultLoadPlanner):
+            found = conflicts.find(planner.state_dict, self._metadata, self._own, may_cast=True)
+            self.missing, self.unexpected = found.missing, found.unexpected
+        return Filled(self.missing, self.unexpected, is_resharded=self._opened().world_size > 1)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: CheckpointId) -> bool:

@@ -35,7 +35,7 @@ from tiered.config import S3, Memory, check_job_name, check_step
 from tiered.errors import ConfigError, StateError, StepNotFoundError
 from tiered.export import calling_dcp
 from tiered.handle import SaveHandle
-from tiered.recovery import recover
+from tiered.recovery import newest_on_s3, recover
 
 ImportFormat = Literal["safetensors", "dcp", "torch"]
 INDEX = "model.safetensors.index.json"
@@ -104,20 +104,30 @@ def import_step(
             assert handle is not None
             handle.wait("replicated" if s3 is None else "durable", timeout_s)
         finally:
-            checkpointer.close(end_local=False)
+            checkpointer.close(end_local=s3 is not None)
     return handle
 
 
 def _check_new(job: str, s3: S3 | None) -> None:
-    """An import begins a generation: it would fence off trainers of this name."""
-    try:
-        found = recover(job, s3=s3)
-    except (ConfigError, StepNotFoundError):  # no cluster with checkpoints, or none of this job
-        return
-    raise ConfigError(
-        f"job {job!r} has step {found.step} already; import under a name of its own, then resume "
-        "under that, or tiered.forget(job) what is there"
-    )
+    """An import begins a generation: it would fence off trainers of this name.
+
+    Both places are asked: a cluster that never ran the job does not know what S3 has of it.
+
+    Raises:
+        ConfigError: The job has a step.
+        DurableStoreError, DeadlineError: It is not known whether it has.
+    """
+    found: dict[str, int] = {}
+    with contextlib.suppress(StepNotFoundError, ConfigError):  # no cluster with checkpoints
+        found["memory"] = recover(job).step
+    if s3 is not None:
+        with contextlib.suppress(StepNotFoundError):
+            found[s3.uri] = newest_on_s3(job, s3).step
+    for where, step in found.items():
+        raise ConfigError(
+            f"job {job!r} has step {step} in {where} already; import under a name of its own, then "
+            "resume under that"
+        )
 
 
 def format_of(path: Path, wanted: str | None) -> str:

@@ -93,6 +93,19 @@ def recover(
     )
 
 
+def newest_on_s3(job: str, s3: S3) -> Version:
+    """The step that would be restored from S3 alone; no cluster is asked.
+
+    Raises:
+        StepNotFoundError: There is none.
+        DurableStoreError: S3 did not answer.
+    """
+    with contextlib.closing(S3Store(s3, job)) as store:
+        version = _resolve_on_s3(job, store, None, None).version
+    assert version is not None
+    return version
+
+
 def status(job: str) -> JobStatus:
     """What the running cluster knows of `job` now.
 

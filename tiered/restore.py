@@ -16,14 +16,26 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from tiered import typed
 from tiered.boxes import Box, whole
-from tiered.errors import StateError, StepNotFoundError
+from tiered.errors import StateError
 from tiered.rng import is_per_rank
 from tiered.saved_step import SavedStep
 from tiered.state import Captured, capture, is_stateful, place_of, unwrapped
 from tiered.step_index import StepIndex, listed, merged
 from tiered.tensor_reads import Wanted, read_tensors
-from tiered.tree import Array, Path, TensorRef, dotted, leaves, materialise, read_tree
+from tiered.tree import (
+    Array,
+    Path,
+    TensorRef,
+    check_makable,
+    dotted,
+    leaves,
+    materialise,
+    read_tree,
+    unmakable,
+)
+from tiered.typed import Typed
 
 _SAME_MEMORY = "is the same memory as"
 
@@ -91,7 +103,7 @@ def restore_into(
             if not is_same_world:
                 plan.check_replicas(world_size or step.world_size)
         plan.check()
-        _read(plan, step, rank)
+        read_tensors(step, plan.index, plan.wanted.values(), step.nearest(rank))
     _fill(state, target, plan)
     return Filled(
         tuple(plan.missing), tuple(plan.unexpected), tuple(target.kept.values()),
@@ -106,6 +118,7 @@ def read_state(step: SavedStep, rank: int = 0) -> dict[Any, Any]:
     """
     with closing(step):
         view = step.view(rank)
+        check_makable(view.tree)
         index = StepIndex([view])
         wanted: dict[str, Wanted] = {}
         for path, ref in leaves(view.tree):
@@ -123,6 +136,7 @@ def read_whole_state(step: SavedStep) -> dict[Any, Any]:
     with closing(step):
         views = step.views()
         index, tree = StepIndex(views), merged(views)
+        check_makable(tree)
         wanted: dict[str, Wanted] = {}
         for path, ref in leaves(tree):
             entry = index.entries[dotted(path)]
@@ -209,6 +223,7 @@ class _Plan:
             if key in self.tree:
                 self._match(value, target.tree[key], self.tree[key], (key,), is_strict=True)
                 self._want_rest(self.tree[key], (key,))
+                self.problems |= {dotted(p): what for p, what in unmakable(self.tree[key], (key,))}
 
     @property
     def is_incomplete(self) -> bool:
@@ -272,6 +287,11 @@ class _Plan:
             items = value if isinstance(value, list | tuple) else [None] * len(current)
             for number, three in enumerate(zip(items, current, saved, strict=False)):
                 self._match(*three, (*path, number), is_strict=is_strict)
+        elif is_same_type(current, saved):
+            for name in current.content.keys() & saved.content.keys():
+                inner = typed.field_of(value, current, name)
+                three = inner, current.content[name], saved.content[name]
+                self._match(*three, (*path, name), is_strict=is_strict)
 
     def _match_module(self, current: Mapping[Any, Any], saved: dict[Any, Any], path: Path) -> None:
         self.missing += [dotted((*path, key)) for key in current if key not in saved]
@@ -346,6 +366,12 @@ class _Plan:
                 self._want(ref.name, entry.path, whole(entry.shape))
 
 
+def is_same_type(one: Any, other: Any) -> bool:
+    """Whether both are values of one registered type that has fields."""
+    is_typed = isinstance(one, Typed) and isinstance(other, Typed)
+    return is_typed and one.name == other.name and type(one.content) is type(other.content) is dict
+
+
 def objects_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Every object with a state of its own in a state's containers, with its path."""
     if is_stateful(value):
@@ -385,21 +411,6 @@ def templates(state: Mapping[str, Any], tree: Any) -> dict[str, torch.Tensor]:
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
     repeated = (n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.numel() > 1 and any(repeated)
-
-
-# --- bytes --------------------------------------------------------------------------------------
-
-
-def _read(plan: _Plan, step: SavedStep, rank: int) -> None:
-    try:
-        read_tensors(step, plan.index, plan.wanted.values(), step.nearest(rank))
-    except StepNotFoundError as error:
-        changed = sorted({one.path for one in plan.wanted.values() if one.targets})
-        if changed:
-            named = f"these tensors may have been overwritten: {', '.join(changed)}"
-            reasons = (*error.reasons, named)
-            raise StepNotFoundError(error.job, error.wanted, reasons) from error
-        raise
 
 
 # --- values -------------------------------------------------------------------------------------
@@ -472,6 +483,14 @@ class _Filling:
             return present
         if isinstance(saved, TensorRef) and isinstance(current, TensorRef):
             return present
+        if is_same_type(saved, current):
+            content = {
+                name: self.filled(getattr(present, name), current.content[name], value)
+                if name in current.content
+                else materialise(value, self.tensors)
+                for name, value in saved.content.items()
+            }
+            return typed.make(saved, content)
         if isinstance(saved, Array):
             return _filled_array(present, materialise(saved, self.tensors))
         return materialise(saved, self.tensors)

@@ -118,12 +118,6 @@ class SavedStep:
         return counts
 
     @property
-    def label(self) -> str:
-        """Where most of it came from."""
-        counts = self.bytes_by_label
-        return max(counts, key=lambda label: counts[label], default="")
-
-    @property
     def rotten_ranks(self) -> list[int]:
         """Ranks of whose shards S3 has something else than was saved."""
         return [rank for rank, reader in enumerate(self.readers) if reader.is_rotten]

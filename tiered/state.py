@@ -2,14 +2,16 @@
 
 The tree is the state's structure with every tensor replaced by a reference to it by name, as one
 msgpack document; dicts, lists, tuples, ints of any size, floats, strings, bytes, None and numpy
-values keep their types. Nothing is pickled unless the user allows it, and then what was pickled is
-marked as such and refused by a reader that does not allow it too.
+values keep their types, and so do enums, dataclasses and named tuples that were registered
+(`tiered.typed`). Nothing is pickled unless the user allows it, and then what was pickled is marked
+as such and refused by a reader that does not allow it too.
 
 A tensor's name is its path in the state joined with dots, which is what safetensors and Hugging
 Face tools expect. Tensors that are the same memory (tied weights) are saved once and referred to
 twice. Of a DTensor the local shard is saved, with its place in the global tensor.
 """
 
+import io
 import itertools
 import pickle
 from collections import Counter, OrderedDict
@@ -23,11 +25,12 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
-from tiered import torch_versions
+from tiered import torch_versions, typed
 from tiered.errors import StateError
 from tiered.tree import (
     ARRAY_DTYPES,
     EXT_BIGINT,
+    EXT_BYTES_IO,
     EXT_COMPLEX,
     EXT_COUNTER,
     EXT_DEVICE,
@@ -39,6 +42,7 @@ from tiered.tree import (
     EXT_TORCH_DTYPE,
     EXT_TORCH_SIZE,
     EXT_TUPLE,
+    EXT_TYPED,
     MAX_DEPTH,
     TREE_NAME,
     Path,
@@ -251,6 +255,10 @@ class _Capture:
             return self.ext(EXT_SET, self.members(sorted(value, key=repr), path))
         if kind is Counter:
             return self.ext(EXT_COUNTER, [self.members(item, path) for item in value.items()])
+        if (name := typed.name_of(kind)) is not None:
+            return self.ext(EXT_TYPED, [name, self.encode(typed.content_of(value), path)])
+        if kind is io.BytesIO:  # what trainers of DCP put something of their own into
+            return msgpack.ExtType(EXT_BYTES_IO, value.getvalue())
         if kind is torch.dtype:
             return self.ext(EXT_TORCH_DTYPE, dtype_name(value))
         if kind is torch.Size:
@@ -267,11 +275,16 @@ class _Capture:
                 return msgpack.ExtType(EXT_PICKLE, pickle.dumps(value))
             except Exception as error:
                 raise StateError(dotted(path), f"a {what} cannot be pickled: {error}") from error
+        advice = (
+            "make it numbers, strings, lists, dicts or tensors, give its class state_dict() and "
+            "load_state_dict()"
+        )
+        if typed.is_registrable(kind):
+            advice = f"call tiered.register_type({kind.__qualname__}), where it is restored, too"
         raise StateError(
             dotted(path),
-            f"a {what} can only be saved by pickling it; make it "
-            "numbers, strings, lists, dicts or tensors, give its class state_dict() and "
-            "load_state_dict(), or pass allow_pickle=True to Checkpointer",
+            f"a {what} can only be saved by pickling it; {advice}, or pass allow_pickle=True to "
+            "Checkpointer",
         )
 
     def ext(self, code: int, body: Any) -> msgpack.ExtType:

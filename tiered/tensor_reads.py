@@ -14,6 +14,7 @@ import torch
 
 from replication.records import Buffer
 from tiered.boxes import Box, is_run, span_of, strides
+from tiered.errors import StepNotFoundError
 from tiered.fetch import Piece
 from tiered.image import bytes_of
 from tiered.saved_step import SavedStep
@@ -60,9 +61,25 @@ def read_tensors(
         order: As for `StepIndex.reads`.
 
     Raises:
-        StepNotFoundError: No tier has an intact copy of some chunk. Targets are undefined then.
+        StepNotFoundError: No tier has an intact copy of some chunk. Targets are undefined then;
+            says which.
     """
     wanted = list(wanted)
+    try:
+        _read(step, index, wanted, order)
+    except StepNotFoundError as error:
+        if changed := sorted({one.path for one in wanted if one.targets}):
+            named = f"these tensors may have been overwritten: {', '.join(changed)}"
+            reasons = (*error.reasons, named)
+            raise StepNotFoundError(error.job, error.wanted, reasons) from error
+        raise
+    for one in wanted:
+        one.tensor = _copied(one.tensor, one.targets)
+
+
+def _read(
+    step: SavedStep, index: StepIndex, wanted: list[Wanted], order: Callable[[int], Any]
+) -> None:
     by_rank: dict[int, list[tuple[Wanted, Read, Buffer]]] = defaultdict(list)
     for one in wanted:
         dtype = TensorRef("", index.entries[one.path].dtype, ()).torch_dtype
@@ -81,8 +98,6 @@ def read_tensors(
         step.fill(rank, pieces)
         for detour in detours:
             detour.target.copy_(detour.source)
-    for one in wanted:
-        one.tensor = _copied(one.tensor, one.targets)
 
 
 def _place(one: Wanted, read: Read, memory: Buffer) -> tuple[Piece, _Detour | None]:

@@ -4,6 +4,7 @@ One msgpack document with extension types; docs/FORMAT.md describes them. Whoeve
 nothing: a tree may come from S3, and nothing in it is unpickled unless the user says so.
 """
 
+import io
 import pickle
 import re
 from collections import Counter
@@ -15,7 +16,9 @@ import msgpack
 import numpy as np
 import torch
 
+from tiered import typed
 from tiered.errors import StateError
+from tiered.typed import Typed
 
 Path = tuple[str | int, ...]
 
@@ -25,7 +28,7 @@ EXT_TENSOR, EXT_TUPLE, EXT_BIGINT, EXT_COMPLEX, EXT_NDARRAY = 1, 2, 3, 4, 5
 EXT_NUMPY_SCALAR, EXT_SET, EXT_TORCH_DTYPE, EXT_TORCH_SIZE, EXT_DEVICE, EXT_PICKLE = (
     6, 7, 8, 9, 10, 11
 )  # fmt: skip
-EXT_COUNTER = 12
+EXT_COUNTER, EXT_TYPED, EXT_BYTES_IO = 12, 13, 14
 
 MAX_DEPTH = 64  # of containers in containers: msgpack takes 35 KB of stack for each tuple it reads
 
@@ -109,6 +112,8 @@ class Array:
 def read_tree(tree: bytes, *, allow_pickle: bool = False) -> dict[Any, Any]:
     """Return the tree with a TensorRef (or an Array of one) where a tensor was.
 
+    A value of a registered type is a Typed, whether it is registered here or not.
+
     Raises:
         StateError: It holds pickled values and `allow_pickle` is off, or is no tree.
     """
@@ -149,6 +154,8 @@ def read_tree(tree: bytes, *, allow_pickle: bool = False) -> dict[Any, Any]:
         EXT_DEVICE: lambda data: torch.device(unpack(data)),
         EXT_PICKLE: unpickle,
         EXT_COUNTER: lambda data: Counter(dict(unpack(data))),
+        EXT_TYPED: lambda data: _typed(*unpack(data)),
+        EXT_BYTES_IO: io.BytesIO,
     }
 
     def extension(code: int, data: bytes) -> Any:
@@ -175,7 +182,9 @@ def _check_depth(document: Any) -> None:
         value, depth = waiting.pop()
         if depth > MAX_DEPTH:
             raise StateError("", f"the checkpoint's tree is more than {MAX_DEPTH} deep")
-        if isinstance(value, dict | list | tuple):
+        if isinstance(value, Typed):
+            waiting.append((value.content, depth))
+        elif isinstance(value, dict | list | tuple):
             children = value.values() if isinstance(value, dict) else value
             waiting.extend((child, depth + 1) for child in children)
 
@@ -185,6 +194,13 @@ def _numpy_scalar(dtype: str, data: bytes) -> Any:
         raise ValueError(f"a numpy scalar of dtype {dtype!r}")
     (value,) = np.frombuffer(data, dtype=np.dtype(dtype))
     return value
+
+
+def _typed(name: str, content: Any) -> Typed:
+    is_enum = type(content) in (str, int)
+    if type(name) is not str or not (is_enum or type(content) is dict):
+        raise ValueError(f"a {name!r} of {content!r}")
+    return Typed(name, content)
 
 
 def _array(ref: TensorRef) -> Array:
@@ -199,6 +215,8 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, TensorRef]]:
         yield path, tree
     elif isinstance(tree, Array):
         yield path, tree.ref
+    elif isinstance(tree, Typed):
+        yield from leaves(tree.content, path)
     elif isinstance(tree, dict):
         for key, value in tree.items():
             yield from leaves(value, (*path, key))
@@ -219,6 +237,8 @@ def renamed(tree: Any, name: Callable[[str], str]) -> Any:
         return replace(tree, name=name(tree.name))
     if isinstance(tree, Array):
         return Array(renamed(tree.ref, name))
+    if isinstance(tree, Typed):
+        return Typed(tree.name, renamed(tree.content, name))
     if type(tree) is dict:
         return {k: renamed(v, name) for k, v in tree.items()}
     if type(tree) in (list, tuple):
@@ -226,12 +246,58 @@ def renamed(tree: Any, name: Callable[[str], str]) -> Any:
     return tree
 
 
+def unmakable(tree: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
+    """Every value of a type that is not registered here, or another one now, with its path."""
+    if isinstance(tree, Typed):
+        if problem := typed.problem_of(tree):
+            yield path, problem
+        yield from unmakable(tree.content, path)
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from unmakable(value, (*path, key))
+            yield from unmakable(key, path) if isinstance(key, Typed) else ()
+    elif isinstance(tree, list | tuple | set):
+        for index, value in enumerate(tree):
+            yield from unmakable(value, (*path, index))
+
+
+def check_makable(tree: Any, path: Path = ()) -> None:
+    """Refuse a tree that `materialise` could not make values of.
+
+    Raises:
+        StateError: It holds values of types that are not registered here; names all their keys.
+    """
+    if problems := {dotted(where): problem for where, problem in unmakable(tree, path)}:
+        text = "; ".join(f"{where}: {problem}" for where, problem in problems.items())
+        raise StateError(next(iter(problems)), text)
+
+
+def plain(tree: Any) -> Any:
+    """The tree for other tools: fields in place of the types that have them."""
+    if isinstance(tree, Typed):
+        return plain(tree.content)
+    if type(tree) is dict:
+        return {k: plain(v) for k, v in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(map(plain, tree))
+    return tree
+
+
 def materialise(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Return the tree with its tensors in place of the references."""
+    """Return the tree with its tensors in place of the references.
+
+    The tree must be one that `check_makable` finds nothing wrong with.
+    """
     if isinstance(tree, TensorRef):
         return tensors[tree.name]
     if isinstance(tree, Array):
         return tensors[tree.ref.name].numpy()
+    if isinstance(tree, Typed):
+        return typed.make(tree, materialise(tree.content, tensors))
+    if type(tree) is set:
+        return {materialise(v, tensors) for v in tree}
+    if type(tree) is Counter:
+        return Counter({materialise(k, tensors): v for k, v in tree.items()})
     if type(tree) is dict:
         return {k: materialise(v, tensors) for k, v in tree.items()}
     if isinstance(tree, list):

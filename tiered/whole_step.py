@@ -11,7 +11,7 @@ from tiered.restore import check_whole
 from tiered.saved_step import SavedStep
 from tiered.step_index import Entry, StepIndex, merged
 from tiered.tensor_reads import Wanted, read_tensors
-from tiered.tree import TensorRef, dotted, leaves
+from tiered.tree import TensorRef, dotted, leaves, plain
 
 WINDOW_BYTES = 64 << 20  # of tensors in memory at a time; a full chunk, by default
 
@@ -69,7 +69,7 @@ class WholeStep:
         views = step.views()
         self._index = StepIndex(views)
         prefix = tuple(key.split(".")) if key else ()
-        self.tree = merged(views)
+        self.tree = plain(merged(views))
         for part in prefix:
             below = self.tree.get(part)
             if not isinstance(below, dict):

@@ -6,7 +6,6 @@ torch or a package of an extra is imported by the command that needs it.
 
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,8 +13,19 @@ from rich.live import Live
 
 import tiered
 from tiered import cluster
-from tiered.cli import checks, views
-from tiered.cli.session import Exit, err, fail, only_job, out, print_json, speaking
+from tiered.cli import checks, transfer, views
+from tiered.cli.session import (
+    Exit,
+    NamedJob,
+    S3Uri,
+    err,
+    fail,
+    only_job,
+    out,
+    print_json,
+    s3_of,
+    speaking,
+)
 from tiered.config import S3, JobSettings, Memory
 from tiered.journal import Entry
 from tiered.overview import ClusterStatus
@@ -38,11 +48,7 @@ app = typer.Typer(
 JobName = Annotated[
     str | None, typer.Option("--job", "-j", help="Which; the only one if left out.")
 ]
-NamedJob = Annotated[str, typer.Argument(help="The job's name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
-S3Uri = Annotated[
-    str | None, typer.Option("--s3", help="s3://bucket/prefix; needed only without the cluster.")
-]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
@@ -287,31 +293,19 @@ def recover(
 ) -> None:
     """Say what a restore would read now: the step, and for each rank from where."""
     with speaking():
-        found = tiered.recover(job, s3=_s3(s3), step=step, before=before)
+        found = tiered.recover(job, s3=s3_of(s3), step=step, before=before)
         head = f"step {found.step} (generation {found.generation}), {found.world_size} ranks, "
         out.print(head + views.size_text(found.size_bytes), style="bold", highlight=False)
         for rank, places in list(found.sources.items())[: views.RANKS_SHOWN]:
             out.print(f"  rank {rank}: {', then '.join(places)}", highlight=False)
         for reason in found.passed_over:
             out.print(f"  passed over: {reason}", highlight=False, markup=False)
-        out.print(f"write it out with: tiered export {job} DIRECTORY", style="dim", markup=False)
+        hint = f"write it out with: tiered export {job} PATH --format safetensors|dcp|torch|shards"
+        out.print(hint, style="dim", markup=False)
 
 
-@app.command()
-def export(
-    job: NamedJob,
-    directory: Annotated[Path, typer.Argument(help="Where to; made if need be.")],
-    s3: S3Uri = None,
-    step: Annotated[int | None, typer.Option(help="Just this one.")] = None,
-    before: Annotated[int | None, typer.Option(help="The newest one before this.")] = None,
-) -> None:
-    """Write the newest consistent step out: one safetensors file a rank, every byte verified."""
-    with speaking():
-        found = tiered.recover(job, s3=_s3(s3), step=step, before=before)
-        with err.status(f"step {found.step}, {views.size_text(found.size_bytes)}"):
-            paths = found.export(directory)
-    for path in paths:
-        typer.echo(str(path))
+app.command()(transfer.export)
+app.command("import")(transfer.import_)
 
 
 @app.command()
@@ -359,7 +353,7 @@ def gc(
     """Delete what a job has on S3 and nobody needs: orphans, and steps older than those to keep."""
     with speaking():
         plan = tiered.collect_garbage(
-            job, s3=_s3(s3), keep=keep, grace_s=3600 * grace_h, dry_run=dry_run
+            job, s3=s3_of(s3), keep=keep, grace_s=3600 * grace_h, dry_run=dry_run
         )
     for deletion in plan.deletions:
         out.print(f"{deletion.key}: {deletion.reason}", highlight=False, markup=False)
@@ -368,10 +362,6 @@ def gc(
     done = "would free" if dry_run else "freed"
     size = views.size_text(plan.size_bytes)
     out.print(f"{done} {size} in {len(plan.deletions)} objects", highlight=False)
-
-
-def _s3(uri: str | None) -> S3 | None:
-    return None if uri is None else S3(uri)
 
 
 def main() -> None:

@@ -15,14 +15,20 @@ import json
 import sys
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from replication.errors import DeadlineError, HolderUnavailableError, TieredError
+from tiered.config import S3
 from tiered.errors import ConfigError, DurableStoreError, StepNotFoundError
 from tiered.overview import ClusterStatus, JobOverview
+
+NamedJob = Annotated[str, typer.Argument(help="The job's name.")]
+S3Uri = Annotated[
+    str | None, typer.Option("--s3", help="s3://bucket/prefix; needed only without the cluster.")
+]
 
 out = Console()
 err = Console(stderr=True)
@@ -60,6 +66,11 @@ def speaking() -> Iterator[None]:
         fail(str(error), Exit.REFUSED)
     except OSError as error:
         fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), Exit.REFUSED)
+
+
+def s3_of(uri: str | None) -> S3 | None:
+    """The durable tier that a command was given."""
+    return None if uri is None else S3(uri)
 
 
 def only_job(status: ClusterStatus, name: str | None) -> JobOverview:

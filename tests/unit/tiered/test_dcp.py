@@ -1,5 +1,6 @@
 """DCP's own save and load over our storage, on one rank and without a cluster."""
 
+import copy
 import dataclasses
 import enum
 import pickle
@@ -21,6 +22,7 @@ import tiered
 from tests.unit.tiered.fake_shard import Shard, assert_same, step_of
 from tiered.dcp import step_in
 from tiered.handle import SaveHandle
+from tiered.restore import Filled
 from tiered.saved_step import SavedStep
 
 README = Path(__file__).parents[3] / "README.md"
@@ -57,6 +59,9 @@ class Memory:
     def begin_reading(self, step: int | None) -> tuple[int | None, SavedStep | None]:
         newest = max(self.steps, default=None) if step is None else step
         return newest, None if newest is None else step_of([self.steps[newest]])
+
+    def read(self, saved: SavedStep, fill: Any) -> None:
+        self.filled = fill()
 
 
 @pytest.fixture
@@ -155,21 +160,90 @@ def test_a_subset_is_loaded_and_a_missing_key_is_named(memory: Any) -> None:
     state = {"b": torch.zeros(3)}
     dcp.load(state, storage_reader=tiered.StorageReader(memory))
     assert state["b"].tolist() == [1, 1, 1]
-    with pytest.raises(CheckpointException, match=r"Missing key.*c"):
-        dcp.load({"c": torch.ones(1)}, storage_reader=tiered.StorageReader(memory))
+    assert memory.filled == Filled(unexpected=("a",))
     partial = DefaultLoadPlanner(allow_partial_load=True)
-    more = {"b": torch.zeros(3), "c": torch.zeros(1)}
-    dcp.load(more, storage_reader=tiered.StorageReader(memory), planner=partial)
-    assert (more["b"].sum(), more["c"].sum()) == (3, 0)
-    with pytest.raises(CheckpointException, match=r"(?i)size mismatch"):
-        dcp.load({"b": torch.zeros(4)}, storage_reader=tiered.StorageReader(memory))
+    more = {"b": torch.zeros(3), "c": torch.zeros(1), "d": {"e": 1}}
+    reader = tiered.StorageReader(memory)
+    dcp.load(more, storage_reader=reader, planner=partial)
+    assert (more["b"].sum(), more["c"].sum(), more["d"]) == (3, 0, {"e": 1})  # type: ignore[attr-defined]
+    assert (reader.missing, reader.unexpected) == (("c", "d.e"), ("a",))
 
 
-def test_another_dtype_is_cast_as_dcp_does(memory: Any) -> None:
+CLEAN = {"a": torch.zeros(2), "b": torch.zeros(3), "n": {"x": torch.zeros(4), "y": 1}}
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "named"),
+    [
+        ({"c": torch.zeros(1), "d": {"e": 1, "f": torch.zeros(2)}}, {}, ["c", "d.e", "d.f", "z"]),
+        ({"a": torch.zeros(5), "b": torch.zeros(2, 2)}, {}, ["a: was saved with shape [2]", "b:"]),
+        (
+            {"a": torch.zeros(2).half(), "n": {"x": torch.zeros(4).double(), "y": 1}}, {},
+            ["a: was saved as torch.float32, and is torch.float16", "n.x:", "cast=True"],
+        ),
+        ({"a": 3, "n": {"y": torch.zeros(1)}}, {}, ["a: was saved as a tensor", "n.y: is a ten"]),
+        (
+            {"a": torch.zeros(5), "b": torch.zeros(3).half(), "c": torch.zeros(1)}, {},
+            ["['c']", "a: was saved with shape", "b: was saved as"],
+        ),
+        (
+            {"a": torch.zeros(5), "b": torch.zeros(7), "c": 1}, {"allow_partial_load": True},
+            ["a: was saved with shape", "b: was"],
+        ),
+    ],
+)  # fmt: skip
+def test_all_that_does_not_fit_is_named_before_anything_changes(
+    memory: Any, change: dict[str, Any], options: dict[str, Any], named: list[str]
+) -> None:
+    saved = {"a": torch.ones(2), "b": torch.ones(3), "n": {"x": torch.ones(4), "y": 2}, "z": 1}
+    dcp.save(saved, storage_writer=tiered.StorageWriter(memory, 1))
+    state = copy.deepcopy({**CLEAN, **change})
+    before = copy.deepcopy(state)
+    planner = DefaultLoadPlanner(**options)
+    with pytest.raises(CheckpointException) as caught:
+        dcp.load(state, storage_reader=tiered.StorageReader(memory), planner=planner)
+    (problem, _), *others = caught.value.failures.values()
+    assert not others
+    assert isinstance(problem, tiered.StateError)
+    for text in named:
+        assert text in str(problem)
+    assert_same(state, before)
+
+
+def test_another_dtype_is_cast_where_that_was_asked_for(memory: Any) -> None:
     dcp.save({"a": torch.ones(2) / 3}, storage_writer=tiered.StorageWriter(memory, 1))
     state = {"a": torch.zeros(2, dtype=torch.bfloat16)}
-    dcp.load(state, storage_reader=tiered.StorageReader(memory))
+    dcp.load(state, storage_reader=tiered.StorageReader(memory, cast=True))
     assert torch.equal(state["a"], (torch.ones(2) / 3).to(torch.bfloat16))
+
+
+class Narrowing(DefaultLoadPlanner):
+    """Plans in a way of its own, so that the storage sees its tensors at the end only."""
+
+    def lookup_tensor(self, index: Any) -> torch.Tensor:
+        return super().lookup_tensor(index).view(torch.int16)
+
+
+def test_a_planner_of_ones_own_is_not_judged_by_what_the_state_has(memory: Any) -> None:
+    saved = {"a": torch.arange(3, dtype=torch.int16), "b": torch.ones(2, dtype=torch.int16)}
+    dcp.save(saved, storage_writer=tiered.StorageWriter(memory, 1))
+    state = {"a": torch.zeros(3, dtype=torch.bfloat16), "b": torch.zeros(2, dtype=torch.bfloat16)}
+    reader = tiered.StorageReader(memory)
+    dcp.load(state, storage_reader=reader, planner=Narrowing())
+    assert state["a"].view(torch.int16).tolist() == [0, 1, 2]
+    dcp.save({k: v.int() for k, v in saved.items()}, storage_writer=tiered.StorageWriter(memory, 2))
+    with pytest.raises(CheckpointException, match=r"a: was saved as torch\.int32.*b: was saved as"):
+        dcp.load(state, storage_reader=tiered.StorageReader(memory), planner=Narrowing())
+    assert state["a"].view(torch.int16).tolist() == [0, 1, 2]
+
+
+def test_a_load_that_finds_no_copy_says_what_it_changed(memory: Any) -> None:
+    saved = {"a": torch.ones(3000), "b": torch.ones(3000), "c": torch.ones(3000)}
+    dcp.save(saved, storage_writer=tiered.StorageWriter(memory, 1))
+    memory.steps[1].chunks[2][0][0] ^= 1
+    state = {"a": torch.zeros(3000), "b": torch.zeros(3000)}
+    with pytest.raises(CheckpointException, match=r"may have been overwritten: a, b"):
+        dcp.load(state, storage_reader=tiered.StorageReader(memory))
 
 
 # --- planners -----------------------------------------------------------------------------------
@@ -228,9 +302,23 @@ def test_the_writer_is_the_stager_and_training_may_go_on(memory: Any) -> None:
     assert state["x"].tolist() == [1, 1, 1]  # type: ignore[attr-defined]
 
 
+def test_async_save_takes_the_step_from_the_checkpoint_id(memory: Any) -> None:
+    writer = tiered.StorageWriter(memory)
+    for step in (5, 6):
+        state = {"x": torch.full((3,), float(step)), "n": [step]}
+        future = dcp.async_save(
+            state, checkpoint_id=f"run/step-{step}", storage_writer=writer, no_dist=True
+        )
+        state["x"].zero_()  # type: ignore[attr-defined]
+        state["n"][0] = 0  # type: ignore[index]
+        future.result(timeout=60)  # type: ignore[union-attr]
+    for step in (5, 6):
+        state = {"x": torch.zeros(3), "n": [0]}
+        dcp.load(state, storage_reader=tiered.StorageReader(memory, step))
+        assert_same(state, {"x": torch.full((3,), float(step)), "n": [step]})
+
+
 def test_async_save_says_what_it_cannot_do(memory: Any) -> None:
-    with pytest.raises(tiered.ConfigError, match="give StorageWriter a step"):
-        dcp.async_save({}, checkpoint_id="step_1", storage_writer=tiered.StorageWriter(memory))
     future = dcp.async_save(
         {"x": torch.ones(1)},
         storage_writer=tiered.StorageWriter(memory, 1),
@@ -243,7 +331,7 @@ def test_async_save_says_what_it_cannot_do(memory: Any) -> None:
 
 def test_only_what_is_staged_goes_to_another_process(memory: Any) -> None:
     writer = tiered.StorageWriter(memory, 1)
-    with pytest.raises(tiered.ConfigError, match="staged by itself"):
+    with pytest.raises(tiered.ConfigError, match="with the step given to it"):
         pickle.dumps(writer)
     writer.stage({"x": torch.ones(1)})
     there = pickle.loads(pickle.dumps(writer))  # noqa: S301

@@ -1,5 +1,6 @@
 """Taking a state apart: what keeps its type, what is refused and how it is named."""
 
+import io
 import pickle
 import sys
 import warnings
@@ -27,6 +28,7 @@ from tiered.tree import (
     EXT_TORCH_DTYPE,
     EXT_TORCH_SIZE,
     EXT_TUPLE,
+    EXT_TYPED,
     MAX_DEPTH,
     Array,
     TensorRef,
@@ -130,6 +132,14 @@ def test_a_value_keeps_its_type_and_bits(value: Any) -> None:
 def test_the_bits_of_a_nan_survive() -> None:
     odd = np.frombuffer(bytes.fromhex("010000000000f8ff"))[0].item()
     assert_same({"nan": odd}, through({"nan": odd}))
+
+
+def test_bytes_in_a_file_of_memory_are_read_from_the_beginning() -> None:
+    file = io.BytesIO(b"\x00all of it\xff")
+    file.seek(4)
+    back = through({"f": [file]})["f"][0]
+    assert type(back) is io.BytesIO
+    assert (back.tell(), back.read()) == (0, b"\x00all of it\xff")
 
 
 def test_keys_keep_their_types() -> None:
@@ -483,6 +493,10 @@ def ref(*fields: Any) -> bytes:
         tree_of(EXT_DEVICE, pack([])),
         tree_of(12, pack([[[], 1]])),
         tree_of(12, pack(5)),
+        tree_of(EXT_TYPED, pack(5)),
+        tree_of(EXT_TYPED, pack(["a.B"])),
+        tree_of(EXT_TYPED, pack([1, {}])),
+        tree_of(EXT_TYPED, pack(["a.B", [1]])),
     ],
 )
 def test_a_hostile_tree_is_a_state_error(tree: bytes) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tiered import messages as m
 from tiered.cli import session, views
 from tiered.cli.app import app
 from tiered.errors import ConfigError, DurableStoreDownError, StepNotFoundError
+from tiered.handle import SaveHandle
 from tiered.journal import Journal
 from tiered.overview import ClusterStatus, job_overview
 
@@ -166,3 +168,60 @@ def test_a_person_writes_sizes(text: str, size_bytes: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is no size"):
         views.read_size(text)
+
+
+class Found:
+    """A recovered step that notes what it is asked to write."""
+
+    step, size_bytes = 40, 3 << 20
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def export(self, path: Path, format: str, **options: Any) -> list[Path]:
+        self.asked.append((path, format, options))
+        return [path / "model.safetensors"]
+
+
+def test_export_passes_on_where_and_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found, asked = Found(), []
+
+    def recover(job: str, **options: Any) -> Found:
+        asked.append((job, options))
+        return found
+
+    monkeypatch.setattr(tiered, "recover", recover, raising=False)
+    code, text = run(monkeypatch, "export", "llama", str(tmp_path), "--before", "50")
+    assert (code, text.splitlines()[-1]) == (0, str(tmp_path / "model.safetensors"))
+    args = ("-f", "safetensors", "--key", "model", "--max-file", "2GB", "--s3", "s3://bucket/a")
+    assert run(monkeypatch, "export", "llama", str(tmp_path), *args)[0] == 0
+    assert asked[0] == ("llama", {"s3": None, "step": None, "before": 50})
+    assert asked[1][1]["s3"].uri == "s3://bucket/a"
+    assert found.asked == [
+        (tmp_path, "shards", {"key": None, "max_file_bytes": 5 * 10**9}),
+        (tmp_path, "safetensors", {"key": "model", "max_file_bytes": 2 * 10**9}),
+    ]
+
+
+def test_import_says_what_it_brought_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from tiered import imports
+
+    handle, asked = SaveHandle(7, is_due_for_s3=False), []
+    handle.size_bytes = 3_000_000
+
+    def import_step(job: str, source: Path, **options: Any) -> SaveHandle:
+        asked.append((job, source, options))
+        return handle
+
+    with monkeypatch.context() as patch:
+        patch.setattr(imports, "import_step", import_step)
+        args = ("--step", "7", "--key", "model", "--s3", "s3://bucket/a", "--replicas", "0")
+        code, text = run(monkeypatch, "import", "llama", str(tmp_path / "model.pt"), *args)
+    assert code == 0
+    assert text.splitlines()[-1] == "step 7 of llama is in memory and on s3://bucket/a: 3.0 MB"
+    ((job, source, options),) = asked
+    assert (job, source) == ("llama", tmp_path / "model.pt")
+    assert options["s3"].uri == "s3://bucket/a"
+    assert (options["step"], options["key"], options["memory"].replicas) == (7, "model", 0)
+    code, text = run(monkeypatch, "import", "llama", str(tmp_path / "none"))
+    assert (code, "does not exist" in text) == (2, True)

@@ -35,7 +35,7 @@ from replication.errors import (
 from replication.pinning import put
 from replication.records import ShardKey, ShardPlan, Version
 from replication.transport import fetch_timeout_s
-from tiered import cluster
+from tiered import cluster, log_lines
 from tiered.admission import Admission
 from tiered.config import S3, JobSettings, Memory, check_job_name, check_step
 from tiered.coordinator import (
@@ -56,7 +56,7 @@ from tiered.image import Layout, chunk_sizes, front, lay_out
 from tiered.messages import Level
 from tiered.own_holder import OwnHolder
 from tiered.ownership import Ownership
-from tiered.ray_metrics import TrainerMetrics
+from tiered.ray_metrics import TrainerMetrics, span
 from tiered.ray_train import run
 from tiered.ray_train.part import RunPart
 from tiered.replies import DegradedStep
@@ -151,6 +151,7 @@ class Checkpointer:
             ConfigError: A setting is wrong.
             HolderUnavailableError, DeadlineError: This host's holder does not start.
         """
+        log_lines.show()
         self.job = check_job_name(run.run_name() if job is None else job)
         durable = run.run_storage() if s3 == "auto" else s3
         self.settings = JobSettings(memory or Memory(), durable)
@@ -268,7 +269,8 @@ class Checkpointer:
         """
         if self._run is not None:
             self._run.restoring()
-        next_step = self._restore(state, step, before, strict)
+        with span("tiered.restore", job=self.job, rank=self._worker.rank):
+            next_step = self._restore(state, step, before, strict)
         if self._run is not None:
             self._run.restored(next_step - 1)
         self._make_ready(state)
@@ -436,7 +438,8 @@ class Checkpointer:
         try:
             if not force and not self._rhythm.is_due(step):
                 return None
-            handle = self._save(step, state, numbers, force=force)
+            with span("tiered.save", job=self.job, rank=self._worker.rank, step=step):
+                handle = self._save(step, state, numbers, force=force)
             self._rhythm.saved(handle, self._generation)
             return handle
         finally:

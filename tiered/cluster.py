@@ -29,7 +29,7 @@ from replication.holder import NAMESPACE
 from replication.records import ActorRef
 from replication.release import RELEASE, release_of
 from tiered.coordinator import COORDINATOR_NAME, START_TIMEOUT_S, Coordinator
-from tiered.errors import ConfigError
+from tiered.errors import ConfigError, NoClusterError
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +51,15 @@ def connect() -> bool:
         Whether the cluster is a local one of ours, whoever started it.
 
     Raises:
-        ConfigError: RAY_ADDRESS is set and no cluster answers there, or none could be started.
+        NoClusterError: RAY_ADDRESS is set and no cluster answers there.
+        ConfigError: A local one could not be started.
     """
     if ray.is_initialized():
         return False
     if _attach_to_running():
         return _local() is not None
     if address := os.environ.get("RAY_ADDRESS"):
-        raise ConfigError(f"RAY_ADDRESS={address!r}: no Ray cluster answers there")
+        raise NoClusterError(f"RAY_ADDRESS={address!r}: no Ray cluster answers there")
     with _local_lock():
         if not _attach_to_running():
             _start_local()
@@ -69,12 +70,12 @@ def attach() -> None:
     """Be connected to a running Ray cluster, or fail; starts none.
 
     Raises:
-        ConfigError: There is none.
+        NoClusterError: There is none.
     """
     if not ray.is_initialized() and not _attach_to_running():
-        raise ConfigError(
-            "no Ray cluster is running here, so there is no memory to recover from; set "
-            "RAY_ADDRESS, or pass s3=tiered.S3(...) to recover from S3 alone"
+        raise NoClusterError(
+            "no Ray cluster is running here; set RAY_ADDRESS, or start one with `ray start --head`. "
+            "What is on S3 is read without one: s3=tiered.S3(...), on the command line --s3"
         )
 
 
@@ -221,15 +222,15 @@ def running_coordinator() -> ActorRef:
     """Return the coordinator of the running cluster; starts nothing.
 
     Raises:
-        ConfigError: No cluster is running, or none with checkpoints in its memory.
+        NoClusterError: No cluster is running, or none with checkpoints in its memory.
     """
     attach()
     try:
         actor: ActorRef = ray.get_actor(COORDINATOR_NAME, NAMESPACE)
     except ValueError as error:  # Ray's word for: no such actor
-        raise ConfigError(
-            "the running Ray cluster holds no checkpoints; pass s3=tiered.S3(...) to recover "
-            "from S3 alone"
+        raise NoClusterError(
+            "the running Ray cluster holds no checkpoints; a Checkpointer starts the holders, and so "
+            "does `tiered up`. What is on S3 is read without: s3=tiered.S3(...), or --s3"
         ) from error
     return _of_this_release(actor)
 
@@ -251,7 +252,7 @@ def end_actors() -> int:
     """End the coordinator, then every holder, of whichever release; returns how many holders.
 
     Raises:
-        ConfigError: No Ray cluster is running, or nothing of Tiered on it.
+        NoClusterError: No Ray cluster is running, or nothing of Tiered on it.
     """
     attach()
     names = [
@@ -260,7 +261,7 @@ def end_actors() -> int:
         if actor["namespace"] == NAMESPACE
     ]
     if not names:
-        raise ConfigError("no holder and no coordinator runs on this Ray cluster")
+        raise NoClusterError("no holder and no coordinator runs on this Ray cluster")
     names.sort(key=lambda name: name != COORDINATOR_NAME)  # or it would start holders again
     for name in names:
         with contextlib.suppress(ValueError, RayError):

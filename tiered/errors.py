@@ -3,6 +3,7 @@
 TieredError (replication.errors)
 └── CheckpointError
     ├── ConfigError            a setting is wrong; says which, and what it may be
+    │   └── NoClusterError         no Ray cluster answers, or none with checkpoints in its memory
     ├── NameInUseError         a trainer of another run is using the job's name; says which
     ├── StateError             a state holds something that cannot be saved or filled; names the key
     ├── WorldSizeError         ranks of one generation disagree on their number, or a step cannot
@@ -26,6 +27,10 @@ class CheckpointError(TieredError):
 
 class ConfigError(CheckpointError, ValueError):
     """A setting is wrong. The message says which one and what it may be."""
+
+
+class NoClusterError(ConfigError):
+    """No Ray cluster answers, or it holds no checkpoints. The message says where to look."""
 
 
 class NameInUseError(CheckpointError):

@@ -19,7 +19,7 @@ from replication.release import RELEASE
 from tiered import messages as m
 from tiered import register
 from tiered.job import Job
-from tiered.journal import Entry, Journal
+from tiered.journal import ROUTINE_KINDS, Entry, Journal
 from tiered.metrics import samples
 from tiered.overview import ClusterStatus, HostState, HostStatus, host_findings, job_overview
 from tiered.ray_metrics import ClusterMetrics
@@ -213,4 +213,6 @@ class Monitor:
             about += f" gen={entry.generation}"
         if entry.step is not None:
             about += f" step={entry.step}"
-        logger.log(_LEVELS[entry.weight], "[%s] %s", about, entry.text)
+        # Each step is told of by its rank 0, once; here it is in the journal.
+        level = logging.DEBUG if entry.kind in ROUTINE_KINDS else _LEVELS[entry.weight]
+        logger.log(level, "[%s] %s", about, entry.text)

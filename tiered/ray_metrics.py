@@ -3,6 +3,7 @@
 Metrics are for people: a failure to record one is logged once, and stops nothing.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -14,6 +15,21 @@ from tiered.metrics import CLUSTER_METRICS, TRAINER_METRICS, Sample
 logger = logging.getLogger(__name__)
 
 BOUNDARIES_S = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
+
+
+def span(name: str, **facts: object) -> contextlib.AbstractContextManager[Any]:
+    """What is done inside is a bar in `ray timeline`, where Ray was started with RAY_PROFILING=1.
+
+    There is no public call for it; without it there are no bars.
+    """
+    try:
+        from ray._private.profiling import profile
+    except ImportError:
+        return contextlib.nullcontext()
+    bar: contextlib.AbstractContextManager[Any] = profile(
+        name, extra_data={key: str(value) for key, value in facts.items()}
+    )
+    return bar
 
 
 class ClusterMetrics:

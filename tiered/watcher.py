@@ -118,8 +118,9 @@ class Watcher:
             handle = pending[step]
             if level is not None:
                 handle._reach(level)
-                logger.info(
-                    "%s %s: %.1f MB in %.3f s, %.2f GB/s",
+                logger.log(
+                    logging.INFO if self._rank == 0 else logging.DEBUG,  # one line a step
+                    "%s %s: %.1f MB of this rank in %.3f s, %.2f GB/s",
                     self._tag(step), level, handle.size_bytes / 1e6, handle.levels[level],
                     handle.size_bytes / max(handle.levels[level], 1e-9) / 1e9,
                 )  # fmt: skip

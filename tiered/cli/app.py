@@ -34,7 +34,8 @@ WATCH_S = 1.0
 
 EPILOG = (
     "Exit codes: 0 fine; 1 something is wrong (degraded, corrupt, a failed check); 2 usage; "
-    "3 no such job, step or host; 4 no cluster, no answer, or S3 is out of reach; 5 refused. "
+    "3 no such job, step or host; 4 no cluster, no answer, or S3 is out of reach; 5 refused; "
+    "130 interrupted. "
     "The cluster is the one of RAY_ADDRESS, else the one that was last started on this machine."
 )
 app = typer.Typer(
@@ -192,6 +193,9 @@ def doctor(
     s3: Annotated[
         str | None, typer.Option("--s3", help="Check rights on s3://bucket/prefix.")
     ] = None,
+    per_host: Annotated[
+        str | None, typer.Option(help="One host's ranks save as much each time (8.1GB): will it fit?")
+    ] = None,
     network: Annotated[bool, typer.Option(help="Measure the speed between hosts.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -199,7 +203,8 @@ def doctor(
     from tiered.cli import doctor as doctors
 
     with speaking():
-        findings = doctors.examine(None if s3 is None else S3(s3), with_network=network)
+        host_bytes = None if per_host is None else views.read_size(per_host)
+        findings = doctors.examine(_s3(s3), host_bytes, with_network=network)
         if as_json:
             print_json(findings)
         else:

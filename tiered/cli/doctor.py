@@ -21,10 +21,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from replication.fleet import STORE_SHARE
 from replication.release import RELEASE
-from tiered import cluster
+from tiered import cluster, sizing
 from tiered.cli.session import err, out
 from tiered.cli.views import size_text
-from tiered.config import S3
+from tiered.config import S3, JobSettings, Memory
 from tiered.errors import DurableStoreError
 from tiered.s3 import S3Store
 
@@ -102,8 +102,13 @@ class HostFacts:
     environment: Mapping[str, str]
 
 
-def examine(s3: S3 | None, *, with_network: bool) -> list[Check]:
+def examine(s3: S3 | None, host_bytes: int | None = None, *, with_network: bool) -> list[Check]:
     """Look at everything.
+
+    Args:
+        s3: Where durable steps are to go, if the job has them.
+        host_bytes: What one host's ranks save together each time, if that is known.
+        with_network: Measure the speed between hosts.
 
     Raises:
         ConfigError: No Ray cluster is running.
@@ -123,6 +128,8 @@ def examine(s3: S3 | None, *, with_network: bool) -> list[Check]:
                 checks.append(Check("problem", where, problem, "look at its raylet's log"))
     checks += merged({host.address: judge_host(host) for host in facts})
     checks += judge_agreement(facts)
+    if host_bytes is not None:
+        checks += judge_room(facts, host_bytes, s3)
     if (detection_s := _detection_s()) is not None:
         checks.append(judge_detection(detection_s))
     if with_network and len(facts) > 1:
@@ -208,6 +215,18 @@ def _judge_store(host: HostFacts) -> Check:
     return Check("ok", where, result)
 
 
+def judge_room(hosts: Iterable[HostFacts], host_bytes: int, s3: S3 | None) -> list[Check]:
+    """Would a job whose hosts save so much find room, with the default policy?"""
+    need = sizing.size(JobSettings(Memory(), s3), host_bytes, 1.0).store_bytes
+    what = f"{size_text(host_bytes)} a host and save need an object store of {size_text(need)}"
+    small = [host for host in hosts if host.store_bytes < need]
+    if not small:
+        return [Check("ok", "room for the job", what)]
+    have = ", ".join(f"{host.address} has {size_text(host.store_bytes)}" for host in small)
+    remedy = f"ray start --object-store-memory={need} there, or save less (`tiered size`)"
+    return [Check("problem", "room for the job", f"{what}; {have}", remedy)]
+
+
 def _judge_clock(host: HostFacts) -> Check:
     where = "clock"
     if abs(host.clock_s) - host.clock_error_s > CLOCK_LIMIT_S:
@@ -286,6 +305,10 @@ def check_s3(settings: S3) -> list[Check]:
     From this machine; holders use the credentials of theirs.
     """
     root, key = f"tiered-doctor-{uuid.uuid4().hex[:12]}", "probe"
+    delete = (
+        "allow s3:DeleteObject, or set S3(keep=None) and have another role collect (docs/S3.md); "
+        f"the probe stays at {settings.uri}/{root}"
+    )
     checks = []
     with closing(S3Store(settings, root)) as store:
         steps: tuple[tuple[str, str, Any], ...] = (
@@ -295,19 +318,24 @@ def check_s3(settings: S3) -> list[Check]:
              lambda: _refuses_twice(store, key)),
             ("read", "allow s3:GetObject", lambda: store.get(key)),
             ("list", "allow s3:ListBucket", lambda: store.keys("")),
-            ("delete", "allow s3:DeleteObject", lambda: store.delete([key])),
+            ("list unfinished uploads", "allow s3:ListBucketMultipartUploads",
+             lambda: store.uploads("")),
+            ("abort an upload", "allow s3:AbortMultipartUpload",
+             lambda: store.abort([(key, "no-such-upload")])),
+            ("delete", delete, lambda: store.delete([key])),
         )  # fmt: skip
         for what, remedy, act in steps:
             try:
                 answer = act()
             except DurableStoreError as error:
-                checks.append(Check("problem", f"{settings.uri}: {what}", error.problem, remedy))
+                level: Level = "note" if what == "delete" else "problem"
+                checks.append(Check(level, f"{settings.uri}: {what}", error.problem, remedy))
                 if what == "reach":
                     break
             else:
                 is_bad = answer is False
                 result = "it does not" if is_bad else "works"
-                level: Level = "problem" if is_bad else "ok"
+                level = "problem" if is_bad else "ok"
                 checks.append(
                     Check(level, f"{settings.uri}: {what}", result, remedy if is_bad else "")
                 )

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from replication.errors import DeadlineError, HolderUnavailableError, TieredError
 from tiered.config import S3
-from tiered.errors import ConfigError, DurableStoreError, StepNotFoundError
+from tiered.errors import ConfigError, DurableStoreError, NoClusterError, StepNotFoundError
 from tiered.overview import ClusterStatus, JobOverview
 
 NamedJob = Annotated[str, typer.Argument(help="The job's name.")]
@@ -58,14 +58,16 @@ def speaking() -> Iterator[None]:
         yield
     except StepNotFoundError as error:
         fail(str(error), Exit.NOT_FOUND)
-    except (DeadlineError, HolderUnavailableError, DurableStoreError) as error:
+    except (DeadlineError, HolderUnavailableError, DurableStoreError, NoClusterError) as error:
         fail(str(error), Exit.OUT_OF_REACH)
     except ConfigError as error:
-        fail(str(error), Exit.OUT_OF_REACH if "cluster" in str(error) else Exit.USAGE)
+        fail(str(error), Exit.USAGE)
     except TieredError as error:
         fail(str(error), Exit.REFUSED)
     except OSError as error:
         fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), Exit.REFUSED)
+    except typer.Abort:
+        fail("nothing was done: nobody said yes; with --yes nobody is asked", Exit.REFUSED)
 
 
 def s3_of(uri: str | None) -> S3 | None:

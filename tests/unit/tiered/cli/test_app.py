@@ -17,7 +17,12 @@ from tests.unit.tiered.test_overview import HOST
 from tiered import messages as m
 from tiered.cli import session, views
 from tiered.cli.app import app
-from tiered.errors import ConfigError, DurableStoreDownError, StepNotFoundError
+from tiered.errors import (
+    ConfigError,
+    DurableStoreDownError,
+    NoClusterError,
+    StepNotFoundError,
+)
 from tiered.handle import SaveHandle
 from tiered.journal import Journal
 from tiered.overview import ClusterStatus, job_overview
@@ -92,7 +97,7 @@ def test_ls_show_and_explain(monkeypatch: pytest.MonkeyPatch) -> None:
         (("show", "11"), None, 3, "no tier has step 11 of job job; the newest: 10"),
         (("ls", "--job", "other"), None, 3, "no job 'other' on this cluster; there are: job"),
         (("drain", "zz"), None, 3, "no host is 'zz'"),
-        (("status",), ConfigError("no Ray cluster is running here"), 4, "no Ray cluster"),
+        (("status",), NoClusterError("no Ray cluster is running here"), 4, "no Ray cluster"),
         (("status",), DurableStoreDownError("s3://b", "get", "down"), 4, "get at s3://b failed"),
         (("status",), StepNotFoundError("job", "any step", ()), 3, "cannot be restored"),
         (("status",), ReleaseError("the coordinator", "0.0.9", "0.1.0"), 5, "release 0.0.9"),

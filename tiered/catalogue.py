@@ -158,9 +158,9 @@ class Catalogue:
         return any(record.is_replica for held in ranks for record in held.values())
 
     def is_in_memory(self, version: Version) -> bool:
-        """Whether each rank's shard of a step that is known has a copy on a live host."""
-        candidate = next(c for c in self.candidates() if c.version == version)
-        return 0 < candidate.world_size == len(candidate.in_memory)
+        """Whether each rank's shard of a step has a copy on a live host."""
+        found = (c for c in self.candidates() if c.version == version)
+        return any(0 < c.world_size == len(c.in_memory) for c in found)
 
     def has_sources(self, version: Version | None) -> bool:
         """Whether it is known where to read each rank's shard of this version."""

@@ -162,7 +162,7 @@ class Coordinator:
         """
         await self.hello()
         job = await self._known_job(job_name)
-        if job.settings is not None and job.settings.s3 is not None and not job.durable:
+        if job.settings is not None and job.settings.s3 is not None and job.durable_problem:
             self._feed(job, await self._executor.list_durable(job, job.settings))
         unreadable: list[str] = []
         while (version := (choice := job.resolve(step, before)).version) is not None:

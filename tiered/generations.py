@@ -42,6 +42,7 @@ class Begin:
     is_claimed: bool = False
     is_fenced: bool = False
     is_listing: bool = False
+    has_listed: bool = False
     is_stop: bool = False  # nobody is to train in it: over once older generations are fenced off
     is_recorded: bool = False  # it has its parent; only where to read that is asked again
     s3_problem: str = ""
@@ -174,13 +175,19 @@ class Generations:
         return listing or self._choose()
 
     def _list_durable(self) -> list[m.Command]:
-        """Have S3 listed, unless it was: it may know newer steps, and newer generations."""
-        assert self.begin is not None
-        settings = self.begin.claim.settings
-        is_known = self.known.durable_problem is None and not self.known.flushes.publishing
+        """Have S3 listed, unless it was: it may know newer steps, and newer generations.
+
+        A publication that was not answered may have made a step durable; that is no news where
+        memory has the step.
+        """
+        known, begin = self.known, self.begin
+        assert begin is not None
+        settings = begin.claim.settings
+        unanswered = known.flushes.publishing
+        is_known = known.durable_problem is None and all(map(known.is_in_memory, unanswered))
         if settings.s3 is None or is_known:
             return []
-        self.begin.is_listing = True
+        begin.is_listing = begin.has_listed = True
         return [m.ListDurable(settings)]
 
     def _disagreement(self, claim: m.Claim, event: m.BeginAsked) -> TieredError | None:
@@ -359,6 +366,9 @@ class Generations:
         begin.is_reading = False
         begin.verified.add(event.version)
         begin.intact |= begin.being_read - set(event.bad) - set(event.unread)
+        if not begin.has_listed and (listing := self._list_durable()):
+            begin.verified.discard(event.version)  # S3 may have it, after all, and memory has not
+            return listing
         return self._choose()
 
     def recorded(self, event: m.ParentRecorded) -> Begin | None:

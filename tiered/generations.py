@@ -175,17 +175,11 @@ class Generations:
         return listing or self._choose()
 
     def _list_durable(self) -> list[m.Command]:
-        """Have S3 listed, unless it was: it may know newer steps, and newer generations.
-
-        A publication that was not answered may have made a step durable; that is no news where
-        memory has the step.
-        """
-        known, begin = self.known, self.begin
+        """Have S3 listed, unless it was: it may know newer steps, and newer generations."""
+        begin = self.begin
         assert begin is not None
         settings = begin.claim.settings
-        unanswered = known.flushes.publishing
-        is_known = known.durable_problem is None and all(map(known.is_in_memory, unanswered))
-        if settings.s3 is None or is_known:
+        if settings.s3 is None or not self.known.needs_listing():
             return []
         begin.is_listing = begin.has_listed = True
         return [m.ListDurable(settings)]
@@ -206,6 +200,8 @@ class Generations:
         """S3 was listed: it may know newer generations than the cluster does."""
         known = self.known
         known.durable_problem = event.problem or None
+        if not event.problem:
+            known.unsure.clear()
         known.durable |= set(event.versions) - known.rotten
         known.parents = {**event.parents, **known.parents}
         newest = max([event.newest_generation, *event.parents])  # S3 may have missed a claim

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from unittest import mock
@@ -169,6 +170,11 @@ class LocalCluster:
         node_id = str(node.node_id)
         self._nodes[node_id] = node
         return node_id
+
+    def logs(self) -> dict[str, list[str]]:
+        """The lines that each process of the cluster has logged so far, by its log's name."""
+        files = Path(self._folder).glob("ray/session_*/logs/worker-*.err")
+        return {file.name: file.read_text(errors="replace").splitlines() for file in files}
 
     def address_of(self, node_id: str) -> str:
         """A host's IP address."""

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import boto3
+import psutil
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -105,6 +106,7 @@ class S3Server:
         self._keys = {
             name: (secrets.token_hex(10).upper(), secrets.token_hex(20)) for name in self._policies
         }
+        self._encryption_key = secrets.token_hex(32)
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
         self._sockets: list[Path] = []
@@ -207,6 +209,34 @@ class S3Server:
             path.unlink(missing_ok=True)
         self._sockets = []
 
+    def crash(self) -> None:
+        """End the server at once, as a crash does; what it has stored stays, for `restart`.
+
+        Its clients' connections are reset, and nobody answers at its address any more.
+        """
+        assert self._process is not None, "the server is not running"
+        # Not SIGKILL: that is what its supervisor cleans up after. Go handles no SIGABRT.
+        children = psutil.Process(self._process.pid).children()
+        for child in (c for c in children if c.name() != "sh"):
+            child.send_signal(signal.SIGABRT)
+        self._process.wait(STOP_TIMEOUT_S)
+        assert self.folder.is_dir()
+
+    def restart(self) -> None:
+        """Start it again after `crash`: the same address, credentials and objects.
+
+        Raises:
+            S3ServerError, DeadlineError: As `start`; `stop` is still to be called.
+        """
+        assert self._process is not None, "the server was not started"
+        assert self._process.poll() is not None, "the server runs"
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        for path in (*self._sockets, self.folder / "filer.sock", self.folder / "s3.sock"):
+            path.unlink(missing_ok=True)
+        self._run(_find_program())
+        self._wait_until_serving(time.monotonic() + self.start_timeout_s)
+
     def _launch(self, program: str) -> None:
         names = [f"{listener}{kind}" for listener in _LISTENERS for kind in ("", ".grpc")]
         self._ports = dict(zip(names, _free_ports(len(names)), strict=True))
@@ -216,23 +246,27 @@ class S3Server:
             for listener in _LISTENERS
         ]
         self._folder = Path(tempfile.mkdtemp(prefix="tiered-s3-"))
-        config = self._folder / "s3.json"
-        config.write_text(json.dumps(self._access()))
+        (self._folder / "s3.json").write_text(json.dumps(self._access()))
+        self._run(program)
+
+    def _run(self, program: str) -> None:
+        """Start the program in its folder, on its ports."""
         environment = {  # not ours: SeaweedFS reads AWS_*, and configuration below HOME
             "PATH": os.environ.get("PATH", os.defpath),
-            "HOME": str(self._folder),
-            "SERVER_FOLDER": str(self._folder),
+            "HOME": str(self.folder),
+            "SERVER_FOLDER": str(self.folder),
             "SERVER_SOCKETS": " ".join(map(str, self._sockets)),
-            "WEED_S3_SSE_KEK": secrets.token_hex(32),  # for SSE-S3; there is no KMS
+            "WEED_S3_SSE_KEK": self._encryption_key,  # for SSE-S3; there is no KMS
             "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1",  # one volume a bucket at first, not seven
         }
-        with (self._folder / "weed.log").open("wb") as log:
+        command = self._command(program, self.folder / "s3.json")
+        with (self.folder / "weed.log").open("ab") as log:
             self._process = subprocess.Popen(
-                ["/bin/sh", "-c", _SUPERVISOR, "s3-server", *self._command(program, config)],
+                ["/bin/sh", "-c", _SUPERVISOR, "s3-server", *command],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                cwd=self._folder,
+                cwd=self.folder,
                 env=environment,
                 start_new_session=True,
             )

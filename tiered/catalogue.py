@@ -51,6 +51,7 @@ class Catalogue:
         self.manifests: dict[Version, tuple[ShardRecord, ...]] = {}
         self.rotten: set[Version] = set()  # on S3, and not what was saved
         self.durable_problem: str | None = "S3 was not listed yet"
+        self.unsure: set[Version] = set()  # published perhaps: S3 did not answer
         self.watermark = Version(0, 0)
         self.pinned: set[Version] = set()  # below it, and not let go of
         self.retained: frozenset[Version] = frozenset()  # kept by policies
@@ -158,9 +159,14 @@ class Catalogue:
         return any(record.is_replica for held in ranks for record in held.values())
 
     def is_in_memory(self, version: Version) -> bool:
-        """Whether each rank's shard of a step that is known has a copy on a live host."""
-        candidate = next(c for c in self.candidates() if c.version == version)
-        return 0 < candidate.world_size == len(candidate.in_memory)
+        """Whether each rank's shard of a step has a copy on a live host."""
+        found = (c for c in self.candidates() if c.version == version)
+        return any(0 < c.world_size == len(c.in_memory) for c in found)
+
+    def needs_listing(self) -> bool:
+        """Whether S3 may have a step that neither memory has, nor anybody here knows of."""
+        unanswered = self.flushes.publishing | self.unsure
+        return self.durable_problem is not None or not all(map(self.is_in_memory, unanswered))
 
     def has_sources(self, version: Version | None) -> bool:
         """Whether it is known where to read each rank's shard of this version."""

@@ -162,7 +162,7 @@ class Coordinator:
         """
         await self.hello()
         job = await self._known_job(job_name)
-        if job.settings is not None and job.settings.s3 is not None and not job.durable:
+        if job.settings is not None and job.settings.s3 is not None and job.needs_listing():
             self._feed(job, await self._executor.list_durable(job, job.settings))
         unreadable: list[str] = []
         while (version := (choice := job.resolve(step, before)).version) is not None:
@@ -493,7 +493,12 @@ class Coordinator:
     def _find_durable(self, job: Job) -> None:
         """Have S3 listed now and then for who looks at a job of which nobody knows what it has."""
         settings, last_s = job.settings, self._looked_s.get(job.name, -LOOK_AGAIN_S)
-        if settings is None or settings.s3 is None or not job.durable_problem or job.begin:
+        if (
+            settings is None
+            or settings.s3 is None
+            or not (job.durable_problem or job.unsure)
+            or job.begin
+        ):
             return
         if time.monotonic() - last_s >= LOOK_AGAIN_S:
             self._looked_s[job.name] = time.monotonic()

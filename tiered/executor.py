@@ -6,7 +6,8 @@ event, too.
 
 import asyncio
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from replication.durable import upload_timeout_s
 from replication.fleet import HEARTBEAT_TIMEOUT_S, Fleet
@@ -21,8 +22,11 @@ from tiered.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 VERIFY_TIMEOUT_S = 60.0
 S3_INDEX_TIMEOUT_S = 15.0
+S3_CLAIM_TIMEOUT_S = 1.0  # where memory has a step to resume from
 ORPHANS_AT_ONCE = 5000  # objects and uploads
 
 
@@ -37,6 +41,7 @@ class Executor:
         self._fleet = fleet
         self._ledgers: dict[str, Ledger] = {}
         self._upload_problem = ""
+        self._background: set[asyncio.Task[Any]] = set()
 
     async def seek_owner(self, command: m.SeekOwner) -> m.OwnerSought:
         """Ask the host of a trainer whether that is there; no answer says that it is not."""
@@ -50,8 +55,19 @@ class Executor:
         return m.OwnerSought(command.life, command.owner, is_present)
 
     async def claim(self, job: Job, claim: m.Claim) -> m.Event:
-        """Write a generation down in the register, if it is still free."""
-        return await asyncio.to_thread(self.ledger(job).claim, claim)
+        """Write a generation down in the register, if it is still free.
+
+        S3's word is waited for where a step may have to come from there. Where memory has one it
+        is waited for as long as an S3 takes that is well: another cluster's claim is still seen.
+        """
+        ledger = self.ledger(job)
+        claimed = await asyncio.to_thread(ledger.claim, claim)
+        if not claimed.is_ours or claim.settings.s3 is None:
+            return claimed
+        there = self._in_background(ledger.claim_on_s3, claim)
+        has_step = any(map(job.is_in_memory, job.copies))
+        done, _ = await asyncio.wait([there], timeout=S3_CLAIM_TIMEOUT_S if has_step else None)
+        return there.result() if done else claimed
 
     async def list_durable(self, job: Job, settings: JobSettings) -> m.Event:
         """Have S3 listed, within a deadline."""
@@ -124,9 +140,15 @@ class Executor:
         return "", False
 
     async def record_parent(self, job: Job, command: m.RecordParent) -> m.Event:
-        """Write down what a generation resumes from; the first writer's word stands."""
-        record = self.ledger(job).record_parent
-        return await asyncio.to_thread(record, command.generation, command.parent, settings_of(job))
+        """Write down what a generation resumes from; the first writer's word stands.
+
+        Nobody waits for S3's copy: no manifest is published without it.
+        """
+        ledger, settings = self.ledger(job), settings_of(job)
+        event = await asyncio.to_thread(ledger.record_parent, command.generation, command.parent)
+        if settings.s3 is not None:
+            self._in_background(ledger.mirror, settings)
+        return event
 
     async def read_manifests(self, job: Job, versions: tuple[Version, ...]) -> m.Event:
         """Read what can be read; retention keeps what it knows nothing of."""
@@ -205,6 +227,13 @@ class Executor:
                 job.name, len(now.deletions), now.size_bytes / 1e6,
                 len(found.deletions) - len(now.deletions),
             )  # fmt: skip
+
+    def _in_background(self, call: Callable[..., T], *args: Any) -> "asyncio.Task[T]":
+        """Run a blocking call of the ledger in a thread, whether it is waited for or not."""
+        task = asyncio.create_task(asyncio.to_thread(call, *args))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
 
     def ledger(self, job: Job) -> Ledger:
         """Where a job's generations and durable steps are written down."""

@@ -42,6 +42,7 @@ class Begin:
     is_claimed: bool = False
     is_fenced: bool = False
     is_listing: bool = False
+    has_listed: bool = False
     is_stop: bool = False  # nobody is to train in it: over once older generations are fenced off
     is_recorded: bool = False  # it has its parent; only where to read that is asked again
     s3_problem: str = ""
@@ -175,12 +176,12 @@ class Generations:
 
     def _list_durable(self) -> list[m.Command]:
         """Have S3 listed, unless it was: it may know newer steps, and newer generations."""
-        assert self.begin is not None
-        settings = self.begin.claim.settings
-        is_known = self.known.durable_problem is None and not self.known.flushes.publishing
-        if settings.s3 is None or is_known:
+        begin = self.begin
+        assert begin is not None
+        settings = begin.claim.settings
+        if settings.s3 is None or not self.known.needs_listing():
             return []
-        self.begin.is_listing = True
+        begin.is_listing = begin.has_listed = True
         return [m.ListDurable(settings)]
 
     def _disagreement(self, claim: m.Claim, event: m.BeginAsked) -> TieredError | None:
@@ -199,6 +200,8 @@ class Generations:
         """S3 was listed: it may know newer generations than the cluster does."""
         known = self.known
         known.durable_problem = event.problem or None
+        if not event.problem:
+            known.unsure.clear()
         known.durable |= set(event.versions) - known.rotten
         known.parents = {**event.parents, **known.parents}
         newest = max([event.newest_generation, *event.parents])  # S3 may have missed a claim
@@ -359,6 +362,9 @@ class Generations:
         begin.is_reading = False
         begin.verified.add(event.version)
         begin.intact |= begin.being_read - set(event.bad) - set(event.unread)
+        if not begin.has_listed and (listing := self._list_durable()):
+            begin.verified.discard(event.version)  # S3 may have it, after all, and memory has not
+            return listing
         return self._choose()
 
     def recorded(self, event: m.ParentRecorded) -> Begin | None:

@@ -39,7 +39,8 @@ class ImageBytes:
 class ImageFile(io.RawIOBase):
     """A read-only, seekable file over a part of an image. Not thread-safe; each upload has its own.
 
-    A read is short only at the end of the file, whatever buffers it crosses.
+    `read` hands out views of the image and copies nothing; it ends where a buffer does, so that it
+    may be short before the end of the file is.
 
     Args:
         image: The whole.
@@ -79,15 +80,21 @@ class ImageFile(io.RawIOBase):
         self._position = base + offset
         return self._position
 
+    def read(self, size: int = -1, /) -> memoryview:
+        """The next bytes, at most `size` of them if that is not negative; none at the end."""
+        left = max(0, self.size_bytes - self._position)
+        want = left if size < 0 else min(size, left)
+        if not want:
+            return memoryview(b"")
+        piece = next(self._image.pieces(self._start + self._position, want))
+        if self._before_read is not None:
+            self._before_read(len(piece))
+        self._position += len(piece)
+        return piece
+
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        """Fill `buffer` from the current offset; return how many bytes there were."""
+        """Fill the start of `buffer` with the next bytes; return how many there were."""
         target = memoryview(buffer).cast("B")
-        want = min(len(target), self.size_bytes - self._position)
-        if want > 0 and self._before_read is not None:
-            self._before_read(want)
-        done = 0
-        for piece in self._image.pieces(self._start + self._position, max(0, want)):
-            target[done : done + len(piece)] = piece
-            done += len(piece)
-        self._position += done
-        return done
+        piece = self.read(len(target))
+        target[: len(piece)] = piece
+        return len(piece)

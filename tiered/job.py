@@ -285,10 +285,11 @@ class Job(Catalogue):
         commands: list[m.Command] = []
         if isinstance(event, m.ManifestPublished):
             self.durable.add(event.version)
+            self.unsure.discard(event.version)
             self.manifests[event.version] = event.records
             commands += [*self._collect_durable(), *self.eviction.collect_orphans(now_s)]
         elif isinstance(event, m.PublishFailed):  # it may be there although nobody said so
-            self.durable_problem = event.reason
+            self.unsure.add(event.version)
         commands += self.flushes.handle(event, now_s, self.holders_of)
         return [*commands, *self._collect()]
 

@@ -57,21 +57,23 @@ class Ledger:
             return DurableListed(problem=error.problem)
 
     def claim(self, claim: Claim) -> GenerationClaimed:
-        """Claim a generation in the cluster, then on S3."""
+        """Claim a generation in the cluster."""
         key, data = register.claim_key(claim.generation), register.encode_claim(claim)
-        is_ours = self._gcs.create(key, data)
-        if is_ours and claim.settings.s3 is not None:
-            try:
-                is_ours = self.store(claim.settings).create(key, data)
-                if is_ours:
-                    self._mirrored.add(key)
-            except DurableStoreError as error:
-                logger.warning("[%s] generation not claimed on S3 yet: %s", self.job, error)
+        return GenerationClaimed(claim.generation, self._gcs.create(key, data))
+
+    def claim_on_s3(self, claim: Claim) -> GenerationClaimed:
+        """Claim a generation on S3 that is ours in the cluster; S3 out of reach refuses none."""
+        key, data = register.claim_key(claim.generation), register.encode_claim(claim)
+        is_ours = True
+        try:
+            is_ours = self.store(claim.settings).create(key, data)
+            if is_ours:
+                self._mirrored.add(key)
+        except DurableStoreError as error:
+            logger.warning("[%s] generation not claimed on S3 yet: %s", self.job, error)
         return GenerationClaimed(claim.generation, is_ours)
 
-    def record_parent(
-        self, generation: int, parent: Version | None, settings: JobSettings
-    ) -> ParentRecorded:
+    def record_parent(self, generation: int, parent: Version | None) -> ParentRecorded:
         """Write down where a generation resumed from, unless somebody did before.
 
         Two lives of the coordinator may both drive a generation on: the slot has one value.
@@ -83,13 +85,15 @@ class Ledger:
         parents = register.read_parents([winner])
         assert generation in parents, winner
         self._gcs.create(winner, b"")
-        if settings.s3 is not None:
-            try:
-                if key := self._mirror(settings):
-                    logger.warning("[%s] another cluster has written %s of this job", self.job, key)
-            except DurableStoreError as error:
-                logger.warning("[%s] parent not recorded on S3 yet: %s", self.job, error)
         return ParentRecorded(generation, parents[generation])
+
+    def mirror(self, settings: JobSettings) -> None:
+        """Write to S3 what it missed; what it misses again is written with the next manifest."""
+        try:
+            if key := self._mirror(settings):
+                logger.warning("[%s] another cluster has written %s of this job", self.job, key)
+        except DurableStoreError as error:
+            logger.warning("[%s] parent not recorded on S3 yet: %s", self.job, error)
 
     def _mirror(self, settings: JobSettings) -> str:
         """Write to S3 what it missed of the generations that started, the oldest first.

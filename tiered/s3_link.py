@@ -11,14 +11,16 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import boto3
+from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 
 from tiered.breaker import Breaker, RetryBudget
 from tiered.config import S3
 from tiered.errors import DurableStoreDownError, DurableStoreError
+from tiered.image_file import ImageFile
 from tiered.s3_errors import FOREIGN, explain, is_outage, is_passing, is_stale_credentials
 
 if TYPE_CHECKING:
@@ -362,6 +364,23 @@ def _new_client(settings: S3) -> "S3Client":
     )
     try:
         session = boto3.Session(profile_name=settings.profile, region_name=settings.region)
-        return session.client("s3", endpoint_url=settings.endpoint_url, config=config)
+        client = session.client("s3", endpoint_url=settings.endpoint_url, config=config)
     except ValueError as error:  # botocore's word for a bad AWS_ENDPOINT_URL
         raise DurableStoreError(f"s3://{settings.bucket}", "connect", str(error)) from error
+    client.meta.events.register("before-sign.s3", _sign_checksum)
+    return client
+
+
+def _sign_checksum(request: AWSRequest, **_: object) -> None:
+    """Sign a shard's checksum, not its bytes: that would be a SHA-256 of everything.
+
+    A handler of botocore's event `before-sign`. What the AWS configuration says of it
+    (`payload_signing_enabled`) stands, and so does the signature of a body without a checksum.
+    """
+    config = request.context["client_config"]
+    settings = config.s3 or {}
+    is_told = settings.get("payload_signing_enabled") is not None
+    has_checksum = any(name.lower().startswith("x-amz-checksum-") for name in request.headers)
+    if isinstance(request.data, ImageFile) and has_checksum and not is_told:
+        unsigned = Config(s3=cast("Any", {**settings, "payload_signing_enabled": False}))
+        request.context["client_config"] = config.merge(unsigned)

@@ -107,7 +107,7 @@ def abort(link: Link, path: str, upload_id: str) -> None:
 
 
 def _put(link: Link, path: str, image: ImageBytes) -> None:
-    args = shard_args(link)
+    args = shard_args(link) | _checksum_args(_algorithm(link), image.views)
 
     def put(client: "S3Client") -> None:
         link.pace.hold()
@@ -123,6 +123,18 @@ def shard_args(link: Link) -> dict[str, Any]:
     if link.settings.storage_class:
         args["StorageClass"] = link.settings.storage_class
     return args
+
+
+def _algorithm(link: Link) -> str | None:
+    """The algorithm of the bodies' checksums; None when the environment has switched it off."""
+    config = link.client().meta.config
+    is_on = getattr(config, "request_checksum_calculation", "") == "when_supported"
+    return link.settings.checksum or ("CRC32" if is_on else None)
+
+
+def _checksum_args(algorithm: str | None, pieces: Iterable[memoryview]) -> dict[str, str]:
+    """What a request tells of its body, calculated here: botocore reads bodies less well."""
+    return {} if algorithm is None else {f"Checksum{algorithm}": _checksum_of(algorithm, pieces)}
 
 
 class _Multipart:
@@ -150,7 +162,7 @@ class _Multipart:
         self.algorithm: str | None = None
 
     def run(self) -> None:
-        self.algorithm = self._checksum()
+        self.algorithm = _algorithm(self.link)
         for is_last in (False, True):
             upload_id, stored = self._find() or (self._begin(), [])
             try:
@@ -165,12 +177,6 @@ class _Multipart:
                 abort(self.link, self.path, upload_id)
             else:
                 return
-
-    def _checksum(self) -> str | None:
-        """The algorithm of the parts' checksums; None when the environment has switched it off."""
-        config = self.link.client().meta.config
-        is_on = getattr(config, "request_checksum_calculation", "") == "when_supported"
-        return self.link.settings.checksum or ("CRC32" if is_on else None)
 
     # -- finding what is there ------------------------------------------------------------------
 
@@ -316,9 +322,8 @@ class _Multipart:
         return None
 
     def _send_part(self, upload_id: str, part: Part) -> _Stored:
-        args = dict(self.at)
-        if self.algorithm is not None:
-            args["ChecksumAlgorithm"] = self.algorithm
+        pieces = self.image.pieces(part.start, part.size_bytes)
+        args = self.at | _checksum_args(self.algorithm, pieces)
 
         def send(client: "S3Client") -> dict[str, Any]:
             pace = self.link.pace

@@ -44,7 +44,8 @@ def test_a_flush_costs_what_is_said(
     monkeypatch.setattr(ledger, "_gcs", FakeStore())  # the register of the cluster
     for generation in range(1, generations + 1):
         assert ledger.claim(Claim(generation, Life("life"), len(SIZES), settings)).is_ours
-        ledger.record_parent(generation, None, settings)
+        ledger.record_parent(generation, None)
+        ledger.mirror(settings)
     store, version = ledger.store(settings), Version(generations, 40)
     proxy.forget_requests()
 

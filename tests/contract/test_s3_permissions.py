@@ -74,8 +74,11 @@ def test_each_role_can_do_its_work_and_nothing_else(
     proxy = become("trainer")
     ledger, job = Ledger(JOB), JobSettings(Memory(), SETTINGS)
     monkeypatch.setattr(ledger, "_gcs", FakeStore())
-    assert ledger.claim(Claim(1, Life("life"), 1, job)).is_ours
-    ledger.record_parent(1, None, job)
+    claim = Claim(1, Life("life"), 1, job)
+    assert ledger.claim(claim).is_ours
+    assert ledger.claim_on_s3(claim).is_ours
+    ledger.record_parent(1, None)
+    ledger.mirror(job)
     assert not ledger.list_durable(job).problem
     store = ledger.store(job)
     broken = Fault("status", "^CompleteMultipartUpload ", times=5)

@@ -101,6 +101,21 @@ class Trainer:
                 saved.append(step)
         return saved
 
+    def stalls(self, steps: range) -> list[float]:
+        """Save each of these steps, committed before the next one; how long training stood still.
+
+        The state is the last one saved, but for its count.
+        """
+        found = []
+        for step in steps:
+            self.state["count"] = torch.tensor(step)
+            handle = self.checkpointer.save(step, self.state)
+            assert handle is not None
+            self.handles[step] = handle
+            handle.wait("replicated", timeout_s=60)
+            found.append(handle.stall_s)
+        return found
+
     def counters(self) -> tuple[int, tuple[tiered.DegradedStep, ...]]:
         """Skipped saves, and what is known to be degraded."""
         return self.checkpointer.skipped, self.checkpointer.degraded

@@ -266,9 +266,8 @@ class ForgetsLostPublication(Job):
     """A manifest whose publication was not answered is not looked for."""
 
     def _flush_event(self, event: m.FlushEvent, now_s: float) -> list[m.Command]:
-        problem = self.durable_problem
         commands = super()._flush_event(event, now_s)
-        self.durable_problem = problem
+        self.unsure.clear()
         return commands
 
 

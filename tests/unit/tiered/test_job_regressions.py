@@ -243,13 +243,37 @@ def test_a_parent_on_s3_tells_of_its_generation_although_the_claim_is_missing() 
     assert [c.claim.generation for c in of(m.ClaimGeneration, commands)] == [4]
 
 
-def test_a_life_asks_s3_again_while_a_publication_is_not_answered() -> None:
+def publishing() -> Job:
+    """A job with a step in memory of which nobody knows whether it is on S3."""
     job = begun(WITH_S3)
     for holder in (A, B):
         job.handle(m.ShardReported(holder, record(1, 10)), 0.0)
     uploaded = m.ShardUploaded(Version(1, 10), 0, record(1, 10))
     assert of(m.PublishManifest, job.handle(uploaded, 0.0))
+    return job
+
+
+def test_a_life_asks_s3_again_while_a_publication_is_not_answered() -> None:
+    job = publishing()
+    for holder in (A, B):
+        job.handle(m.HolderDown(holder), 0.0)
     assert of(m.ListDurable, job.handle(asked("two", WITH_S3), 0.0))
+
+
+def test_what_memory_has_is_not_asked_of_s3_unless_it_is_corrupt() -> None:
+    # A hung S3 has delayed what could be restored from memory.
+    job, version = publishing(), Version(1, 10)
+    commands = job.handle(asked("two", WITH_S3), 0.0)
+    assert not of(m.ListDurable, commands)
+    assert of(m.ClaimGeneration, commands)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 0.0)
+    assert of(m.VerifyShards, job.handle(m.HoldersFenced(2), 0.0))
+    bad = tuple((holder, record(1, 10).key) for holder in (A, B))
+    commands = job.handle(m.ShardsVerified(2, version, bad), 0.0)
+    assert of(m.ListDurable, commands)
+    assert not of(m.RecordParent, commands)
+    commands = job.handle(m.DurableListed((version,), {1: None}, newest_generation=1), 0.0)
+    assert [c.needs_manifest for c in of(m.VerifyShards, commands)] == [True]
 
 
 def test_a_holder_lost_before_the_answer_is_made_up_for_by_s3() -> None:

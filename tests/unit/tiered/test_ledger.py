@@ -72,22 +72,24 @@ def shard(version: Version) -> ShardRecord:
 
 
 def start(book: Ledger, generation: int, parent: Version | None = None) -> None:
-    assert book.claim(claim(generation)) == GenerationClaimed(generation, is_ours=True)
-    assert book.record_parent(generation, parent, SETTINGS) == ParentRecorded(generation, parent)
+    claimed = GenerationClaimed(generation, is_ours=True)
+    assert book.claim(claim(generation)) == book.claim_on_s3(claim(generation)) == claimed
+    assert book.record_parent(generation, parent) == ParentRecorded(generation, parent)
+    book.mirror(SETTINGS)
 
 
 def test_of_two_lives_of_the_coordinator_one_records_the_parent(cluster: Cluster) -> None:
     first, second = cluster.ledgers
     first.claim(claim(2))
-    assert first.record_parent(2, Version(1, 20), SETTINGS).parent == Version(1, 20)
-    assert second.record_parent(2, Version(1, 10), SETTINGS).parent == Version(1, 20)
+    assert first.record_parent(2, Version(1, 20)).parent == Version(1, 20)
+    assert second.record_parent(2, Version(1, 10)).parent == Version(1, 20)
     assert second.recall().parents == {2: Version(1, 20)}
 
 
 def test_the_parent_s_second_writer_finishes_what_the_first_began(cluster: Cluster) -> None:
     slot, key = register.parent_slot(2), register.parent_key(2, Version(1, 20))
     cluster.register.create(slot, key.encode())  # and then it died
-    recorded = cluster.ledgers[0].record_parent(2, None, SETTINGS)
+    recorded = cluster.ledgers[0].record_parent(2, None)
     assert recorded == ParentRecorded(2, Version(1, 20))
     assert key in cluster.register.entries
 
@@ -104,9 +106,12 @@ def test_another_cluster_s_generation_takes_no_parent_of_ours(
 ) -> None:
     other = Cluster(s3, monkeypatch).ledgers[0]
     other.claim(claim(1, "theirs"))
+    other.claim_on_s3(claim(1, "theirs"))
     book = cluster.ledgers[0]
-    assert not book.claim(claim(1, "ours")).is_ours
-    book.record_parent(1, Version(0, 7), SETTINGS)
+    assert book.claim(claim(1, "ours")).is_ours
+    assert not book.claim_on_s3(claim(1, "ours")).is_ours
+    book.record_parent(1, Version(0, 7))
+    book.mirror(SETTINGS)
     assert register.parent_key(1, Version(0, 7)) not in s3.objects
 
 

@@ -46,8 +46,11 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def begin(ledger: Ledger, generation: int, parent: Version | None) -> None:
-    ledger.claim(m.Claim(generation, Life(f"life-{generation}"), 1, SETTINGS))
-    ledger.record_parent(generation, parent, SETTINGS)
+    claim = m.Claim(generation, Life(f"life-{generation}"), 1, SETTINGS)
+    assert ledger.claim(claim).is_ours
+    assert ledger.claim_on_s3(claim).is_ours
+    ledger.record_parent(generation, parent)
+    ledger.mirror(SETTINGS)
 
 
 def test_s3_never_has_a_parent_without_those_that_it_descends_from(store: Any) -> None:

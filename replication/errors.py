@@ -67,8 +67,8 @@ class MemoryBudgetError(ReplicationError):
         return (
             f"host {self.node_id[:8]} needs {self.need_bytes:,} bytes for checkpoints "
             f"({self.detail}) but its object store has {self.have_bytes:,} for them; start Ray "
-            "with a larger --object-store-memory, or lower Memory(keep=...) or "
-            "Memory(replicas=...)"
+            "with a larger --object-store-memory, lower Memory(keep=...) or Memory(replicas=...), "
+            "or free what a job has that is over: tiered stop JOB"
         )
 
 

@@ -231,18 +231,18 @@ class Inventory:
         Raises:
             FencedError: The generation is fenced off.
             MemoryBudgetError: With what other ranks declared, and what other jobs declared or have
-                here, it exceeds the budget.
+                here, it exceeds the budget; names them.
         """
         self.check_generation(job, reservation.generation)
-        theirs = sum(max(self._declared(j), self._held(j)) for j in self._jobs() - {job})
+        others = self._jobs() - {job}
+        theirs = {j: max(self._declared(j), self._held(j)) for j in sorted(others)}
         ranks = self._declared(job) - self._declared(job, rank)
-        need = theirs + ranks + reservation.need_bytes
+        need = sum(theirs.values()) + ranks + reservation.need_bytes
         if need > self.capacity_bytes:
             detail = reservation.detail
             if ranks:
                 detail += f"; {ranks:,} are declared by other ranks of this host"
-            if theirs:
-                detail += f"; {theirs:,} belong to other jobs"
+            detail += "".join(f"; {n:,} belong to job {j!r}" for j, n in theirs.items())
             raise MemoryBudgetError(self.holder.node_id, need, self.capacity_bytes, detail)
         self.reservations[job, rank] = reservation
 

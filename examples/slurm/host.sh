@@ -16,5 +16,6 @@ if [ "$(hostname -s)" = "${HEAD%%.*}" ]; then
 else
     until ray start --address="$RAY_ADDRESS"; do sleep 5; done
 fi
-exec torchrun --nnodes="1:$HOSTS" --nproc-per-node="${PROCESSES:-1}" --max-restarts=100 \
+trap 'ray stop' EXIT # all of Ray on this host: a host is for one job at a time
+torchrun --nnodes="1:$HOSTS" --nproc-per-node="${PROCESSES:-1}" --max-restarts=100 \
     --rdzv-backend=c10d --rdzv-endpoint="$HEAD:$RENDEZVOUS_PORT" --rdzv-id="$RENDEZVOUS" "$@"

@@ -291,6 +291,22 @@ def test_an_object_store_too_small_for_the_policy(
     assert tiered.status(job).hosts_with_copies == frozenset()
 
 
+def test_a_second_job_for_which_the_first_leaves_no_room(
+    cluster: LocalCluster, job: str, port: int
+) -> None:
+    first, second = start_trainers(cluster.hosts[:1], port), start_trainers(cluster.hosts[:1], port)
+    settings = {"memory": EVERY, "state_bytes": 15 * MIB}
+    ray.get(first[0].start.remote(job, settings, 0))
+    with pytest.raises(tiered.MemoryBudgetError) as refusal:
+        ray.get(second[0].start.remote(f"{job}-2", settings, 0))
+    assert f"belong to job {job!r}" in str(refusal.value)
+    assert "tiered stop" in str(refusal.value)
+    assert tiered.status(f"{job}-2").hosts_with_copies == frozenset()
+    tiered.stop(job)
+    ray.get(second[0].start.remote(f"{job}-2", settings, 0))
+    tiered.stop(f"{job}-2")
+
+
 def test_ranks_of_one_generation_that_disagree_on_their_number(
     cluster: LocalCluster, job: str
 ) -> None:

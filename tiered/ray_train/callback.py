@@ -11,7 +11,9 @@ import functools
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable as Function
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import ray
@@ -30,6 +32,7 @@ from tiered.ray_train import run
 from tiered.ray_train.hung import HungWorkers, Watched
 from tiered.ray_train.pulse import read_pulse
 from tiered.ray_train.registration import give_checkpoint
+from tiered.ray_train.spares import Spares, add_hook, places
 from tiered.ray_train.summary import Summary, write_summary
 from tiered.ray_train.timeline import Pulse, Recovery, Timeline
 
@@ -42,6 +45,7 @@ HOLDERS_TIMEOUT_S = 45.0
 PING_TIMEOUT_S = 1.5
 HUNG_AFTER_S = 10.0
 RESOLVE_TIMEOUT_S = 5.0
+SPARES_AFTER_S = 30.0  # where nothing tells that the first step is done
 NODE_LABEL = "ray.io/node-id"
 CAUSE_LENGTH = 200
 
@@ -80,6 +84,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         *,
         avoid_silent_hosts: bool = True,
         hung_after_s: float | None = HUNG_AFTER_S,
+        warm_spares: bool | Sequence[str] = True,
     ) -> None:
         """Make one for one run.
 
@@ -89,6 +94,8 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
                 for each worker apart, and the other hosts have room for all of them.
             hung_after_s: End a worker that has not answered for so long, if its host's holder has
                 not either; None: never. A host that only stood still for longer costs a recovery.
+            warm_spares: Keep processes ready that have imported torch and these modules, for the
+                next group. Each takes the memory that importing takes, some 0.4 GB.
 
         Raises:
             ConfigError: `hung_after_s` is not a number of seconds above 0.
@@ -109,34 +116,39 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         self._hung_after_s = hung_after_s
         self._watch: HungWorkers | None = None
         self._hung: dict[int, str] = {}
+        self._workers: list[Any] | None = None
+        self._is_broken = False
+        self._need: dict[str, float] = {}
+        self._started_s = 0.0
+        self._modules = () if isinstance(warm_spares, bool) else tuple(warm_spares)
+        self._spares = None if warm_spares is False else Spares()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs; the controller keeps the rest to itself."""
-        return {**self.__dict__, "_problem": None, "_last": None, "_watch": None}
+        own = dict.fromkeys(("_problem", "_last", "_watch", "_workers", "_spares"))
+        return {**self.__dict__, **own}
 
     # -- the run, in the controller -------------------------------------------------------------
 
     @_harmless
     def after_controller_start(self, train_run_context: Any) -> None:
         """Start a holder on every host, and wait for them."""
+        config = train_run_context.run_config
         self._run_id = train_run_context.run_id
-        self._job = self._job or str(train_run_context.run_config.name)
+        self._job = self._job or str(config.name)
+        if self._spares is not None:
+            add_hook(config.worker_runtime_env, self._modules)
         cluster.ask(cluster.coordinator(), "hello", timeout_s=HOLDERS_TIMEOUT_S)
 
     @_harmless
     def after_controller_finish(self, result: Any) -> None:
         """Write down what happened."""
         self._listen()
-        timeline = self._timeline
-        summary = Summary(
-            self._job,
-            self._run_id,
-            len(timeline.recoveries),
-            max(timeline.lost_steps, 0 if self._last is None else self._last.lost_steps),
-            tuple(timeline.recoveries),
-            self._resizes,
-        )
-        logger.info("[%s] %s", self._job, summary)
+        recoveries, last = tuple(self._timeline.recoveries), self._last
+        lost = None if last is None else max(self._timeline.lost_steps, last.lost_steps)
+        summary = Summary(self._job, self._run_id, len(recoveries), lost, recoveries, self._resizes)
+        level = logging.WARNING if recoveries else logging.INFO  # that is seen by default
+        logger.log(level, "[%s] %s", self._job, summary)
         write_summary(result, summary)
 
     # -- a failure ------------------------------------------------------------------------------
@@ -144,7 +156,9 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
     @_harmless
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Remember what failed; follow a recovery to its end."""
-        if errors := worker_group_status.errors:
+        errors = worker_group_status.errors
+        self._is_broken = bool(errors)
+        if errors:
             rank = min(errors)
             cause = f"rank {rank}: {_one_line(errors[rank])}"
             if hung := sorted(errors.keys() & self._hung.keys()):
@@ -153,9 +167,19 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         elif (notice := worker_group_status.get_preemption_info()) is not None:
             hosts = ", ".join(node_id[:8] for node_id in notice.preempted_node_ids)
             self._problem = (f"preempted, with notice: {hosts}", tuple(notice.preempted_ranks))
-        if self._timeline.is_recovering:
+        are_due = self._spares is not None and self._spares.are_due
+        if self._timeline.is_recovering or are_due:
             self._listen()
+        if self._spares is not None and are_due and self._goes_on():
+            self._spares.top_up(ray.nodes(), self._need)  # type: ignore[no-untyped-call]
         self._end_hung()
+
+    def _goes_on(self) -> bool:
+        """Whether the newest group trains, as far as one can tell."""
+        last = self._last
+        if last is not None and last.failures == len(self._timeline.recoveries):
+            return last.first_step_s is not None
+        return time.monotonic() - self._started_s > SPARES_AFTER_S
 
     def _end_hung(self) -> None:
         """End the workers that hang: Ray Train starts a new group, and need not wait for them."""
@@ -188,6 +212,23 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
             self._resizes += 1
             logger.warning("[%s] going on with %d workers", self._job, resize_decision.num_workers)
 
+    @contextlib.contextmanager
+    def on_worker_group_shutdown(self) -> Iterator[None]:
+        """After a failure, end the other workers at once: what they wait for does not come.
+
+        Ray Train would have them leave torch's process group first, for 30 s at most, then shut
+        down, for 5 s.
+        """
+        if self._is_broken:
+            self._end_workers()
+        yield
+
+    @_harmless
+    def _end_workers(self) -> None:
+        for actor in self._workers or ():
+            ray.kill(actor, no_restart=True)
+        self._workers, self._is_broken = None, False
+
     @_harmless
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
         """The old workers are ended."""
@@ -201,15 +242,15 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         """Keep the new workers from hosts that do not answer, if there is room without them."""
         is_after_failure, self._is_after_failure = self._is_after_failure, False
         chosen = scaling_config.label_selector
+        default = {"GPU": 1.0} if scaling_config.use_gpu else {"CPU": 1.0}
+        self._need = scaling_config.resources_per_worker or default
         if not (is_after_failure and self._avoids and self._nodes) or isinstance(chosen, list):
             return None
         if chosen and NODE_LABEL in chosen:
             return None
         silent = _silent(self._nodes)
         self._nodes = ()  # another failure without a start in between may have been our doing
-        default = {"GPU": 1.0} if scaling_config.use_gpu else {"CPU": 1.0}
-        need = scaling_config.resources_per_worker or default
-        if not silent or not _have_room(silent, need, num_workers):
+        if not silent or not _have_room(silent, self._need, num_workers):
             return None
         self._timeline.avoided(silent)
         names = ", ".join(node_id[:8] for node_id in silent)
@@ -221,13 +262,17 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
     @_harmless
     def after_worker_group_start(self, worker_group: Any) -> None:
         """The workers know their ranks, and torch.distributed is up."""
-        now_s, self._is_running = time.time(), True
+        now_s, self._is_running, self._started_s = time.time(), True, time.monotonic()
         workers = worker_group.get_workers()
-        self._nodes = tuple(sorted({worker.metadata.node_id for worker in workers}))
+        self._workers = [worker.actor for worker in workers]
+        running = Counter(worker.metadata.node_id for worker in workers)
+        self._nodes = tuple(sorted(running))
         known = [facts for facts in worker_group.execute(run.facts) if facts is not None]
         if known:
             self._timeline.reached("schedule_s", max(f.process_started_s for f in known))
             self._timeline.reached("process_start_s", max(f.ready_s for f in known))
+            if self._spares is not None:
+                self._spares.group_started(running, known[0].runtime_env)
         self._timeline.reached("process_group_s", now_s)
         self._hung.clear()
         self._watch = HungWorkers.of(
@@ -304,12 +349,8 @@ def _silent(node_ids: tuple[str, ...]) -> tuple[str, ...]:
 
 def _have_room(silent: tuple[str, ...], need: dict[str, float], num_workers: int) -> bool:
     """Whether the other hosts could have room for the workers, each on one of them."""
-    places = 0
-    for node in ray.nodes():  # type: ignore[no-untyped-call]
-        if node["Alive"] and node["NodeID"] not in silent:
-            fits = [node["Resources"].get(name, 0.0) // n for name, n in need.items() if n > 0]
-            places += int(min(fits, default=num_workers))
-    return places >= num_workers
+    there = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in silent]  # type: ignore[no-untyped-call]
+    return sum(places(node, need, num_workers) for node in there) >= num_workers
 
 
 def _one_line(error: BaseException) -> str:

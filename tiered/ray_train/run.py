@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from tiered.config import S3
 from tiered.errors import ConfigError
 from tiered.ray_train.pulse import PULSE_S, read_pulse, write_pulse
@@ -26,12 +28,14 @@ class RunFacts:
         failures: How many the run has had.
         process_started_s: When this process was started.
         ready_s: When it knew its rank: imports are done.
+        runtime_env: Of this process, as Ray compares it.
     """
 
     run_id: str
     failures: int
     process_started_s: float
     ready_s: float
+    runtime_env: str = ""
 
 
 _facts: RunFacts | None = None
@@ -40,7 +44,8 @@ _facts: RunFacts | None = None
 def introduce(run_id: str, failures: int) -> None:
     """Note what the callback tells this worker, before the train function is called."""
     global _facts
-    _facts = RunFacts(run_id, failures, _process_started_s(), time.time())
+    runtime_env: str = ray.get_runtime_context().get_runtime_env_string()  # type: ignore[no-untyped-call]
+    _facts = RunFacts(run_id, failures, _process_started_s(), time.time(), runtime_env)
 
 
 def facts() -> RunFacts | None:

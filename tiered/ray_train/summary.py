@@ -23,7 +23,8 @@ class Summary:
         job: The run's name.
         run_id: Ray Train's.
         failures: Failures that the run was restarted from, or ended with.
-        lost_steps: Steps that were run twice, also because the number of workers changed.
+        lost_steps: Steps that were run twice, also because the number of workers changed. None:
+            not known, since no worker has a `Checkpointer`.
         recoveries: One for each failure.
         resizes: How often a running group was replaced by one of another size.
     """
@@ -31,12 +32,13 @@ class Summary:
     job: str
     run_id: str
     failures: int
-    lost_steps: int
+    lost_steps: int | None
     recoveries: tuple[Recovery, ...]
     resizes: int = 0
 
     def __str__(self) -> str:
-        return f"failures: {self.failures}, lost steps: {self.lost_steps}"
+        lost = "not known" if self.lost_steps is None else self.lost_steps
+        return f"failures: {self.failures}, lost steps: {lost}"
 
 
 def write_summary(result: ray.train.Result, summary: Summary) -> None:

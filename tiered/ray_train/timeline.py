@@ -121,11 +121,12 @@ class Timeline:
         """A part of the newest failure's recovery has ended; after the end of the one before it.
 
         A process may have been started before it was wanted: then the part took no time. Groups
-        also end, and start, when the recovery is over (the run's end, a resize): no part of it.
+        also end, and start, when the recovery is over (the run's end, a resize), or when a later
+        part of it has been reached: no part of it.
         """
-        if not self.is_recovering:
-            return
         at = PARTS.index(part) + 1
+        if not self.is_recovering or any(time_s is not None for time_s in self._times[at + 1 :]):
+            return
         known = [t for t in self._times[:at] if t is not None]
         self._times[at] = max([time_s, *known])
         self._measure()

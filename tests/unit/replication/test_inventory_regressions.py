@@ -85,7 +85,7 @@ def test_a_corrupt_copy_is_replaced_by_a_verified_one() -> None:
 def test_what_an_ended_job_holds_counts_and_what_it_declared_does_not() -> None:
     core = Inventory(HolderId("a", "1"), 100)
     core.reserve("old", 0, Reservation(1, 80, "80"))
-    with pytest.raises(MemoryBudgetError, match="80 belong to other jobs"):
+    with pytest.raises(MemoryBudgetError, match="80 belong to job 'old'"):
         core.reserve("new", 0, Reservation(1, 40, "40"))
     key = ShardKey("old", Version(1, 10), 0)
     core.handle(ChunkStaged(key, ShardPlan(1, (30,)), 0), 0.0)

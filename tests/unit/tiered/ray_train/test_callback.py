@@ -9,7 +9,10 @@ import ray
 from tiered.errors import ConfigError
 from tiered.ray_train import callback
 from tiered.ray_train.callback import NODE_LABEL, Callback, describe
-from tiered.ray_train.timeline import Recovery
+from tiered.ray_train.run import RunFacts
+from tiered.ray_train.spares import Spares
+from tiered.ray_train.summary import Summary
+from tiered.ray_train.timeline import Pulse, Recovery
 
 
 def node(node_id: str, cpus: float, *, is_alive: bool = True) -> dict[str, Any]:
@@ -108,6 +111,82 @@ def test_a_hung_worker_is_ended_and_named_as_the_cause(monkeypatch: pytest.Monke
     (recovery,) = watching._timeline.recoveries
     assert recovery.cause == "rank 1: host bbbbbbbb has not answered for 5 s"
     assert watching._watch is None
+
+
+def started(watching: Callback, *hosts: str) -> list[str]:
+    """A group of one worker on each of these hosts; returns the names of their actors."""
+    workers = [
+        SimpleNamespace(
+            actor=f"actor-{host}",
+            metadata=SimpleNamespace(node_id=host),
+            distributed_context=SimpleNamespace(world_rank=rank),
+        )
+        for rank, host in enumerate(hosts)
+    ]
+    facts = [RunFacts("run", 0, 1.0, 2.0, "{}") for _ in hosts]
+    watching.after_worker_group_start(
+        SimpleNamespace(get_workers=lambda: workers, execute=lambda function: facts)
+    )
+    return [worker.actor for worker in workers]
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    ended: list[Any] = []
+    monkeypatch.setattr(ray, "kill", lambda actor, no_restart: ended.append(actor))
+    monkeypatch.setattr(callback, "read_pulse", lambda job: None)
+    monkeypatch.setattr(callback.HungWorkers, "of", lambda workers: None)
+    return ended
+
+
+def test_the_workers_of_a_broken_group_are_ended_before_ray_train_waits_for_them(
+    killed: list[Any],
+) -> None:
+    watching = Callback("job")
+    actors = started(watching, "a", "b")
+    watching.after_worker_group_poll_status(group(RuntimeError("gone")))
+    with watching.on_worker_group_shutdown():
+        assert killed == actors
+    started(watching, "a", "c")
+    watching.after_worker_group_poll_status(group())
+    with watching.on_worker_group_shutdown():  # the run's end, or a resize
+        assert killed == actors
+
+
+def test_spares_are_asked_for_once_training_goes_on(
+    killed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watching, topped_up = Callback("job"), list[dict[str, float]]()
+    monkeypatch.setattr(ray, "nodes", lambda: [])
+    monkeypatch.setattr(Spares, "top_up", lambda self, nodes, need: topped_up.append(need))
+    start(watching, scaling(need={"CPU": 2.0}))
+    started(watching, "a")
+    pulse = Pulse("", failures=0)
+    monkeypatch.setattr(callback, "read_pulse", lambda job: pulse)
+    watching.after_worker_group_poll_status(group())
+    assert topped_up == []
+    pulse = Pulse("", failures=0, first_step_s=3.0)
+    watching.after_worker_group_poll_status(group())
+    assert topped_up == [{"CPU": 2.0}]
+
+
+def test_a_script_that_tells_no_steps_gets_its_spares_later_and_its_losses_are_not_known(
+    killed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watching, topped_up, written = Callback("job"), list[Any](), list[Summary]()
+    monkeypatch.setattr(ray, "nodes", lambda: [])
+    monkeypatch.setattr(Spares, "top_up", lambda self, nodes, need: topped_up.append(need))
+    monkeypatch.setattr(callback, "write_summary", lambda result, summary: written.append(summary))
+    started(watching, "a")
+    watching.after_worker_group_poll_status(group())
+    assert topped_up == []
+    monkeypatch.setattr(callback, "SPARES_AFTER_S", 0.0)
+    watching.after_worker_group_poll_status(group())
+    assert len(topped_up) == 1
+    watching.after_worker_group_poll_status(group(RuntimeError("gone")))
+    watching.before_controller_execute_failure_decision(None)
+    watching.after_controller_finish(None)
+    assert str(written[0]) == "failures: 1, lost steps: not known"
 
 
 @pytest.mark.parametrize("after_s", [0, -1.0, float("inf"), float("nan")])

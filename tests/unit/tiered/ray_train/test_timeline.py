@@ -72,6 +72,15 @@ def test_a_process_that_was_there_before_took_no_time() -> None:
     assert timeline.recoveries[0].schedule_s == 0.0
 
 
+def test_the_end_of_a_run_that_was_not_heard_from_again_is_no_part_of_it() -> None:
+    timeline = Timeline()
+    timeline.failed("a", (0,), 103.0, LAST)
+    timeline.reached("tear_down_s", 104.0)
+    timeline.reached("schedule_s", 105.0)
+    timeline.reached("tear_down_s", 500.0)
+    assert timeline.recoveries[0].parts == {"detect_s": 3.0, "tear_down_s": 1.0, "schedule_s": 1.0}
+
+
 def test_without_a_step_there_is_nothing_to_measure_from() -> None:
     timeline = Timeline()
     timeline.failed("a", (), 103.0, None)

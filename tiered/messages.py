@@ -391,6 +391,15 @@ class CollectBelow:
 
 
 @dataclass(frozen=True, slots=True)
+class ReleaseCopies:
+    """Tell a holder to let go of these copies: as many as the policy asks for are elsewhere."""
+
+    generation: int
+    holder: HolderId
+    keys: tuple[ShardKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicateShard:
     """Tell `source` to make one more copy on `to`."""
 
@@ -496,6 +505,7 @@ Command = (
     | AnswerBegin
     | SetBuddies
     | CollectBelow
+    | ReleaseCopies
     | ReplicateShard
     | StepCommitted
     | FenceNewHolder

@@ -369,6 +369,10 @@ class Holder:
         """
         self._feed(messages.WatermarkRaised(job, generation, below, pinned, branch))
 
+    async def release_copies(self, job: str, generation: int, keys: tuple[ShardKey, ...]) -> None:
+        """Let go of copies that are not needed here; see `messages.CopiesReleased`."""
+        self._feed(messages.CopiesReleased(job, generation, keys))
+
     async def has_trainer(self, owner: Owner) -> bool:
         """Whether this process of the holder's host is still a trainer's."""
         return await asyncio.to_thread(is_present, owner)

@@ -40,6 +40,7 @@ from replication.messages import (
     ChunkStaged,
     ChunkTaken,
     Command,
+    CopiesReleased,
     DropShard,
     Event,
     FenceRaised,
@@ -303,6 +304,10 @@ class Inventory:
                 self.dropped.setdefault(event.job, set()).add(event.version)
                 keys = [k for k in self.shards if (k.job, k.version) == (event.job, event.version)]
                 return [self._drop(key) for key in keys]
+            case CopiesReleased():
+                self.check_generation(event.job, event.generation)
+                held = [k for k in event.keys if k in self.shards]
+                return [self._drop(k) for k in held if not self.shards[k].staged_here]
             case TwinRead():
                 return self._share(event, now_s)
             case ChunkFoundCorrupt():

@@ -132,6 +132,21 @@ class StepDropped:
 
 
 @dataclass(frozen=True, slots=True)
+class CopiesReleased:
+    """Generation `generation` says that enough other holders have these shards: let go of them.
+
+    Attributes:
+        job: The job.
+        generation: Who says so.
+        keys: Copies that were made here of what other hosts have staged.
+    """
+
+    job: str
+    generation: int
+    keys: tuple[ShardKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TwinRead:
     """The bytes of an equal chunk of another version were read again, and are still in place.
 
@@ -197,6 +212,7 @@ Event = (
     | FenceRaised
     | WatermarkRaised
     | StepDropped
+    | CopiesReleased
     | TwinRead
     | ChunkFoundCorrupt
     | ChunkRead

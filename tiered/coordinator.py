@@ -9,7 +9,7 @@ parents), the holders' inventories, and one listing of S3.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from typing import Any, TypeVar, assert_never
 
 from replication.errors import DeadlineError, FencedError, HolderUnavailableError, TieredError
@@ -557,8 +557,11 @@ class Coordinator:
                 self._tell(command.holder, "set_buddies", job.name, *mates)
             case m.ReplicateShard():
                 self._tell(command.source, "replicate", command.key, command.to)
-            case m.CollectBelow():
-                self._spawn(self._collect(job, command))
+            case m.CollectBelow(generation, below, holders, pinned, branch):
+                terms = (below, pinned, branch)
+                self._spawn(self._order(job, generation, holders, "collect", *terms))
+            case m.ReleaseCopies(generation, holder, keys):
+                self._spawn(self._order(job, generation, (holder,), "release_copies", keys))
             case m.CollectOrphans():
                 self._spawn(self._executor.collect_orphans(job))
             case m.DeleteDurable():
@@ -571,16 +574,17 @@ class Coordinator:
         if answer is not None and not answer.done():
             answer.set_result(command.error)
 
-    async def _collect(self, job: Job, command: m.CollectBelow) -> None:
-        """Have old steps dropped, if the register still knows no newer generation.
+    async def _order(
+        self, job: Job, generation: int, holders: Iterable[HolderId], method: str, *terms: Any
+    ) -> None:
+        """Have something let go of, if the register still knows no newer generation.
 
         A coordinator that was replaced, and still reaches holders that nobody has fenced yet,
         would take from them what the new generation resumed from.
         """
-        if await self._executor.is_newest(job, command.generation):
-            order = (command.generation, command.below, command.pinned, command.branch)
-            for holder in command.holders:
-                self._tell(holder, "collect", job.name, *order)
+        if await self._executor.is_newest(job, generation):
+            for holder in holders:
+                self._tell(holder, method, job.name, generation, *terms)
 
     # -- the shell ------------------------------------------------------------------------------
 

@@ -124,6 +124,8 @@ class Job(Catalogue):
                 commands += self._remind(holder)
                 if (mates := self.buddies.get(holder)) is not None:
                     commands.append(m.SetBuddies(holder, mates, counted))
+            if self.begin is None:  # or it was told where to read
+                commands += self.repair.release()
         return commands
 
     def _remind(self, holder: HolderId) -> list[m.Command]:

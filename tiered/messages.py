@@ -399,6 +399,15 @@ class CollectBelow:
 
 
 @dataclass(frozen=True, slots=True)
+class ReleaseCopies:
+    """Tell a holder to let go of these copies: as many as the policy asks for are elsewhere."""
+
+    generation: int
+    holder: HolderId
+    keys: tuple[ShardKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicateShard:
     """Tell `source` to make one more copy on `to`."""
 
@@ -504,6 +513,7 @@ Command = (
     | AnswerBegin
     | SetBuddies
     | CollectBelow
+    | ReleaseCopies
     | ReplicateShard
     | StepCommitted
     | FenceNewHolder

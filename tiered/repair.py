@@ -5,6 +5,9 @@ newest step first. Each try takes the next of its holders as the source: the fir
 corrupt. Some are under way at a time, and a host sends for repair at a bounded rate.
 """
 
+from collections import Counter
+from zlib import crc32
+
 from replication.records import HolderId, ShardKey, Version
 from tiered import messages as m
 from tiered.catalogue import Catalogue, Degraded
@@ -37,14 +40,28 @@ class Repair:
             for (key, to), due in self._under_way.items()
             if due > now_s and to in known.holders and to not in known.intact(key.version, key.rank)
         }
-        for version in known.needed_versions():
-            for rank in sorted(known.copies.get(version, {})):
-                if len(known.copies_of(version, rank)) < need:
-                    commands += self._repair_shard(version, rank, now_s)
+        short = [
+            (version, rank)
+            for version in known.needed_versions()
+            for rank in sorted(known.copies.get(version, {}))
+            if len(known.copies_of(version, rank)) < need
+        ]
+        if not short:
+            return commands
+        every = (held for ranks in known.copies.values() for held in ranks.values())
+        load = Counter(holder for held in every for holder in held)
+        least_first = sorted(known.staying, key=lambda h: (load[h], h))
+        for version, rank in short:
+            commands += self._repair_shard(version, rank, least_first, now_s)
         return commands
 
-    def _repair_shard(self, version: Version, rank: int, now_s: float) -> list[m.Command]:
-        """Ask for the missing copies of one shard, from hosts that have sent little lately."""
+    def _repair_shard(
+        self, version: Version, rank: int, hosts: list[HolderId], now_s: float
+    ) -> list[m.Command]:
+        """Ask for the missing copies of one shard, from hosts that have sent little lately.
+
+        They go to the source's buddies, else to who has least; who did not take it comes last.
+        """
         known = self.known
         commands: list[m.Command] = []
         settings, key = known.settings, ShardKey(known.name, version, rank)
@@ -57,8 +74,9 @@ class Repair:
         source = list(held)[tries % len(held)]
         size_bytes = held[source].plan.size_bytes
         there = {h.node_id for h in held} | under_way
-        mates = [*known.buddies.get(source, ()), *sorted(known.staying)]
-        for target in dict.fromkeys(mates):
+        targets = list(dict.fromkeys([*known.buddies.get(source, ()), *hosts]))
+        skipped = tries // len(held) % max(1, len(targets))
+        for target in targets[skipped:] + targets[:skipped]:
             free_s = max(now_s, self._free_s.get(source.node_id, 0.0))
             if missing <= 0 or len(self._under_way) >= REPAIRS_AT_ONCE or free_s > now_s:
                 break
@@ -71,6 +89,49 @@ class Repair:
             commands.append(m.ReplicateShard(source, key, target))
             missing -= 1
         return commands
+
+    def release(self) -> list[m.Command]:
+        """Have copies beyond what the policy asks for let go of, or they would fill the memory.
+
+        They come of hosts that were away and are back, after their shards were copied to others.
+        Which stay is the same for whoever decides, with whatever view of the cluster: the first
+        ones in an order that is fixed for each shard. So of two coordinators, each knowing copies
+        that the other does not, none takes what the other leaves. A step on its way is left alone:
+        its writer counts on what it has sent.
+        """
+        known = self.known
+        newest = max((v for v in known.commits if v.generation == known.generation), default=None)
+        surplus: dict[HolderId, list[ShardKey]] = {}
+        for version, ranks in sorted(known.copies.items()):
+            if version.generation == known.generation and (newest is None or version > newest):
+                continue
+            for rank in ranks:
+                for holder in self._surplus(version, rank):
+                    surplus.setdefault(holder, []).append(ShardKey(known.name, version, rank))
+        for holder, keys in surplus.items():
+            for key in keys:
+                known.drop_copy(holder, key)
+        return [
+            m.ReleaseCopies(known.generation, holder, tuple(keys))
+            for holder, keys in sorted(surplus.items())
+        ]
+
+    def _surplus(self, version: Version, rank: int) -> list[HolderId]:
+        """Who has a copy of a shard that nothing would be lost with."""
+        known, need = self.known, self.known.copies_needed
+        held, staying = known.intact(version, rank), known.staying
+        first = sorted(
+            (h for h in held if h in staying),
+            key=lambda h: (held[h].is_replica, crc32(f"{rank} {h.node_id}".encode()), h),
+        )
+        kept = first[:need]
+        domains = {staying[h] or h.node_id for h in kept}
+        is_spread = len(domains) >= need
+        return [
+            h
+            for h in first[need:]
+            if held[h].is_replica and (is_spread or (staying[h] or h.node_id) in domains)
+        ]
 
     def note_degraded(self, now_s: float) -> list[m.Command]:
         """Keep track of kept steps with too few copies; tell when one begins or ends to be so."""

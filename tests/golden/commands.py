@@ -39,6 +39,8 @@ def of_job(job: Job, command: m.Command) -> Iterator[str]:
                 beyond = " and of older generations"
             but = f", but not {write_versions(pinned)}" if pinned else ""
             yield f"collect below {v(below)}{beyond} on {write_holders(holders)}{but}"
+        case m.ReleaseCopies(_, holder, keys):
+            yield f"release {' '.join(map(write_shard, keys))} on {write_holder(holder)}"
         case m.ReplicateShard(source, key, to):
             yield f"copy {write_shard(key)} from {write_holder(source)} to {write_holder(to)}"
         case m.StepCommitted(version, _, copies, is_degraded):

@@ -305,6 +305,8 @@ class Coordinator(Process):
                 self._tell("replicate", command.source, command.key, command.to)
             case m.CollectBelow():
                 self.collect(command)
+            case m.ReleaseCopies():
+                self._release(command)
             case m.CollectOrphans():
                 pass  # the simulated S3 has none: an upload there is whole, or was never begun
             case m.DeleteDurable():
@@ -337,6 +339,15 @@ class Coordinator(Process):
             order = (command.generation, command.below, command.pinned, command.branch)
             for holder in command.holders if newest == command.generation else ():
                 self._tell("collect", holder, *order)
+
+        self._register(self.world.claimed_generation, confirmed)
+
+    def _release(self, command: m.ReleaseCopies) -> None:
+        """Have copies too many dropped; see `collect`."""
+
+        def confirmed(newest: int) -> None:
+            if newest == command.generation:
+                self._tell("release_copies", command.holder, newest, command.keys)
 
         self._register(self.world.claimed_generation, confirmed)
 

@@ -174,6 +174,14 @@ class Holder(Process):
         """Let go of a step that was never committed."""
         self.feed(messages.StepDropped(self.world.job_name, version))
 
+    def release_copies(self, generation: int, keys: tuple[ShardKey, ...]) -> None:
+        """Let go of copies that are not needed here."""
+        self.world.oracle.releasing = frozenset(keys)
+        try:
+            self.feed(messages.CopiesReleased(self.world.job_name, generation, keys))
+        finally:
+            self.world.oracle.releasing = frozenset()
+
     def verify(self, keys: Sequence[ShardKey]) -> list[ShardKey]:
         """Read every byte of these shards; return those that are missing or corrupt here."""
         bad = []

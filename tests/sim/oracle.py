@@ -64,6 +64,7 @@ class Oracle:
         self.ever_durable: set[Version] = set()
         self.rotten: set[Version] = set()  # on S3, and not what was stored
         self.counts: dict[str, int] = defaultdict(int)
+        self.releasing: frozenset[ShardKey] = frozenset()  # as copies too many, right now
         self._bounds: dict[int, int | None] = {}
         self.mark = Version(0, 0)  # what is older may be collected
         self.generation = 0  # the newest that has started
@@ -398,9 +399,21 @@ class Oracle:
         if key.version.generation < fence_seen:
             self.violated("I5", f"{key} written to {holder} behind fence {fence_seen}")
 
+    def _judge_surplus(self, holder: HolderId, key: ShardKey) -> None:
+        """As many others as the policy asks for had a copy, when that could last be known."""
+        self.counts["copies released"] += 1
+        since_s = self.world.kernel.now_s - FOUND_S
+        left = self.holders(key.version, key.rank, since_s, reachable=False) - {holder}
+        self.lost_s[holder, key] = self.world.kernel.now_s
+        if len({h.node_id for h in left}) < 1 + self.world.replicas():
+            self.violated("I3", f"{holder} drops {key} as surplus, and only {sorted(left)} have it")
+
     def dropped(self, holder: HolderId, key: ShardKey) -> None:
         """A holder lets go of a copy."""
         version = key.version
+        if key in self.releasing:
+            self._judge_surplus(holder, key)
+            return
         if version >= self.mark:
             self._raise_mark()  # a step inherited may have got its copies back since
         if version < self.mark:

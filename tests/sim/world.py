@@ -108,14 +108,13 @@ def draw_setup(
     profile = rng.choices(("any", "zombies", "clusters", "crashes"), (78, 8, 8, 6))[0]
     if hours is not None or (profile == "clusters" and settings.s3 is None):
         profile = "any"
-    spare = 0 if profile == "crashes" else 2 * memory.keep * copies * chunks  # for repairs, too
     a_host = -(-ranks // count)  # ranks, when every host is well
     setup = Setup(
         count,
         ranks,
         chunks,
         settings,
-        capacity=(need + spare) * a_host * (rng.choice((1, 1, 3)) if spare else 1),
+        capacity=need * a_host * (1 if profile == "crashes" else rng.choice((1, 1, 3))),
         need=need,
         profile=profile,
         is_patient=rng.random() < 0.1,

@@ -176,6 +176,10 @@ class Coordinator:
                     )
                     for holder in holders:
                         self._tell(f"collect {below}", holder, lambda h: h.feed(order))
+            case m.ReleaseCopies(generation, holder, keys):
+                if cluster.register.newest == generation:
+                    surplus = messages.CopiesReleased(cluster.name, generation, keys)
+                    self._tell("release", holder, lambda h: h.release(surplus))
             case m.DropStep(version, holders):
                 dropped = messages.StepDropped(cluster.name, version)
                 for holder in holders:

@@ -132,6 +132,12 @@ class Holder:
                 case _:
                     assert_never(command)
 
+    def release(self, order: messages.CopiesReleased) -> None:
+        before = set(self.core.shards)
+        self.feed(order)
+        for key in before - self.core.shards.keys():
+            self.cluster.model.released(self.id, key)
+
     def tick(self) -> None:
         self.feed(messages.Ticked())
         for record in list(self.unreported.values()):

@@ -12,7 +12,8 @@
     same         all ranks of a life get one answer
 
 A copy is lost when its holder dies or a bit of it flips; what the cores drop is not lost, but still
-owed, unless `keep` newer steps of the branch were committed, or have all their copies.
+owed, unless it was a copy too many, or `keep` newer steps of the branch were committed, or have all
+their copies.
 """
 
 from collections import defaultdict
@@ -85,6 +86,13 @@ class Model:
 
     def flipped(self, holder: HolderId, key: ShardKey) -> None:
         self.lost.setdefault((holder, key), self.now)
+
+    def released(self, holder: HolderId, key: ShardKey) -> None:
+        """A holder has let go of a copy that was one too many: so many others were not told to."""
+        self.copies[key].pop(holder, None)
+        need = 1 + (self.cluster.setup.settings.memory.replicas or 0)
+        if len({h.node_id for h in self.copies[key]}) < need:
+            raise Broken(f"I3: {holder} releases {key}, and only {self.copies[key]} have it")
 
     def holder_died(self, holder: HolderId) -> None:
         self.died[holder] = self.now

@@ -14,6 +14,7 @@ from replication.messages import (
     ChunkRead,
     ChunkStaged,
     ChunkTaken,
+    CopiesReleased,
     DropShard,
     FenceRaised,
     JobForgotten,
@@ -235,3 +236,17 @@ def test_an_order_to_collect_of_an_older_generation_is_refused() -> None:
     with pytest.raises(FencedError):
         core.handle(late, 0.0)
     assert [record.key for record in core.records()] == [KEY]
+
+
+def test_a_copy_too_many_goes_when_the_present_generation_says_so() -> None:
+    core, plan = Inventory(HolderId("a", "1"), 100), ShardPlan(2, (1,))
+    mine, copy = ShardKey("job", Version(1, 10), 0), ShardKey("job", Version(1, 10), 1)
+    core.handle(ChunkStaged(mine, plan, 0), 0.0)
+    core.handle(ChunkFetched(copy, plan, 0, b"d" * 16), 0.0)
+    core.handle(FenceRaised("job", 2), 0.0)
+    with pytest.raises(FencedError):
+        core.handle(CopiesReleased("job", 1, (copy,)), 0.0)
+    assert core.handle(CopiesReleased("job", 2, (mine, copy)), 0.0) == [DropShard(copy)]
+    assert list(core.shards) == [mine]
+    assert core.handle(CopiesReleased("job", 2, (copy,)), 0.0) == []  # told again
+    assert core.handle(ChunkFetched(copy, plan, 0, b"d" * 16), 0.0) != []  # wanted again

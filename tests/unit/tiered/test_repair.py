@@ -1,8 +1,13 @@
-"""The core of repair: how much at once, to whom, and what ends one."""
+"""The core of repair: how much at once, to whom, what ends one, and which copies are too many."""
+
+from itertools import combinations, product
+
+import pytest
 
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
 from tests.unit.tiered.test_job import A, B, C, D, begun, of
 from tiered import messages as m
+from tiered.config import Memory
 from tiered.job import Job
 from tiered.repair import REPAIR_BASE_S, REPAIRS_AT_ONCE
 
@@ -10,8 +15,9 @@ RANKS = REPAIRS_AT_ONCE + 4
 VERSION = Version(1, 10)
 
 
-def shard(rank: int) -> ShardRecord:
-    return ShardRecord(ShardKey("job", VERSION, rank), ShardPlan(RANKS, (0,)), (b"d" * 16,))
+def shard(rank: int, *, is_replica: bool = False) -> ShardRecord:
+    key = ShardKey("job", VERSION, rank)
+    return ShardRecord(key, ShardPlan(RANKS, (0,)), (b"d" * 16,), is_replica=is_replica)
 
 
 def committed(*holders: HolderId) -> Job:
@@ -71,3 +77,89 @@ def test_a_copy_that_was_made_and_then_found_corrupt_is_made_again() -> None:
     job.handle(m.Ticked(), 3.0)
     again = repairs(job.handle(m.CopyFoundCorrupt(C, shard(0).key), 4.0))
     assert [(r.key.rank, r.to) for r in again] == [(0, C)]
+
+
+def test_a_repair_that_was_not_taken_goes_to_another_host() -> None:
+    job = committed(A, B, C, D)
+    (first, *_) = repairs(job.handle(m.HolderDown(B), 1.0))
+    (again, *_) = repairs(job.handle(m.Ticked(), 100.0))
+    assert again.key == first.key
+    assert {first.to, again.to} == {C, D}
+
+
+def test_repairs_that_the_buddies_cannot_take_go_to_whoever_has_least() -> None:
+    job = committed(A, B, C, D)
+    for rank in range(3, RANKS):
+        job.handle(m.ShardReported(C, shard(rank, is_replica=True)), 0.5)
+    for rank in range(3):
+        job.drop_copy(B, shard(rank).key)
+    job.buddies[A] = ()
+    assert {r.to for r in repairs(job.repair.repair(1.0))} == {D}
+
+
+# --- copies too many -----------------------------------------------------------------------------
+
+
+def surplus(copies: dict[HolderId, bool], *, domains: str = "", replicas: int = 1) -> set[HolderId]:
+    """Whom a coordinator has let go that sees these copies of one old shard (True: a replica)."""
+    memory = Memory(every_steps=1, replicas=replicas)
+    job = begun(memory, holders=tuple(copies))
+    job.holders.update(zip(sorted(copies), domains, strict=False))
+    version = Version(0, 7)  # of an older generation
+    record = ShardRecord(ShardKey("job", version, 0), ShardPlan(1, (0,)), (b"d" * 16,))
+    job.copies[version] = {
+        0: {
+            holder: ShardRecord(record.key, record.plan, record.digests, is_replica=is_replica)
+            for holder, is_replica in copies.items()
+        }
+    }
+    orders = job.repair.release()
+    assert not {o.holder for o in orders} & set(job.intact(version, 0))  # counted no more
+    return {o.holder for o in orders if o.keys == (record.key,)}
+
+
+def test_a_copy_more_than_the_policy_asks_for_is_let_go_of_and_the_writers_stays() -> None:
+    gone = surplus({A: True, B: False, C: True})
+    assert len(gone) == 1
+    assert B not in gone
+    assert not surplus({A: True, B: False})
+    assert not surplus({A: True, B: False, C: True}, replicas=2)
+
+
+@pytest.mark.parametrize("replicas", [0, 1, 2])
+def test_two_coordinators_with_different_views_leave_as_many_as_the_policy_asks_for(
+    replicas: int,
+) -> None:
+    hosts = (A, B, C, D)
+    views = [set(v) for n in range(1 + replicas, 5) for v in combinations(hosts, n)]
+    for domains in ("", "xxyy", "xyxy", "xxxy"):
+        of_host = dict(zip(hosts, domains, strict=False))
+        gone = []
+        for view in views:
+            seen = "".join(of_host.get(h, "") for h in sorted(view))
+            gone.append(surplus(dict.fromkeys(view, True), domains=seen, replicas=replicas))
+        for one, other in product(range(len(views)), repeat=2):
+            left = (views[one] | views[other]) - gone[one] - gone[other]
+            assert len(left) >= 1 + replicas
+
+
+def test_no_copy_goes_that_alone_is_in_another_domain() -> None:
+    for domains in ("xxxy", "xxyx", "xyxx", "yxxx"):
+        hosts = dict(zip((A, B, C, D), domains, strict=True))
+        gone = surplus(dict.fromkeys(hosts, True), domains=domains)
+        left = {domain for host, domain in hosts.items() if host not in gone}
+        assert gone
+        assert left == {"x", "y"}
+
+
+def test_copies_of_a_step_on_its_way_are_left_to_its_writer() -> None:
+    job = committed(A, B, C)
+    newer = Version(1, 20)
+    for version, holders in ((VERSION, (C,)), (newer, (A, B, C))):
+        for holder in holders:
+            key = ShardKey("job", version, 0)
+            record = ShardRecord(key, ShardPlan(RANKS, (0,)), (b"d" * 16,), is_replica=holder != A)
+            job.handle(m.ShardReported(holder, record), 0.0)
+    orders = of(m.ReleaseCopies, job.handle(m.Ticked(), 20.0))
+    assert {key for o in orders for key in o.keys} == {shard(0).key}
+    assert not of(m.ReleaseCopies, job.handle(m.Ticked(), 21.0))

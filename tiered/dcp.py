@@ -57,7 +57,7 @@ from tiered.messages import Level
 from tiered.recovered import Recovered
 from tiered.restore import Filled
 from tiered.saved_step import SavedStep
-from tiered.state import TensorPart
+from tiered.state import TensorPart, TensorParts
 from tiered.step_index import Entry, StepIndex, listed, merged
 from tiered.tensor_reads import Wanted, read_tensors
 from tiered.tree import Array, TensorRef, check_makable, leaves, materialise
@@ -470,10 +470,10 @@ def _resolved(planner: SavePlanner, plan: SavePlan) -> dict[str, Any]:
         raise ConfigError(f"{name}: enable_plan_caching saves nothing here; turn it off")
     flat: dict[str, Any] = {}
     for item in plan.items:
-        key = item.index.fqn
-        if key in flat:
-            raise StateError(key, "several parts of one tensor on one rank are not supported")
-        flat[key] = _resolve(planner, item)
+        key, value = item.index.fqn, _resolve(planner, item)
+        before = flat.get(key)
+        parts = before.parts if isinstance(before, TensorParts) else (before,)
+        flat[key] = value if before is None else TensorParts((*parts, value))
     return flat
 
 

@@ -24,7 +24,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -43,6 +42,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.serialization import skip_data
 
 from replication.errors import TieredError
+from tiered import torch_versions
 from tiered.boxes import Box, cut, whole
 from tiered.errors import ConfigError, StateError
 from tiered.image import ALIGNMENT, bytes_of, safetensors_name
@@ -250,7 +250,7 @@ class _Planner(DefaultSavePlanner):
                 return torch.empty(shape, dtype=dtype, device="meta")
             return value
 
-        self._flat, self._paths = flatten_state_dict(_mapped(step.tree, leaf))
+        self._flat, self._paths = torch_versions.flattened(_mapped(step.tree, leaf))
         flat = self._flat
         self._tensors = [t for t in step.in_image_order() if isinstance(flat[t.name], torch.Tensor)]
         # in the order of the plan, which the writer keeps

@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
+from tiered import torch_versions
 from tiered.boxes import strides
 from tiered.checkpointer import Checkpointer
 from tiered.config import S3, Memory, check_job_name, check_step
@@ -290,4 +290,4 @@ def _read_dcp(folder: Path, scratch: Path) -> dict[Any, Any]:
         planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
         dcp_load(flat, storage_reader=reader, planner=planner, no_dist=True)
     paths = metadata.planner_data
-    return unflatten_state_dict(flat, paths) if paths else flat
+    return torch_versions.nested(flat, paths) if paths else flat

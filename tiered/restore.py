@@ -122,6 +122,9 @@ def read_state(step: SavedStep, rank: int = 0) -> dict[Any, Any]:
         index = StepIndex([view])
         wanted: dict[str, Wanted] = {}
         for path, ref in leaves(view.tree):
+            if ref.more:
+                problem = "the rank has several parts of it; state_dict() puts them together"
+                raise StateError(dotted(path), problem)
             box = index.entries[dotted(path)].parts[0].box
             wanted.setdefault(ref.name, Wanted(dotted(path), box))
         read_tensors(step, index, wanted.values(), lambda r: r)
@@ -307,6 +310,8 @@ class _Plan:
         """Want a saved tensor for one of the state's; return why that cannot be."""
         if not isinstance(saved, TensorRef):
             return "is a tensor, and what was saved is not"
+        if current.more:
+            return "is a ShardedTensor with several local shards, which only dcp.load fills"
         entry = self.index.entries[dotted(path)]
         box, shape = whole(current.shape), current.shape
         if current.global_shape is not None:

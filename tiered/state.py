@@ -16,7 +16,7 @@ import itertools
 import pickle
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import msgpack
@@ -78,6 +78,13 @@ class TensorPart:
     tensor: torch.Tensor
     offsets: tuple[int, ...]
     global_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorParts:
+    """A value of a state: several parts of one tensor."""
+
+    parts: tuple[TensorPart, ...]
 
 
 @dataclass(slots=True)
@@ -179,7 +186,7 @@ class _Capture:
                 dotted(path), f"a {kind.__name__} in a set has no name; use a list or a dict"
             )
         if isinstance(value, torch_versions.SHARDED_TENSORS):
-            return self.encode(_part_of(value, path), path)
+            return self.encode(_parts_of(value), path)
         if isinstance(value, torch.Tensor):
             return msgpack.ExtType(EXT_TENSOR, self.tensor(value, path).pack())
         if kind is dict or kind is OrderedDict:
@@ -190,6 +197,8 @@ class _Capture:
             return self.ext(EXT_TUPLE, [self.encode(v, (*path, i)) for i, v in enumerate(value)])
         if kind is TensorPart:
             return msgpack.ExtType(EXT_TENSOR, self.part(value, path).pack())
+        if kind is TensorParts:
+            return msgpack.ExtType(EXT_TENSOR, self.parts(value, path).pack())
         if is_stateful(value):
             return self.encode(unwrapped(value).state_dict(), path)
         return self.encode_rare(value, path)
@@ -308,6 +317,11 @@ class _Capture:
     def part(self, value: TensorPart, path: Path) -> TensorRef:
         return self.tensor(value.tensor, path, value.offsets, value.global_shape)
 
+    def parts(self, value: TensorParts, path: Path) -> TensorRef:
+        paths = [path, *((*path[:-1], f"{path[-1]}#{n}") for n in range(1, len(value.parts)))]
+        refs = [self.part(part, where) for part, where in zip(value.parts, paths, strict=True)]
+        return replace(refs[0], more=tuple(refs[1:]))
+
     def tensor(
         self,
         value: torch.Tensor,
@@ -349,11 +363,10 @@ class _Capture:
         return ref
 
 
-def _part_of(value: Any, path: Path) -> TensorPart:
-    part = torch_versions.local_part(value)
-    if part is None:
-        raise StateError(dotted(path), "a ShardedTensor with several local shards is not supported")
-    return TensorPart(*part)
+def _parts_of(value: Any) -> TensorPart | TensorParts:
+    local, shape = torch_versions.local_parts(value)
+    parts = tuple(TensorPart(tensor, offsets, shape) for tensor, offsets in local)
+    return parts[0] if len(parts) == 1 else TensorParts(parts)
 
 
 def _alias(

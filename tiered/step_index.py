@@ -106,12 +106,13 @@ class StepIndex:
         for view in views:
             for path, ref in leaves(view.tree):
                 name = dotted(path)
-                if problem := self._add(view, name, ref):
-                    problems[name] = f"of rank {view.rank}: {problem}"
+                for part in (ref, *ref.more):
+                    if problem := self._add(view, name, part, is_first=part is ref):
+                        problems[name] = f"of rank {view.rank}: {problem}"
         if problems:
             raise StateError(next(iter(problems)), listed(problems))
 
-    def _add(self, view: ShardView, path: str, ref: TensorRef) -> str:
+    def _add(self, view: ShardView, path: str, ref: TensorRef, *, is_first: bool) -> str:
         """Add one rank's tensor; return what is wrong with it."""
         span, need_bytes = view.spans.get(ref.name), math.prod(ref.shape) * ref.torch_dtype.itemsize
         if span is None:
@@ -125,9 +126,10 @@ class StepIndex:
                 return f"it is the part {ref.shape} at {ref.offsets} of {shape}"
         entry = self.entries.setdefault(path, Entry(path, ref.dtype, shape, is_sharded))
         if same := [part for part in entry.parts if part.rank == view.rank]:
-            if same[0].span == span:  # tied
+            if any(part.span == span for part in same):  # tied
                 return ""
-            return "two values have this name once their paths are joined by dots"
+            if is_first:
+                return "two values have this name once their paths are joined by dots"
         if entry.is_sharded != is_sharded:
             return "it is a part of a DTensor, or a plain tensor, and the other on other ranks"
         if (entry.dtype, entry.shape) != (ref.dtype, shape):

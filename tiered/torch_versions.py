@@ -30,16 +30,14 @@ def nested(flat: Mapping[str, Any], paths: Mapping[str, tuple[str | int, ...]]) 
     return result
 
 
-def local_part(value: Any) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]] | None:
-    """A ShardedTensor's local tensor, its offsets and the whole shape; None if it has several."""
-    shards = value.local_shards()
-    if len(shards) > 1:
-        return None
+def local_parts(value: Any) -> tuple[list[tuple[torch.Tensor, tuple[int, ...]]], tuple[int, ...]]:
+    """A ShardedTensor's local tensors with their offsets, at least one, and the whole shape."""
     shape = tuple(value.metadata().size)
-    if not shards:
+    parts = [(part.tensor, tuple(part.metadata.shard_offsets)) for part in value.local_shards()]
+    if not parts:
         empty = torch.empty((0, *shape[1:]), dtype=value.metadata().tensor_properties.dtype)
-        return empty, (0,) * len(shape), shape
-    return shards[0].tensor, tuple(shards[0].metadata.shard_offsets), shape
+        parts = [(empty, (0,) * len(shape))]
+    return parts, shape
 
 
 FRAMES = 8  # between `dcp.load` and the storage that it calls

@@ -50,6 +50,7 @@ class TensorRef:
         shape: Of the saved (local) tensor.
         offsets: Where the local shard starts in the global tensor, or None for a plain tensor.
         global_shape: Of the DTensor it is a shard of, or None.
+        more: Other parts of the same tensor that the rank has, which a ShardedTensor may.
     """
 
     name: str
@@ -57,25 +58,35 @@ class TensorRef:
     shape: tuple[int, ...]
     offsets: tuple[int, ...] | None = None
     global_shape: tuple[int, ...] | None = None
+    more: tuple["TensorRef", ...] = ()
 
     def pack(self) -> bytes:
         """Msgpack of its fields, in order."""
-        fields = [self.name, self.dtype, self.shape, self.offsets, self.global_shape]
+        fields: list[Any] = [self.name, self.dtype, self.shape, self.offsets, self.global_shape]
+        if self.more:
+            fields.append([[part.name, part.shape, part.offsets] for part in self.more])
         return bytes(msgpack.packb(fields))
 
     @staticmethod
     def unpack(data: bytes) -> "TensorRef":
         """Read what `pack` wrote; raises ValueError or TypeError on anything else."""
-        name, dtype, shape, offsets, global_shape = msgpack.unpackb(data)
+        name, dtype, shape, offsets, global_shape, *more = msgpack.unpackb(data)
         if type(name) is not str or type(dtype) is not str:
             raise TypeError(f"a tensor named {name!r} of dtype {dtype!r}")
-        return TensorRef(
+        first = TensorRef(
             name,
             dtype,
             _sizes(shape),
             None if offsets is None else _sizes(offsets),
             None if global_shape is None else _sizes(global_shape),
         )
+        if not more:
+            return first
+        (others,) = more
+        if global_shape is None or any(type(other[0]) is not str for other in others):
+            raise TypeError(f"more parts {others!r} of {name!r}")
+        parts = (replace(first, name=n, shape=_sizes(s), offsets=_sizes(o)) for n, s, o in others)
+        return replace(first, more=tuple(parts))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -210,7 +221,10 @@ def _array(ref: TensorRef) -> Array:
 
 
 def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, TensorRef]]:
-    """Every reference in a tree with its path, in order; a tied tensor more than once."""
+    """Every reference in a tree with its path, in order; a tied tensor more than once.
+
+    Of a tensor of which the rank has several parts, the one that has the others in `more`.
+    """
     if isinstance(tree, TensorRef):
         yield path, tree
     elif isinstance(tree, Array):
@@ -234,7 +248,8 @@ def tensor_refs(tree: Any) -> Iterator[TensorRef]:
 def renamed(tree: Any, name: Callable[[str], str]) -> Any:
     """The tree with other names in its references."""
     if isinstance(tree, TensorRef):
-        return replace(tree, name=name(tree.name))
+        more = tuple(renamed(part, name) for part in tree.more)
+        return replace(tree, name=name(tree.name), more=more)
     if isinstance(tree, Array):
         return Array(renamed(tree.ref, name))
     if isinstance(tree, Typed):

@@ -16,6 +16,7 @@ from typing import Any, Self
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import tiered
@@ -156,13 +157,16 @@ def test_a_model_larger_than_the_memory_it_takes_comes_in_and_goes_out_again(
     assert used.more < bound
     found = tiered.recover(job)
     assert (found.step, found.world_size) == (7, 1)
-    with pytest.raises(tiered.ConfigError, match="has step 7 already"):
+    with pytest.raises(tiered.ConfigError, match="has step 7 in memory already"):
         tiered.import_step(job, tmp_path / "model.pt", memory=memory)
 
-    for name in ("safetensors", "dcp", "torch"):
+    for name in ("safetensors", "dcp", "torch", "shards"):
+        key = None if name == "shards" else "model"
         with AnonymousMemory() as used:
-            found.export(tmp_path / name, name, key="model")  # type: ignore[arg-type]
+            found.export(tmp_path / name, name, key=key)  # type: ignore[arg-type]
         assert used.more < bound, name
+    with safe_open(tmp_path / "shards/rank-00000.safetensors", framework="pt") as image:
+        assert torch.equal(image.get_tensor("model.layer1.weight"), parts["layer1.weight"])
     assert is_same(
         dict(sorted(load_file(tmp_path / "safetensors/model.safetensors").items())), parts
     )
@@ -173,13 +177,38 @@ def test_a_model_larger_than_the_memory_it_takes_comes_in_and_goes_out_again(
     assert is_same(torch.load(tmp_path / "torch", weights_only=True), parts)
 
     tiered.forget(job)
-    with AnonymousMemory() as used:
-        tiered.import_step(f"{job}-dcp", tmp_path / "dcp", key="model", memory=memory)
-    assert used.more < bound
-    state: dict[str, Any] = {"model": {name: torch.zeros_like(t) for name, t in parts.items()}}
-    tiered.recover(f"{job}-dcp").load_into(state)
-    tiered.forget(f"{job}-dcp")
-    assert is_same(state["model"], parts)
+    for name in ("dcp", "safetensors"):
+        with AnonymousMemory() as used:
+            tiered.import_step(f"{job}-{name}", tmp_path / name, key="model", memory=memory)
+        assert used.more < bound, name
+        state: dict[str, Any] = {"model": {n: torch.zeros_like(t) for n, t in parts.items()}}
+        tiered.recover(f"{job}-{name}").load_into(state)
+        tiered.forget(f"{job}-{name}")
+        assert is_same(state["model"], parts)
+
+
+def test_what_the_command_line_exports_it_imports(
+    cluster: LocalCluster, tmp_path: Path, job: str
+) -> None:
+    def tiered_command(*args: str, code: int = 0) -> str:
+        environment = {**os.environ, "RAY_ADDRESS": cluster.address, "COLUMNS": "200"}
+        command = [sys.executable, "-m", "tiered.cli", *args]
+        done = subprocess.run(
+            command, env=environment, text=True, capture_output=True, timeout=90, check=False
+        )
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    weights = {"w": torch.randn(7, 5), "b": torch.ones(3).bfloat16()}
+    torch.save({"model": weights}, tmp_path / "model.pt")
+    told = tiered_command("import", job, str(tmp_path / "model.pt"), "--step", "7")
+    assert f"step 7 of {job} is in memory" in told
+    told = tiered_command("import", job, str(tmp_path / "model.pt"), code=2)
+    assert f"job '{job}' has step 7 in memory already" in told
+    out = tmp_path / "out"
+    told = tiered_command("export", job, str(out), "--format", "safetensors", "--key", "model")
+    assert told.split() == [str(out / "model.safetensors")]
+    assert is_same(load_file(out / "model.safetensors"), dict(sorted(weights.items())))
 
 
 def test_transformers_reads_an_exported_model(tmp_path: Path) -> None:

@@ -4,18 +4,21 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import tiered
 from chaos.local_cluster import LocalCluster
 from tests.integration.parallel import Ranks, build, seen, state_of, train
 from tests.integration.trainers import is_same
+from tiered.s3 import S3Store
 
 pytestmark = pytest.mark.cluster
 
@@ -96,7 +99,7 @@ def test_generations_of_other_world_sizes_follow_each_other(ranks: Ranks, job: s
 
 
 def test_a_step_is_read_from_outside_whole_or_in_parts(
-    ranks: Ranks, job: str, cluster: LocalCluster
+    ranks: Ranks, job: str, cluster: LocalCluster, tmp_path: Path
 ) -> None:
     expected = ranks.run(save, 4, job, "fsdp", 10, S3)[0]
     by_name = tiered.recover(job)
@@ -119,6 +122,12 @@ def test_a_step_is_read_from_outside_whole_or_in_parts(
         assert filled.unexpected == ("optimizer", "rng", "loader", "epoch")
         assert is_same(dict(net.state_dict()), dict(expected["net"]))
     assert set(on_s3.sources[0]) == {"S3"}
+    name = f"reshard/{job}/data/{on_s3.generation:08d}-{10:012d}/rank-00000.safetensors"
+    body = S3Store(S3, job).link.client().get_object(Bucket="tests", Key=name)["Body"].read()
+    (tmp_path / "rank.safetensors").write_bytes(body)
+    with safe_open(tmp_path / "rank.safetensors", framework="pt") as shard:  # as it lies in S3
+        mine = on_s3.state(0)["net"]["inner.weight"]
+        assert torch.equal(shard.get_tensor("net.inner.weight"), mine)
     script = f"""
         import ray, tiered
         found = tiered.recover({S3.uri!r}, job={job!r})

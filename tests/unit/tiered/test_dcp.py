@@ -15,7 +15,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.staging import AsyncStager
 
 import tiered
@@ -268,6 +279,37 @@ def test_a_planner_that_changes_what_it_writes_is_asked(memory: Any) -> None:
     dcp.load(target, storage_reader=tiered.StorageReader(memory))
     assert target["n"] == 3
     assert target["a"]["w"].tolist() == (torch.ones(2) / 3).to(torch.bfloat16).tolist()  # type: ignore[index]
+
+
+class CuttingPlanner(DefaultSavePlanner):
+    """Writes each tensor in two parts."""
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for name, value in self.state_dict.items():
+            for number, start in enumerate((0, 2)):
+                place, size = torch.Size([start]), torch.Size([2])
+                data = TensorWriteData(
+                    ChunkStorageMetadata(place, size), TensorProperties(dtype=value.dtype),
+                    value.size(),
+                )  # fmt: skip
+                index = MetadataIndex(name, place, number)
+                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        (start,) = write_item.index.offset or (0,)
+        found: torch.Tensor = self.state_dict[write_item.index.fqn][start : start + 2]
+        return found
+
+
+def test_a_planner_may_write_several_parts_of_a_tensor(memory: Any) -> None:
+    saved = {"a": torch.arange(4.0), "b": torch.arange(4.0) + 10}
+    dcp.save(saved, storage_writer=tiered.StorageWriter(memory, 1), planner=CuttingPlanner())
+    state = {"a": torch.zeros(4), "b": torch.zeros(4)}
+    dcp.load(state, storage_reader=tiered.StorageReader(memory))
+    assert_same(state, saved)
 
 
 def test_plan_caching_saves_the_new_values(memory: Any) -> None:

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.tiered.fake_shard import Shard, assert_same, read_state
+from tests.unit.tiered.fake_shard import Shard, assert_same, read_state, step_of
+from tiered import restore
 from tiered.errors import StateError
-from tiered.state import capture
+from tiered.restore import read_whole_state
+from tiered.state import TensorPart, TensorParts, capture
 from tiered.tree import (
     EXT_DEVICE,
     EXT_NDARRAY,
@@ -239,6 +241,28 @@ def test_nothing_is_copied() -> None:
     taken = capture({"w": weight}).tensors["w"]
     assert taken.data_ptr() == weight.data_ptr()
     assert not taken.requires_grad
+
+
+def test_several_parts_of_one_tensor_on_one_rank_are_parts_of_the_whole() -> None:
+    whole = torch.arange(15.0).reshape(5, 3)
+
+    def parts(*cuts: tuple[int, int]) -> TensorParts:
+        return TensorParts(tuple(TensorPart(whole[a:b], (a, 0), (5, 3)) for a, b in cuts))
+
+    shards = [Shard({"w": parts((0, 1), (4, 5)), "v": parts((0, 5))}), Shard({"w": parts((1, 4))})]
+    assert list(capture({"w": parts((0, 1), (4, 5))}).tensors) == ["w", "w#1"]
+    assert torch.equal(read_whole_state(step_of(shards))["w"], whole)
+    state = {"w": torch.zeros(5, 3), "v": torch.zeros(5, 3)}
+    restore.restore_into(state, step_of(shards), world_size=1)
+    assert torch.equal(state["w"], whole)
+    assert torch.equal(state["v"], whole)
+    with pytest.raises(StateError, match=r"several parts of it; state_dict\(\)"):
+        read_state(shards[0].reader())
+    with pytest.raises(StateError, match=r"which only dcp\.load fills"):
+        restore.restore_into({"w": parts((0, 2), (3, 5)), "v": None}, step_of(shards), world_size=1)
+    only_one = [shards[0]]
+    with pytest.raises(StateError, match=r"w: no rank has saved the part at \(1, 0\)"):
+        read_whole_state(step_of(only_one))
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -475,6 +499,12 @@ def ref(*fields: Any) -> bytes:
         tree_of(EXT_TENSOR, ref("a", "float32", "12", None, None)),
         tree_of(EXT_TENSOR, ref("a", "float32", [1], 7, None)),
         tree_of(EXT_TENSOR, ref("a", "float32", [1], None, {})),
+        tree_of(EXT_TENSOR, ref("a", "float32", [1], [0], [2], 7)),
+        tree_of(EXT_TENSOR, ref("a", "float32", [1], [0], [2], [["b", [1]]])),
+        tree_of(EXT_TENSOR, ref("a", "float32", [1], [0], [2], [[1, [1], [1]]])),
+        tree_of(EXT_TENSOR, ref("a", "float32", [1], [0], [2], [["b", [1], [-1]]])),
+        tree_of(EXT_TENSOR, ref("a", "float32", [1], [0], [2], [["b", [1], [1]]], 1)),
+        tree_of(EXT_TENSOR, ref("a", "float32", [1], None, None, [["b", [1], [1]]])),
         tree_of(EXT_NDARRAY, ref("a", "bfloat16", [1], None, None)),
         tree_of(EXT_NUMPY_SCALAR, pack(["<f8", b""])),
         tree_of(EXT_NUMPY_SCALAR, pack(["<f8", bytes(16)])),

@@ -94,7 +94,8 @@ class LocalCluster:
         self._cpus_per_host = cpus_per_host
         self._object_store_bytes = object_store_bytes
         self._labels = list(labels)
-        self._system_config = {**QUICK_DETECTION, **(system_config or {})}
+        slow_to_start = {"agent_register_timeout_ms": 120_000} if with_agents else {}
+        self._system_config = {**QUICK_DETECTION, **slow_to_start, **(system_config or {})}
         self._namespace = namespace
         self._folder = ""
         self._cluster: Any = None  # ray.cluster_utils has no types

@@ -30,6 +30,7 @@ from replication.records import ActorRef
 from replication.release import RELEASE, release_of
 from tiered.coordinator import COORDINATOR_NAME, START_TIMEOUT_S, Coordinator
 from tiered.errors import ConfigError, NoClusterError
+from tiered.executor import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,6 @@ def connect() -> bool:
         return False
     if _attach_to_running():
         return _local() is not None
-    if address := os.environ.get("RAY_ADDRESS"):
-        raise NoClusterError(f"RAY_ADDRESS={address!r}: no Ray cluster answers there")
     with _local_lock():
         if not _attach_to_running():
             _start_local()
@@ -74,14 +73,17 @@ def attach() -> None:
     """
     if not ray.is_initialized() and not _attach_to_running():
         raise NoClusterError(
-            "no Ray cluster is running here; set RAY_ADDRESS, or start one with `ray start --head`. "
-            "What is on S3 is read without one: s3=tiered.S3(...), on the command line --s3"
+            "no Ray cluster is running here; set RAY_ADDRESS, or start one with `ray start "
+            "--head`. What is on S3 is read without: s3=tiered.S3(...), on the command line --s3"
         )
 
 
 def _attach_to_running() -> bool:
+    """Whether there was one to connect to; the address that the environment names must be one."""
     if address := os.environ.get("RAY_ADDRESS"):
-        return _attach(address)
+        if not _attach(address):
+            raise NoClusterError(f"RAY_ADDRESS={address!r}: no Ray cluster answers there")
+        return True
     if (address := _last_started()) and _attach(address):
         return True
     local = _local()
@@ -104,18 +106,24 @@ def _attach_to_local(address: str) -> bool:
 
 
 def _attach(address: str) -> bool:
-    """Connect, unless nobody listens there: then Ray itself would try for minutes."""
+    """Connect, unless nobody listens there: then Ray itself would try for minutes.
+
+    Raises:
+        NoClusterError: It is no address, or Ray there does not want us (token, release).
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
         try:
             socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-        except OSError:
+        except (OSError, OverflowError):  # a port above 65535
             return False
     try:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         ray.init(address=address, namespace=NAMESPACE, **quiet)
     except ConnectionError:
         return False
+    except (ValueError, RuntimeError, RayError) as error:
+        raise NoClusterError(f"Ray at {address!r}: {first_line(error)}") from error
     return True
 
 
@@ -229,8 +237,8 @@ def running_coordinator() -> ActorRef:
         actor: ActorRef = ray.get_actor(COORDINATOR_NAME, NAMESPACE)
     except ValueError as error:  # Ray's word for: no such actor
         raise NoClusterError(
-            "the running Ray cluster holds no checkpoints; a Checkpointer starts the holders, and so "
-            "does `tiered up`. What is on S3 is read without: s3=tiered.S3(...), or --s3"
+            "the running Ray cluster holds no checkpoints; a Checkpointer starts the holders, or "
+            "`tiered up`. What is on S3 is read without: s3=tiered.S3(...), or --s3"
         ) from error
     return _of_this_release(actor)
 

@@ -16,6 +16,7 @@ from replication.checksum import digest
 from replication.records import Life, ShardKey, ShardPlan, ShardRecord, Version
 from tests.contract.fake_store import FakeStore
 from tiered import register
+from tiered.cli.doctor import check_s3
 from tiered.collection import collect, look
 from tiered.config import MIB, S3, JobSettings, Memory
 from tiered.errors import DurableStoreError
@@ -145,3 +146,44 @@ def test_the_roles_are_small() -> None:
             assert statement["Resource"] != "*"
     assert "s3:DeleteObject" not in TRAINER
     assert "s3:PutObject" not in COLLECTOR
+
+
+RIGHTS = {  # without each: what the doctor finds, and how bad it is
+    "s3:PutObject": ("create if absent", "problem"),
+    "s3:GetObject": ("read", "problem"),
+    "s3:ListBucket": ("list", "problem"),
+    "s3:ListBucketMultipartUploads": ("list unfinished uploads", "problem"),
+    "s3:AbortMultipartUpload": ("abort an upload", "problem"),
+    "s3:DeleteObject": ("delete", "note"),
+}
+
+
+def without(right: str) -> str:
+    """The page's policy for trainers that may delete, less one right."""
+    policy = json.loads(TRAINER)
+    policy["Statement"][1]["Action"].append("s3:DeleteObject")
+    for statement in policy["Statement"]:
+        statement["Action"] = [action for action in statement["Action"] if action != right]
+    return json.dumps(policy)
+
+
+@pytest.fixture(scope="module")
+def strict_server() -> Iterator[S3Server]:
+    policies = {right.partition(":")[2]: without(right) for right in RIGHTS}
+    with S3Server(policies=policies) as running:
+        running.create_bucket(BUCKET)
+        yield running
+
+
+@pytest.mark.parametrize("right", RIGHTS)
+def test_the_doctor_finds_each_right_that_is_missing(
+    right: str, strict_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in strict_server.environment(right.partition(":")[2]).items():
+        monkeypatch.setenv(variable, value)
+    found = {c.subject.rpartition(": ")[2]: c for c in check_s3(SETTINGS)}
+    subject, level = RIGHTS[right]
+    assert found[subject].level == level
+    assert found[subject].remedy.startswith(f"allow {right}")
+    assert "AccessDenied" in found[subject].result
+    assert all(c.remedy for c in found.values() if c.level != "ok")

@@ -151,9 +151,7 @@ class Browser:
     async def _ask(self, method: str, arguments: dict[str, Any]) -> Any:
         self._number += 1
         answer = self._waiting[self._number] = self._loop.create_future()
-        await self._socket.send_json(
-            {"id": self._number, "method": method, "params": arguments}
-        )
+        await self._socket.send_json({"id": self._number, "method": method, "params": arguments})
         body = await asyncio.wait_for(answer, ANSWER_S)
         assert "error" not in body, (method, body)
         return body["result"]

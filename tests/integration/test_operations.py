@@ -1,11 +1,16 @@
 """The command line against a real cluster in which things go wrong; only it is used to find out."""
 
+import contextlib
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,7 +25,7 @@ from chaos.local_cluster import LocalCluster
 from replication.holder import NAMESPACE
 from tests.integration.trainers import Trainer
 from tiered.cli.app import app
-from tiered.cluster import COORDINATOR_NAME, coordinator
+from tiered.cluster import COORDINATOR_NAME, coordinator, end_actors
 
 DEADLINE_S = 60.0
 
@@ -43,7 +48,7 @@ def until(condition: Callable[[], Any]) -> Any:
 SETTINGS = {"memory": tiered.Memory(every_steps=1, replicas=1)}
 
 
-def trainers(job: str, hosts: list[str], port: int) -> list[Any]:
+def trainers(job: str, hosts: list[str], port: int, **more: Any) -> list[Any]:
     kind = ray.remote(Trainer)
     started = [
         kind.options(  # type: ignore[attr-defined]
@@ -51,7 +56,7 @@ def trainers(job: str, hosts: list[str], port: int) -> list[Any]:
         ).remote(rank, len(hosts), port)
         for rank, host in enumerate(hosts)
     ]
-    ray.get([t.start.remote(job, dict(SETTINGS), rank) for rank, t in enumerate(started)])
+    ray.get([t.start.remote(job, SETTINGS | more, rank) for rank, t in enumerate(started)])
     return started
 
 
@@ -203,6 +208,150 @@ def test_the_doctor_finds_no_problem_in_a_cluster_and_a_store_that_work(
     code, text = tiered_command("doctor", "--no-network", "--s3", "s3://no-such-bucket/x")
     assert code == 1
     assert "s3://no-such-bucket/x: reach" in text
+
+
+def test_each_command_does_what_it_says(cluster: LocalCluster, port: int, tmp_path: Path) -> None:
+    """The life of a job, from an empty cluster to an empty cluster, by the command line."""
+    with contextlib.suppress(tiered.ConfigError):
+        end_actors()
+    until(lambda: not actors())
+    code, text = tiered_command("status")
+    assert (code, "holds no checkpoints" in text, "tiered up" in text) == (4, True, True)
+    assert tiered_command("up") == (0, "3 hosts hold checkpoints; see `tiered status`\n")
+    assert tiered_command("up")[0] == 0
+    code, text = tiered_command("status")
+    assert (code, "3 of 3 hosts up" in text, "no job has saved anything yet" in text) == (0, 1, 1)
+    assert tiered_command("ls") == (3, "no job has saved anything on this cluster yet\n")
+
+    job, hosts = f"life-{uuid.uuid4().hex[:8]}", cluster.hosts
+    uri = f"s3://tests/{job}"
+    s3 = tiered.S3(uri, every_steps=2, keep=None)
+    ranks = trainers(job, hosts[:2], port, s3=s3)
+    for step in (2, 4):
+        level = "durable"
+        ray.get([t.save.remote(step, 10 * step + rank, level) for rank, t in enumerate(ranks)])
+    ray.get([t.save.remote(5, 50 + rank) for rank, t in enumerate(ranks)])
+
+    code, text = tiered_command("status")
+    assert code == 0, text
+    for fact in (f"job {job}", "2 of 2 copies of each shard", "on S3", "would restore", "free"):
+        assert fact in text
+    assert re.search(r"committed +step 5, \d+ s old", text)
+    assert re.search(r"on S3 +step 4, \d+ s old", text)
+    code, text = tiered_command("show", "4")
+    matrix = [line.split() for line in text.splitlines() if re.match(r"[01] ", line)]
+    assert [row[0] for row in matrix] == ["0", "1"]
+    assert [sorted(set(row[3:5])) for row in matrix] == [["own", "replica"]] * 2
+    assert [row[-4:] for row in matrix] == [["yes", "2", "of", "2"]] * 2
+    code, text = tiered_command("verify")
+    assert (code, text) == (
+        0, "6 copies in memory and 2 steps on S3 were read: all intact\n"
+    )  # fmt: skip
+    code, text = tiered_command("recover", job)
+    assert (code, "step 5 (generation 1), 2 ranks" in text) == (0, True)
+    code, text = tiered_command("recover", job, "--before", "5")
+    assert "step 4 (generation 1), 2 ranks" in text
+    code, text = tiered_command("recover", job, "--step", "3")
+    assert (code, "step 3" in text) == (3, True)
+
+    code, would = tiered_command("gc", job, "--keep", "1", "--dry-run")
+    assert (code, "would free" in would, "step 2" in would) == (0, True, True)
+    code, did = tiered_command("gc", job, "--keep", "1")
+    assert (code, did) == (0, would.replace("would free", "freed"))
+    assert tiered_command("gc", job, "--keep", "1")[1] == "freed 0 B in 0 objects\n"
+
+    assert tiered_command("drain", hosts[0][:12]) == (0, f"host {hosts[0][:8]} may go\n")
+    code, text = tiered_command("show", "5", "--json")
+    held = json.loads(text)["shards"]
+    assert all(len({*s["own"], *s["replicas"]} - {hosts[0]}) == 2 for s in held)
+    assert "leaving" in tiered_command("status")[1]
+    cluster.kill_host(hosts[0])
+    cluster.add_host()
+    assert tiered_command("explain")[1].startswith("Step 5 (generation 1) would be restored now.")
+
+    answer = CliRunner().invoke(app, ["down"], input="n\n")
+    assert (answer.exit_code, len(actors()) > 1) == (5, True)
+    code, text = tiered_command("down", "--yes")
+    assert (code, text) == (0, "ended 3 holders and the coordinator\n")
+    until(lambda: not actors())
+    assert tiered_command("down", "--yes")[0] == 4
+    code, text = tiered_command("recover", job, "--s3", uri)
+    assert (code, "step 4 (generation 1), 2 ranks" in text, "from S3" in text) == (0, True, False)
+    assert "S3" in text
+    for trainer in ranks[1:]:
+        ray.kill(trainer)
+
+
+@pytest.fixture(scope="module")
+def any_job(cluster: LocalCluster) -> Iterator[str]:
+    """A job with one step in memory, for commands that have nothing to do with it."""
+    name = f"any-{uuid.uuid4().hex[:8]}"
+    trainer = trainer_of("any", cluster.hosts[-1])
+    start(trainer, name)
+    save(trainer, 1)
+    yield name
+    ray.kill(trainer)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "says"),
+    [
+        ("show 7", 3, "no tier has step 7 of job any; the newest: 1"),
+        ("show x", 2, "is not a valid integer"),
+        ("ls --job nobody", 3, "no job 'nobody' on this cluster; there are: any"),
+        ("ls --job a/b", 2, "job"),
+        ("verify --step 7", 3, "no tier has step 7"),
+        ("recover nobody", 3, "nobody"),
+        ("recover any --step 9", 3, "step 9"),
+        ("recover any --before 1", 3, "cannot be restored"),
+        ("recover any --s3 bucket/prefix", 2, "must be s3://bucket"),
+        ("gc any", 2, "no S3 tier"),
+        ("gc any --keep 0", 2, "not in the range"),
+        ("gc any --s3 s3://no-such-bucket/x", 4, "no-such-bucket"),
+        ("drain 10.9.9.9", 3, "no host is '10.9.9.9'; there are: "),
+        ("stop nobody --yes", 3, "no job 'nobody'"),
+        ("doctor --per-host much --no-network", 2, "is no size"),
+        ("size -3", 2, "No such option"),
+        ("web --port 99999", 2, "not in the range"),
+        ("web --host no.such.host.invalid", 2, "cannot listen at no.such.host.invalid"),
+        ("frobnicate", 2, "No such command"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_answered_by_a_sentence_and_its_code(
+    line: str, code: int, says: str, cluster: LocalCluster, any_job: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("RAY_AUTH_TOKEN", os.environ["RAY_AUTH_TOKEN"])
+    words = [any_job if word == "any" else word for word in line.split()]
+    if words[0] in ("show", "verify"):
+        words += ["--job", any_job]
+    ended, text = tiered_command(*words)
+    assert (ended, "Traceback" in text) == (code, False), text
+    assert says.replace("any", any_job) in text.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1:1", "RAY_ADDRESS='127.0.0.1:1': no Ray cluster answers there"),
+        ("nonsense", "Ray at 'nonsense': Invalid address format"),
+        ("no.such.host.invalid:6379", "no Ray cluster answers there"),
+        ("127.0.0.1:999999", "RAY_ADDRESS='127.0.0.1:999999'"),
+        ("", "no Ray cluster is running here; set RAY_ADDRESS"),
+    ],
+)
+def test_a_wrong_address_is_answered_by_a_sentence(address: str, says: str, tmp_path: Path) -> None:
+    """In a process of its own: this one is connected."""
+    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path), "TMPDIR": str(tmp_path)}
+    environment |= {"RAY_ADDRESS": address} if address else {}
+    done = subprocess.run(
+        [sys.executable, "-c", "from tiered.cli.app import main; main()", "status"],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (4, ""), done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_a_coordinator_of_another_release_is_refused_before_anything_else_is_asked(

@@ -194,7 +194,8 @@ def doctor(
         str | None, typer.Option("--s3", help="Check rights on s3://bucket/prefix.")
     ] = None,
     per_host: Annotated[
-        str | None, typer.Option(help="One host's ranks save as much each time (8.1GB): will it fit?")
+        str | None,
+        typer.Option(help="Saved by one host's ranks each time (8.1GB): will it fit?"),
     ] = None,
     network: Annotated[bool, typer.Option(help="Measure the speed between hosts.")] = True,
     as_json: AsJson = False,
@@ -251,7 +252,7 @@ def size(
 @app.command()
 def web(
     host: Annotated[str, typer.Option(help="Any but loopback asks for Ray's token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8270,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8270,
 ) -> None:
     """Serve a live, read-only page of the cluster, and its metrics for Prometheus at /metrics."""
     try:
@@ -264,8 +265,10 @@ def web(
         page = server.make_app(
             lambda: tiered.cluster_status(with_shards=True), tiered.events, token
         )
-        out.print(f"http://{host}:{port}/", "(?token=<Ray token>)" if token else "", markup=False)
-        server.serve(page, host, port)
+        listener = server.listen(host, port)
+        where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
+        out.print(where, "(?token=<Ray token>)" if token else "", markup=False, soft_wrap=True)
+        server.serve(page, listener)
 
 
 # -- acting --------------------------------------------------------------------------------------

@@ -132,6 +132,8 @@ def examine(s3: S3 | None, host_bytes: int | None = None, *, with_network: bool)
         checks += judge_room(facts, host_bytes, s3)
     if (detection_s := _detection_s()) is not None:
         checks.append(judge_detection(detection_s))
+    if (asks := _asks_for_token()) is not None:
+        checks.append(judge_access(asks_for_token=asks))
     if with_network and len(facts) > 1:
         with err.status("measuring the network"):
             checks += [_speed(a, b) for a, b in zip(facts, [*facts[1:], facts[0]], strict=True)]
@@ -271,6 +273,15 @@ def judge_detection(seconds: float) -> Check:
     return Check("note", "loss of a host", what, remedy)
 
 
+def judge_access(*, asks_for_token: bool) -> Check:
+    """Can only those connect to Ray who may?"""
+    if asks_for_token:
+        return Check("ok", "access", "Ray asks for its token")
+    what = "whoever reaches Ray's ports may run code on every host, and read every checkpoint"
+    remedy = "RAY_AUTH_MODE=token everywhere (`ray get-auth-token --generate`; SECURITY.md)"
+    return Check("note", "access", what, remedy)
+
+
 def judge_agreement(hosts: Iterable[HostFacts]) -> list[Check]:
     """Every host has the same releases."""
     checks = []
@@ -359,6 +370,12 @@ def _detection_s() -> float | None:
     if config is None:
         return None
     return float(config.health_check_period_ms() * config.health_check_failure_threshold() / 1000)
+
+
+def _asks_for_token() -> bool | None:
+    """Whether this cluster asks for a token; there is no public call for it."""
+    mode = getattr(ray._raylet, "get_authentication_mode", None)
+    return None if mode is None else bool(mode() == ray._raylet.AuthenticationMode.TOKEN)
 
 
 def _on(node_id: str) -> dict[str, Any]:

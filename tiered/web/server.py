@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import ipaddress
 import os
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
@@ -221,6 +222,23 @@ def token_for(host: str) -> str:
     )
 
 
-def serve(app: Starlette, host: str, port: int) -> None:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that browsers can connect to.
+
+    Raises:
+        ConfigError: There is no such address here, or the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen at {host}, port {port}: {error.strerror}; choose others with --host "
+            "and --port"
+        ) from error
+
+
+def serve(app: Starlette, listener: socket.socket) -> None:
     """Serve until interrupted."""
-    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False)
+    config = uvicorn.Config(app, log_level="warning", access_log=False)
+    uvicorn.Server(config).run(sockets=[listener])

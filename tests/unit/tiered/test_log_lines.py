@@ -30,9 +30,7 @@ def test_lines_are_seen_unless_the_application_says_what_is_seen(
     before: str, lines: list[str]
 ) -> None:
     code = f"import logging\n{before}\n{SPEAK}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""
     said = done.stderr.splitlines()
     assert len(said) == len(lines)
@@ -45,7 +43,5 @@ def test_a_handler_that_comes_later_takes_over() -> None:
         "logging.basicConfig(format='own %(message)s')\n"
         "logging.getLogger('tiered').warning('once')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "own once\n"

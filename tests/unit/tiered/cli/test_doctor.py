@@ -2,16 +2,22 @@
 
 from dataclasses import replace
 
+import pytest
+
 from replication.release import RELEASE
 from tiered.cli.doctor import (
     HostFacts,
+    judge_access,
     judge_agreement,
     judge_cluster,
     judge_detection,
     judge_host,
+    judge_room,
     judge_speed,
     merged,
 )
+from tiered.config import S3, JobSettings, Memory
+from tiered.sizing import size
 
 GIB = 1 << 30
 GOOD = HostFacts(
@@ -69,6 +75,35 @@ def test_speed_and_detection_have_limits() -> None:
     assert judge_speed("a to b", 1e8).level == "note"
     assert judge_detection(3.0).level == "ok"
     assert judge_detection(15.0).level == "note"
+
+
+def test_a_store_that_is_too_small_for_the_job_is_found_with_what_it_needs() -> None:
+    small = replace(GOOD, address="10.0.0.2", store_bytes=8 * GIB)
+    (fits,) = judge_room([GOOD], 2 * GIB, None)
+    assert fits.level == "ok"
+    (found,) = judge_room([GOOD, small], 2 * GIB, S3("s3://b/p"))
+    assert found.is_problem
+    need = size(JobSettings(Memory(), S3("s3://b/p")), 2 * GIB, 1.0).store_bytes
+    assert found.remedy.startswith(f"ray start --object-store-memory={need}")
+    assert "10.0.0.2 has 8.6 GB" in found.result
+    assert "10.0.0.1" in found.result  # 32 GiB is too small as well
+
+
+def test_a_cluster_without_a_token_is_said() -> None:
+    assert judge_access(asks_for_token=True).level == "ok"
+    open_to_all = judge_access(asks_for_token=False)
+    assert open_to_all.level == "note"
+    assert "RAY_AUTH_MODE=token" in open_to_all.remedy
+
+
+def test_hosts_that_cannot_connect_are_named() -> None:
+    from tiered.cli.doctor import _Receiver, _send
+
+    receiver = _Receiver("127.0.0.1")
+    port = receiver.port()
+    receiver._server.close()
+    with pytest.raises(ConnectionRefusedError):
+        _send("127.0.0.1", port)
 
 
 def test_what_several_hosts_have_in_common_is_said_once() -> None:

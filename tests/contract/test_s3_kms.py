@@ -1,7 +1,7 @@
 """Encryption with a KMS key, against moto: a mock, for the server of the other tests has no KMS.
 
-moto encrypts nothing. It takes the headers, remembers them with the object, and gives them back, and
-that is what is tested here: that they go with each way of writing, and that reading needs none.
+moto encrypts nothing. It takes the headers, remembers them with the object, and gives them back,
+and that is what is tested: that they go with each way of writing, and that reading needs none.
 """
 
 from collections.abc import Iterator

@@ -84,11 +84,8 @@ class ImageFile(io.RawIOBase):
         """The next bytes: at most `size`, or a copy of all that are left; none at the end."""
         left = max(0, self.size_bytes - self._position)
         pieces = self._image.pieces(self._start + self._position, left)
-        piece: memoryview | bytes
-        if size is None or size < 0:
-            piece = b"".join(pieces)
-        else:
-            piece = next(pieces, b"")[:size]
+        is_all = size is None or size < 0
+        piece = b"".join(pieces) if is_all else next(pieces, b"")[:size]
         if piece and self._before_read is not None:
             self._before_read(len(piece))
         self._position += len(piece)

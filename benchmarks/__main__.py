@@ -144,13 +144,14 @@ def profile(
 def s3(
     size_mib: Size = 512,
     repeat: Repeat = 5,
+    minutes: Annotated[float, typer.Option(help="After that, no turn is begun.")] = 10.0,
     out: Out = Path("bench_out"),
 ) -> None:
     """A shard to an S3 server on this machine and back: ours, rclone, s3torchconnector."""
     out.mkdir(parents=True, exist_ok=True)
     file, facts = out / "s3.json", machine.describe()
     with quiet(out / "logs" / "s3.log") as console:
-        found = s3_run.run(size_mib << 20, repeat, out / "logs", console.print)
+        found = s3_run.run(size_mib << 20, repeat, minutes, out / "logs", console.print)
         facts["load_after"] = machine.load()
         s3_run.write(file, found, {"size_bytes": size_mib << 20, "machine": facts})
         console.print(s3_run.show(found, size_mib << 20, facts["cores"]))

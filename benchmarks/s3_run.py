@@ -8,6 +8,7 @@ to be compared with each other, and are not those of a network or of AWS.
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -44,8 +45,19 @@ class Figures:
     unavailable: str = ""
 
 
-def run(size_bytes: int, repeat: int, logs: Path, say: Callable[[str], None]) -> dict[str, Figures]:
-    """Measure every mover `repeat` times, after one turn that does not count."""
+def run(
+    size_bytes: int, repeat: int, minutes: float, logs: Path, say: Callable[[str], None]
+) -> dict[str, Figures]:
+    """Measure every mover `repeat` times, after one turn that does not count.
+
+    Args:
+        size_bytes: Of the shard.
+        repeat: Turns.
+        minutes: After that no turn is begun.
+        logs: A folder for what the movers log.
+        say: Told of the progress.
+    """
+    end_s = time.monotonic() + 60 * minutes
     logs.mkdir(parents=True, exist_ok=True)
     found: dict[str, Figures] = {}
     with ExitStack() as stack:
@@ -77,6 +89,9 @@ def run(size_bytes: int, repeat: int, logs: Path, say: Callable[[str], None]) ->
                 say(f"{name}: {error}")
         found[UNCHANGED] = Figures()
         for turn in range(repeat + 1):
+            if turn > 1 and time.monotonic() > end_s:
+                say(f"no more turns after {minutes:g} minutes")
+                break
             for name, mover in movers.items():
                 _turn(mover, name, turn, found)
             say(f"turn {turn} of {repeat}")

@@ -39,8 +39,8 @@ class ImageBytes:
 class ImageFile(io.RawIOBase):
     """A read-only, seekable file over a part of an image. Not thread-safe; each upload has its own.
 
-    `read` hands out views of the image and copies nothing; it ends where a buffer does, so that it
-    may be short before the end of the file is.
+    `read` of a size hands out views of the image and copies nothing; it ends where a buffer does,
+    and so may be short before the end of the file.
 
     Args:
         image: The whole.
@@ -80,14 +80,13 @@ class ImageFile(io.RawIOBase):
         self._position = base + offset
         return self._position
 
-    def read(self, size: int = -1, /) -> memoryview:
-        """The next bytes, at most `size` of them if that is not negative; none at the end."""
+    def read(self, size: int | None = -1, /) -> memoryview | bytes:
+        """The next bytes: at most `size`, or a copy of all that are left; none at the end."""
         left = max(0, self.size_bytes - self._position)
-        want = left if size < 0 else min(size, left)
-        if not want:
-            return memoryview(b"")
-        piece = next(self._image.pieces(self._start + self._position, want))
-        if self._before_read is not None:
+        pieces = self._image.pieces(self._start + self._position, left)
+        is_all = size is None or size < 0
+        piece = b"".join(pieces) if is_all else next(pieces, b"")[:size]
+        if piece and self._before_read is not None:
             self._before_read(len(piece))
         self._position += len(piece)
         return piece

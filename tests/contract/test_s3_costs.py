@@ -1,5 +1,8 @@
 """A flush makes as many requests as `requests_per_flush` says: counted on their way."""
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -32,29 +35,39 @@ def settings() -> JobSettings:
     return JobSettings(Memory(), S3(f"s3://{SHARED_BUCKET}", part_bytes=5 * MIB))
 
 
-@pytest.mark.parametrize("generations", [1, 3])
+@pytest.mark.parametrize(
+    ("generations", "sizes"),
+    [
+        (1, SIZES),
+        (3, SIZES),
+        pytest.param(2, (100,) * 1001, marks=pytest.mark.slow, id="1,001 ranks"),
+    ],
+)
 def test_a_flush_costs_what_is_said(
     proxy: FaultProxy,
     root: str,
     settings: JobSettings,
     generations: int,
+    sizes: Sequence[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ledger = Ledger(root)
     monkeypatch.setattr(ledger, "_gcs", FakeStore())  # the register of the cluster
     for generation in range(1, generations + 1):
-        assert ledger.claim(Claim(generation, Life("life"), len(SIZES), settings)).is_ours
+        assert ledger.claim(Claim(generation, Life("life"), len(sizes), settings)).is_ours
         ledger.record_parent(generation, None)
         ledger.mirror(settings)
     store, version = ledger.store(settings), Version(generations, 40)
     proxy.forget_requests()
 
-    records = []
-    for rank, size in enumerate(SIZES):
-        image = np.random.default_rng(rank).integers(0, 256, size, np.uint8)
+    def upload(rank: int) -> ShardRecord:
+        image = np.random.default_rng(rank).integers(0, 256, sizes[rank], np.uint8)
         store.upload(register.shard_key(version, rank), [[image]])
-        key, plan = ShardKey(root, version, rank), ShardPlan(len(SIZES), (size,))
-        records.append(ShardRecord(key, plan, (digest([image]),)))
+        plan = ShardPlan(len(sizes), (sizes[rank],))
+        return ShardRecord(ShardKey(root, version, rank), plan, (digest([image]),))
+
+    with ThreadPoolExecutor(8) as pool:
+        records = list(pool.map(upload, range(len(sizes))))
     assert ledger.publish(generations, version, records, settings) == ""
 
     kinds = [KINDS[request.operation] for request in proxy.requests]
@@ -65,7 +78,7 @@ def test_a_flush_costs_what_is_said(
         get=kinds.count("get"),
         size_bytes=sum(r.request_bytes for r in bodies if "/data/" in r.target),
     )
-    assert counted == requests_per_flush(SIZES, 5 * MIB, generations=generations)
+    assert counted == requests_per_flush(sizes, 5 * MIB, generations=generations)
     store.close()
 
 

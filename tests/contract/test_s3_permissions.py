@@ -139,6 +139,13 @@ def test_each_role_can_do_its_work_and_nothing_else(
     store.close()
 
 
+def test_the_readme_has_the_trainer_s_role() -> None:
+    (role,) = re.findall(
+        r"```json\n(.*?)```", (PAGE.parents[1] / "README.md").read_text(), re.DOTALL
+    )
+    assert json.loads(role) == json.loads(TRAINER)
+
+
 def test_the_roles_are_small() -> None:
     for policy in (TRAINER, COLLECTOR):
         for statement in json.loads(policy)["Statement"]:

@@ -1,6 +1,7 @@
 """Every setting of S3 reaches the store: seen in the requests that it makes of a real server."""
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from botocore.awsrequest import AWSResponse
 from chaos.s3_faults import Fault
 from chaos.s3_proxy import FaultProxy
 from chaos.s3_server import S3Server
+from replication.durable import Earlier, Run
 from tests.contract.conftest import SHARED_BUCKET
 from tiered.config import MIB, S3
 from tiered.errors import DurableStoreError
@@ -25,7 +27,7 @@ LARGE = IMAGE + IMAGE  # three parts
 ALL = {
     *("PutObject", "GetObject", "HeadObject", "DeleteObjects", "ListObjectsV2"),
     *("CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "AbortMultipartUpload"),
-    *("ListMultipartUploads", "ListParts"),
+    *("UploadPartCopy", "ListMultipartUploads", "ListParts"),
 }
 
 pytestmark = pytest.mark.usefixtures("pauses")
@@ -58,14 +60,16 @@ def do_everything(store: S3Store, proxy: FaultProxy) -> None:
         send(store, IMAGE)
     send(store, IMAGE[:-1])  # of another size: what is there is compared, and aborted
     send(store, b"small", "small")
+    known = Earlier("image", (Run(0, 0, len(IMAGE) - 1),))
+    store.upload("copied", [[np.frombuffer(IMAGE[:-1], np.uint8)]], known)
     assert store.create("claim", b"mine")
     assert store.get("claim") == b"mine"
     assert store.read("small", 1, 2) == b"ma"
     store.read("small", 0, 0)
     store.check()
-    assert store.keys("") == ["claim", "image", "small"]
+    assert store.keys("") == ["claim", "copied", "image", "small"]
     assert store.uploads("") == []
-    store.delete(["claim", "small"])
+    store.delete(["claim", "copied", "small"])
     assert {request.operation for request in proxy.requests} == ALL
 
 
@@ -96,6 +100,9 @@ def test_the_expected_owner_goes_with_every_request(make: Make, proxy: FaultProx
     do_everything(make(expected_bucket_owner=OWNER), proxy)
     sent = headers(proxy, "x-amz-expected-bucket-owner")
     assert sent == {operation: {OWNER} for operation in ALL}
+    of_sources = headers(proxy, "x-amz-source-expected-bucket-owner")
+    assert of_sources.pop("UploadPartCopy") == {OWNER}
+    assert all(values == {None} for values in of_sources.values())
 
 
 def test_the_request_payer_goes_with_every_request(make: Make, proxy: FaultProxy) -> None:
@@ -161,6 +168,49 @@ def test_the_checksum_goes_with_every_body(make: Make, proxy: FaultProxy, checks
     send(store, IMAGE, "resumed")
     assert store.get("resumed") == IMAGE
     assert proxy.count("CreateMultipartUpload") == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "config", "is_signed"),
+    [
+        ({}, "", False),
+        ({}, "s3 =\n  payload_signing_enabled = true", True),
+        ({"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}, "", True),
+    ],
+)
+def test_a_shard_s_checksum_is_signed_and_its_bytes_where_one_wants_or_has_no_checksum(
+    make: Make,
+    proxy: FaultProxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    config: str,
+    is_signed: bool,
+) -> None:
+    (tmp_path / "config").write_text(f"[default]\n{config}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    store, signed = make(), []
+
+    def note(request: Any, **_: Any) -> None:
+        signed.append(str(request.headers["Authorization"]))
+
+    store.link.client().meta.events.register("before-send.s3.UploadPart", note)
+    send(store, IMAGE)
+    send(store, b"small", "small")
+    store.create("claim", b"mine")
+    hashes = {
+        r.target.rpartition("/")[2]: r.headers["x-amz-content-sha256"]
+        for r in proxy.requests
+        if r.operation in ("PutObject", "UploadPart")
+    }
+    claim = hashes.pop("claim")
+    assert claim == hashlib.sha256(b"mine").hexdigest()
+    assert all((value == "UNSIGNED-PAYLOAD") is not is_signed for value in hashes.values())
+    assert len(hashes) == 1 + PARTS
+    assert all(("x-amz-checksum-crc32" in line) is not bool(environment) for line in signed)
+    assert store.get("image") == IMAGE
 
 
 def test_a_store_without_checksums_is_used_with_botocores_own_switch(

@@ -24,12 +24,11 @@ from ray.train.v2._internal.execution.callback import (
 )
 
 from replication.errors import DeadlineError
-from replication.holder import NAMESPACE, holder_name
 from tiered import cluster
 from tiered.config import check_job_name
 from tiered.errors import ConfigError, DurableStoreError, StepNotFoundError
 from tiered.ray_train import run
-from tiered.ray_train.hung import HungWorkers, Watched
+from tiered.ray_train.hung import HungWorkers, Watched, silent_hosts
 from tiered.ray_train.pulse import read_pulse
 from tiered.ray_train.registration import give_checkpoint
 from tiered.ray_train.spares import Spares, add_hook, places
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HOLDERS_TIMEOUT_S = 45.0
-PING_TIMEOUT_S = 1.5
 HUNG_AFTER_S = 10.0
 RESOLVE_TIMEOUT_S = 5.0
 SPARES_AFTER_S = 30.0  # where nothing tells that the first step is done
@@ -248,7 +246,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
             return None
         if chosen and NODE_LABEL in chosen:
             return None
-        silent = _silent(self._nodes)
+        silent = silent_hosts(self._nodes)
         self._nodes = ()  # another failure without a start in between may have been our doing
         if not silent or not _have_room(silent, self._need, num_workers):
             return None
@@ -324,27 +322,6 @@ def describe(recovery: Recovery) -> str:
         f"failure {recovery.number}: training again{total} ({parts}), from step "
         f"{recovery.resumed_step}; {recovery.lost_steps} steps lost"
     )
-
-
-def _silent(node_ids: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of these hosts whose holder does not answer, or that Ray knows to be dead."""
-    calls: dict[Any, str] = {}
-    silent = set(node_ids)
-    for node_id in node_ids:
-        try:
-            holder = ray.get_actor(holder_name(node_id), NAMESPACE)
-        except ValueError:  # Ray's word for: no such actor
-            continue
-        calls[holder.hello.remote()] = node_id
-    if calls:
-        ray.wait(list(calls), num_returns=len(calls), timeout=PING_TIMEOUT_S)
-    for call, node_id in calls.items():
-        try:
-            ray.get(call, timeout=0)
-        except ray.exceptions.RayError:
-            continue
-        silent.discard(node_id)
-    return tuple(sorted(silent))
 
 
 def _have_room(silent: tuple[str, ...], need: dict[str, float], num_workers: int) -> bool:

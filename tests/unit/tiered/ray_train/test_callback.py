@@ -27,7 +27,7 @@ def scaling(selector: Any = None, need: dict[str, float] | None = None) -> Simpl
 def failed(monkeypatch: pytest.MonkeyPatch) -> Callback:
     """After the failure of a group on hosts a and b; b does not answer, c is spare."""
     monkeypatch.setattr(ray, "nodes", lambda: [node("a", 1), node("b", 1), node("c", 1)])
-    monkeypatch.setattr(callback, "_silent", lambda nodes: ("b",))
+    monkeypatch.setattr(callback, "silent_hosts", lambda nodes: ("b",))
     monkeypatch.setattr(callback, "read_pulse", lambda job: None)
     watching = Callback("job")
     watching._nodes = ("a", "b")
@@ -66,7 +66,7 @@ def test_no_host_is_left_out_without_room_on_the_others(failed: Callback) -> Non
 
 
 def test_a_first_start_asks_no_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callback, "_silent", lambda nodes: pytest.fail("asked"))
+    monkeypatch.setattr(callback, "silent_hosts", lambda nodes: pytest.fail("asked"))
     assert start(Callback("job"), scaling()) is None
 
 

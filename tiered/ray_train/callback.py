@@ -123,7 +123,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs; the controller keeps the rest to itself."""
-        own = dict.fromkeys(("_problem", "_last", "_watch", "_workers", "_spares"))
+        own = dict.fromkeys(("_problem", "_last", "_watch", "_workers"))
         return {**self.__dict__, **own}
 
     # -- the run, in the controller -------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What the callback decides by itself: which hosts are left out, and that it ends no run."""
 
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -168,6 +169,16 @@ def test_spares_are_asked_for_once_training_goes_on(
     pulse = Pulse("", failures=0, first_step_s=3.0)
     watching.after_worker_group_poll_status(group())
     assert topped_up == [{"CPU": 2.0}]
+
+
+def test_the_driver_s_settings_reach_the_controller() -> None:
+    def sent(watching: Callback) -> Callback:
+        return pickle.loads(pickle.dumps(watching))  # type: ignore[no-any-return]  # noqa: S301
+
+    watching = sent(Callback("job", warm_spares=["numpy"]))
+    assert watching._spares is not None
+    assert watching._modules == ("numpy",)
+    assert sent(Callback("job", warm_spares=False))._spares is None
 
 
 def test_a_script_that_tells_no_steps_gets_its_spares_later_and_its_losses_are_not_known(

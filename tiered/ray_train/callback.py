@@ -69,9 +69,9 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
     """Makes a Ray Train run and the checkpoints in its hosts' memory know of each other.
 
     Starts the holders before the first attempt. Ends workers on hosts that hang, of which Ray would
-    learn after 65 s. After a failure it keeps the new workers away from
-    hosts that do not answer, which Ray itself would find out 3 to 65 s later. Measures each
-    recovery; `tiered.ray_train.read_summary(result)` returns them. Has each worker's
+    learn after 65 s. After a failure it ends what is left of the old group, keeps the new one away
+    from hosts that do not answer, and has processes for it that have imported torch already.
+    Measures each recovery; `tiered.ray_train.read_summary(result)` returns them. Has each worker's
     `Checkpointer` register the steps on S3, so that `Result.checkpoint` is one of them. And has
     `ray.train.get_checkpoint()` give the newest consistent step, also where that is in memory only.
     """
@@ -82,6 +82,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         *,
         avoid_silent_hosts: bool = True,
         hung_after_s: float | None = HUNG_AFTER_S,
+        end_at_once: bool = True,
         warm_spares: bool | Sequence[str] = True,
     ) -> None:
         """Make one for one run.
@@ -92,12 +93,16 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
                 for each worker apart, and the other hosts have room for all of them.
             hung_after_s: End a worker that has not answered for so long, if its host's holder has
                 not either; None: never. A host that only stood still for longer costs a recovery.
+            end_at_once: After a failure, end the workers that are left; Ray Train would give them
+                up to 35 s to leave their process group and shut down.
             warm_spares: Keep processes ready that have imported torch and these modules, for the
                 next group. Each takes the memory that importing takes, some 0.4 GB.
 
         Raises:
-            ConfigError: `hung_after_s` is not a number of seconds above 0.
+            ConfigError: `hung_after_s` is not a number of seconds above 0, or `warm_spares` is text.
         """
+        if isinstance(warm_spares, str):
+            raise ConfigError(f"{warm_spares=} must be a list of modules: [{warm_spares!r}]")
         if hung_after_s is not None and not 0 < hung_after_s < math.inf:
             raise ConfigError(f"{hung_after_s=} must be a finite number above 0, or None")
         self._job = "" if job is None else check_job_name(job)
@@ -116,6 +121,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         self._hung: dict[int, str] = {}
         self._workers: list[Any] | None = None
         self._is_broken = False
+        self._ends_at_once = end_at_once
         self._need: dict[str, float] = {}
         self._started_s = 0.0
         self._modules = () if isinstance(warm_spares, bool) else tuple(warm_spares)
@@ -212,12 +218,8 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
 
     @contextlib.contextmanager
     def on_worker_group_shutdown(self) -> Iterator[None]:
-        """After a failure, end the other workers at once: what they wait for does not come.
-
-        Ray Train would have them leave torch's process group first, for 30 s at most, then shut
-        down, for 5 s.
-        """
-        if self._is_broken:
+        """After a failure, end the other workers at once: what they wait for does not come."""
+        if self._is_broken and self._ends_at_once:
             self._end_workers()
         yield
 

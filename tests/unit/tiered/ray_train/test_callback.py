@@ -204,3 +204,8 @@ def test_a_script_that_tells_no_steps_gets_its_spares_later_and_its_losses_are_n
 def test_a_time_that_makes_no_sense_is_refused(after_s: float) -> None:
     with pytest.raises(ConfigError, match="hung_after_s"):
         Callback("job", hung_after_s=after_s)
+
+
+def test_a_module_alone_is_no_list_of_modules() -> None:
+    with pytest.raises(ConfigError, match=r"\['transformers'\]"):
+        Callback("job", warm_spares="transformers")

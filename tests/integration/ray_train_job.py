@@ -297,6 +297,10 @@ class Run:
     def go(self) -> None:
         (self.folder / "go").touch()
 
+    def steps_run_again(self, rank: int = 0) -> int:
+        """Counted from outside, by what a rank wrote down after each step."""
+        return len(lines(self.folder / f"steps-{rank}")) - self.settings.steps
+
     def assert_exact(self, ranks: int = RANKS, want: torch.Tensor | None = None) -> None:
         want = expected(ranks, self.settings.steps) if want is None else want
         for rank in range(ranks):

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 HOLDERS_TIMEOUT_S = 45.0
 HUNG_AFTER_S = 10.0
 RESOLVE_TIMEOUT_S = 5.0
+STEPS_TIMEOUT_S = 0.25
 SPARES_AFTER_S = 30.0  # where nothing tells that the first step is done
 NODE_LABEL = "ray.io/node-id"
 CAUSE_LENGTH = 200
@@ -99,7 +100,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
                 next group. Each takes the memory that importing takes, some 0.4 GB.
 
         Raises:
-            ConfigError: `hung_after_s` is not a number of seconds above 0, or `warm_spares` is text.
+            ConfigError: `hung_after_s` is no number of seconds above 0, or `warm_spares` is text.
         """
         if isinstance(warm_spares, str):
             raise ConfigError(f"{warm_spares=} must be a list of modules: [{warm_spares!r}]")
@@ -111,6 +112,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         self._timeline = Timeline()
         self._problem: tuple[str, tuple[int, ...]] | None = None
         self._last: Pulse | None = None
+        self._last_step = -1  # `_last`'s, in a worker
         self._nodes: tuple[str, ...] = ()
         self._is_after_failure = False
         self._newest: Version | None = None
@@ -130,7 +132,8 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs; the controller keeps the rest to itself."""
         own = dict.fromkeys(("_problem", "_last", "_watch", "_workers"))
-        return {**self.__dict__, **own}
+        last_step = -1 if self._last is None else self._last.step
+        return {**self.__dict__, **own, "_last_step": last_step}
 
     # -- the run, in the controller -------------------------------------------------------------
 
@@ -200,6 +203,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         """A failure was seen: what was the last that was heard of the run?"""
         now_s = time.time()
         self._listen()
+        self._ask_for_steps()
         cause, ranks = self._problem or ("the workers did not start", ())
         self._problem, self._is_running, self._watch = None, False, None
         self._timeline.failed(cause, ranks, now_s, self._last)
@@ -214,6 +218,8 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         """A group is about to start; if one runs, it is replaced by one of another size."""
         if self._is_running:
             self._resizes += 1
+            self._listen()
+            self._ask_for_steps()
             logger.warning("[%s] going on with %d workers", self._job, resize_decision.num_workers)
 
     @contextlib.contextmanager
@@ -297,15 +303,35 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
     @_harmless
     def after_init_train_context(self) -> None:
         """In each worker: tell it of which run it is, after how many failures, and the step."""
-        run.introduce(self._run_id, len(self._timeline.recoveries))
+        run.introduce(self._run_id, len(self._timeline.recoveries), self._last_step)
         if self._newest is not None:
             give_checkpoint(self._job, self._newest)
+
+    @_harmless
+    def _ask_for_steps(self) -> None:
+        """Ask the workers that live for their newest step: a pulse may be older.
+
+        One answer is enough: in a group that trains together no rank is far behind another.
+        """
+        calls = [actor.execute.remote(run.newest_step) for actor in self._workers or ()]
+        deadline_s = time.monotonic() + STEPS_TIMEOUT_S
+        while calls and (left_s := deadline_s - time.monotonic()) > 0:
+            answered, calls = ray.wait(calls, num_returns=1, timeout=left_s)
+            try:
+                found = ray.get(answered[0]) if answered else None
+            except ray.exceptions.RayError:  # it is a dead worker's
+                continue
+            if found is not None and self._last is not None:
+                self._last = self._last.not_before(*found)
+                return
 
     def _listen(self) -> None:
         """Take the newest pulse in."""
         pulse = read_pulse(self._job)
         if pulse is None or pulse.run_id != self._run_id:
             return
+        if (last := self._last) is not None and last.life == pulse.life:
+            pulse = pulse.not_before(last.step, last.step_s)
         self._last = pulse
         was_recovering = self._timeline.is_recovering
         self._timeline.heard(pulse)

@@ -114,11 +114,11 @@ def test_a_hung_worker_is_ended_and_named_as_the_cause(monkeypatch: pytest.Monke
     assert watching._watch is None
 
 
-def started(watching: Callback, *hosts: str) -> list[str]:
-    """A group of one worker on each of these hosts; returns the names of their actors."""
+def started(watching: Callback, *hosts: str) -> list[Any]:
+    """A group of one worker on each of these hosts; returns their actors."""
     workers = [
         SimpleNamespace(
-            actor=f"actor-{host}",
+            actor=SimpleNamespace(execute=SimpleNamespace(remote=lambda function, h=host: h)),
             metadata=SimpleNamespace(node_id=host),
             distributed_context=SimpleNamespace(world_rank=rank),
         )
@@ -137,6 +137,8 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(ray, "kill", lambda actor, no_restart: ended.append(actor))
     monkeypatch.setattr(callback, "read_pulse", lambda job: None)
     monkeypatch.setattr(callback.HungWorkers, "of", lambda workers: None)
+    monkeypatch.setattr(ray, "wait", lambda calls, num_returns, timeout: (calls[:1], calls[1:]))
+    monkeypatch.setattr(ray, "get", lambda call: None)
     return ended
 
 
@@ -169,6 +171,28 @@ def test_spares_are_asked_for_once_training_goes_on(
     pulse = Pulse("", failures=0, first_step_s=3.0)
     watching.after_worker_group_poll_status(group())
     assert topped_up == [{"CPU": 2.0}]
+
+
+def test_the_last_step_is_asked_for_where_the_pulse_is_older(
+    killed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(call: str) -> tuple[int, float]:
+        if call == "a":
+            raise ray.exceptions.RayActorError
+        return 31, 12.0
+
+    watching = Callback("job")
+    started(watching, "a", "b")
+    monkeypatch.setattr(ray, "get", answer)
+    pulse = Pulse("", step=27, step_s=10.0, first_step_s=1.0)
+    monkeypatch.setattr(callback, "read_pulse", lambda job: pulse)
+    watching.before_controller_execute_failure_decision(None)
+    assert watching._timeline.recoveries[0].last_step == 31
+    watching._listen()  # the same pulse again
+    assert watching.__getstate__()["_last_step"] == 31, "the next life hears of it"
+    pulse = Pulse("", failures=1, step=25, resumed_step=25)
+    watching._listen()
+    assert watching.__getstate__()["_last_step"] == 25
 
 
 def test_the_driver_s_settings_reach_the_controller() -> None:

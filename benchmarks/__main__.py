@@ -163,6 +163,7 @@ def recovery(
     killed: Annotated[int, typer.Option(min=1, help="How often a host is killed.")] = 2,
     hung: Annotated[int, typer.Option(min=0, help="How often one hangs: 75 s by default.")] = 1,
     minutes: Annotated[float, typer.Option(help="After that, nothing more is begun.")] = 8.0,
+    only: Annotated[str, typer.Option(help="Settings whose names begin so.")] = "",
     out: Out = Path("bench_out"),
 ) -> None:
     """Measure the time from a lost host to training again, with Ray's defaults and the profile."""
@@ -174,7 +175,7 @@ def recovery(
         found: list[recoveries.Sample | recoveries.Failed] = []
         facts = machine.describe()
         repeat: dict[recoveries.Fault, int] = {"killed": killed, "hung": hung}
-        for one in recoveries.measure(repeat, 60 * minutes, console.print):
+        for one in recoveries.measure(repeat, 60 * minutes, console.print, only):
             found.append(one)
             record = recoveries.as_record(found, {**facts, "load_after": machine.load()})
             file.write_text(json.dumps(record, indent=1) + "\n")

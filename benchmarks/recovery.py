@@ -1,8 +1,9 @@
 """From the loss of a host to training again: the split, with Ray's defaults and with our profile.
 
 A real `TorchTrainer` of two workers on three hosts. A host of one of them is killed (SIGKILL of all
-its processes) or hung (SIGSTOP). The clock from outside goes from the signal to the first step that
-rank 0 does afterwards; the split is the callback's own.
+its processes) or hung (SIGSTOP), once the warm spares have imported what they import. The clock
+from outside goes from the signal to the first step that rank 0 does afterwards; the split is the
+callback's own.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+import psutil
 import ray
 import ray.train
 import torch
@@ -29,12 +31,14 @@ import tiered
 from chaos.local_cluster import LocalCluster
 from tiered.ray_train import fast_recovery, read_summary
 from tiered.ray_train.profile import HEAD
+from tiered.ray_train.spares import MODULES
 from tiered.ray_train.timeline import PARTS
 
 Fault = Literal["killed", "hung"]
 
 WORKERS, HOSTS, WIDTH = 2, 3, 1000  # a state of 12 MB: weights and two moments
 STRIKE_AT = 25
+IDLE_S = 1.0
 LIMIT_S = 240.0
 MIB = 1 << 20
 
@@ -51,7 +55,9 @@ class Setup:
         """One that measures, and does more or not."""
         if self.acts:
             return tiered.ray_train.Callback()
-        return tiered.ray_train.Callback(avoid_silent_hosts=False, hung_after_s=None)
+        return tiered.ray_train.Callback(
+            avoid_silent_hosts=False, hung_after_s=None, end_at_once=False, warm_spares=False
+        )
 
 
 SETUPS = (
@@ -118,21 +124,22 @@ def train(config: dict[str, Any]) -> None:
 
 
 def measure(
-    repeat: Mapping[Fault, int], limit_s: float, say: Callable[[str], None]
+    repeat: Mapping[Fault, int], limit_s: float, say: Callable[[str], None], only: str = ""
 ) -> Iterator[Sample | Failed]:
-    """All setups, each on a cluster of its own, each fault as often as asked for, in turn.
+    """Setups, each on a cluster of its own, each fault as often as asked for, in turn.
 
     Args:
         repeat: How often each fault strikes.
         limit_s: After that nothing more is begun.
         say: Told what goes on.
+        only: Those whose names begin so.
 
     Yields:
         A sample for each recovery, or what went wrong; then the setup's next fault strikes in a new
         cluster.
     """
     began_s = time.monotonic()
-    for setup in SETUPS:
+    for setup in (setup for setup in SETUPS if setup.name.startswith(only)):
         left = [(fault, n) for n in range(max(repeat.values())) for fault in repeat]
         left = [(fault, n) for fault, n in left if n < repeat[fault]]
         while left:
@@ -180,6 +187,9 @@ def _recover(cluster: LocalCluster, setup: Setup, fault: Fault, name: str) -> Sa
         fit.start()
         _wait(lambda: _newest(folder)[1] >= STRIKE_AT, is_over)
         victim = (folder / "host-1").read_text()
+        if setup.acts:
+            idle = Idleness(cluster, {(folder / f"host-{rank}").read_text() for rank in range(2)})
+            _wait(idle.lasts, is_over)
         struck_s = time.time()
         if fault == "killed":
             cluster.kill_host(victim)
@@ -203,6 +213,35 @@ def _recover(cluster: LocalCluster, setup: Setup, fault: Fault, name: str) -> Sa
         recovery.resumed_step,
         {part: round(seconds, 2) for part, seconds in recovery.parts.items()},
     )
+
+
+class Idleness:
+    """Whether all spares of a cluster are there, and have done nothing for a while."""
+
+    def __init__(self, cluster: LocalCluster, used: set[str]) -> None:
+        self._cluster, self._used = cluster, used
+        self._busy_s, self._since_s = -1.0, time.monotonic()
+
+    def lasts(self) -> bool:
+        """Whether that is so."""
+        busy_s, now_s = 0.0, time.monotonic()
+        for host in self._cluster.hosts:
+            spares = _spares(self._cluster.host_processes(host))
+            if len(spares) < (2 if host in self._used else 1):  # a worker was started as one, too
+                return False
+            busy_s += sum(sum(s.cpu_times()[:2]) for s in spares if "IDLE" in s.name())
+        if busy_s != self._busy_s:
+            self._busy_s, self._since_s = busy_s, now_s
+        return now_s - self._since_s > IDLE_S
+
+
+def _spares(processes: list[psutil.Process]) -> list[psutil.Process]:
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if MODULES in process.environ():
+                found.append(process)
+    return found
 
 
 def _steps(folder: Path) -> list[tuple[int, float, int]]:

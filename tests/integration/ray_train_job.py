@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import ray
 import ray.train
 import torch
@@ -26,6 +28,7 @@ from safetensors.torch import load_file
 import tiered
 from tiered.ray_train import open_checkpoint
 from tiered.ray_train.run import facts
+from tiered.ray_train.spares import MODULES
 
 RANKS = 2
 SIZE = 20_000
@@ -143,6 +146,7 @@ def train(config: dict[str, Any]) -> None:
     with tiered.Checkpointer(memory=memory, s3=settings.s3) as ckpt:
         start = ckpt.restore(state)
         note(folder / "lives", f"{life} {rank} {start} {node_id}")
+        note(folder / "processes", f"{life} {os.getpid()}")
         for step in range(start, settings.steps):
             for fault in faults:
                 if fault.where == "step" and fault.step == step:
@@ -157,6 +161,35 @@ def train(config: dict[str, Any]) -> None:
                 wait_for(lambda: (folder / "go").exists())
         ckpt.wait()
     torch.save(work.total, folder / f"final-{rank}.pt")
+
+
+def train_plainly(config: dict[str, Any]) -> None:
+    """A train function that knows nothing of Tiered: it reports checkpoints, and gets them back."""
+    settings: JobSettings = config["settings"]
+    rank, folder = dist.get_rank(), Path(settings.folder)
+    draws, total, start = Draws(rank), torch.zeros(SIZE), 0
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as place:
+            saved = torch.load(f"{place}/rank-{rank}.pt")
+        total, start = saved["total"], saved["step"] + 1
+        draws.load_state_dict(saved["draws"])
+    note(folder / "lives", f"{0 if checkpoint is None else 1} {rank} {start} -")
+    for step in range(start, settings.steps):
+        for fault in settings.faults:
+            if checkpoint is None and (fault.rank, fault.step) == (rank, step):
+                fault.strike()
+        drawn = draws.next()
+        dist.all_reduce(drawn)
+        total = total * 0.999 + drawn
+        if step % settings.every == 0:
+            with tempfile.TemporaryDirectory() as place:
+                saved = {"total": total, "step": step, "draws": draws.state_dict()}
+                torch.save(saved, f"{place}/rank-{rank}.pt")
+                ray.train.report(
+                    {"step": step}, checkpoint=ray.train.Checkpoint.from_directory(place)
+                )
+    torch.save(total, folder / f"final-{rank}.pt")
 
 
 def given() -> str:
@@ -201,13 +234,14 @@ class Run:
         max_failures: int = 5,
         keep: int | None = None,
         resize_s: float = 60.0,
+        function: Callable[[dict[str, Any]], None] = train,
     ) -> None:
         self.folder = Path(settings.folder)
         self.settings = settings
         self.result: ray.train.Result | None = None
         self.error: BaseException | None = None
         self._trainer = TorchTrainer(
-            train,
+            function,
             train_loop_config={"settings": settings},
             torch_config=TorchConfig(backend="gloo"),
             scaling_config=ScalingConfig(
@@ -244,6 +278,10 @@ class Run:
         """Life, rank, first step and host of each start of the train function that restored."""
         return [(int(a), int(b), int(c), d) for a, b, c, d in lines(self.folder / "lives")]
 
+    def processes(self, life: int) -> set[int]:
+        """The process ids of a life's workers."""
+        return {int(b) for a, b in lines(self.folder / "processes") if int(a) == life}
+
     def host_of(self, rank: int, life: int = 0) -> str:
         return next(host for a, b, _, host in self.lives() if (a, b) == (life, rank))
 
@@ -259,11 +297,25 @@ class Run:
     def go(self) -> None:
         (self.folder / "go").touch()
 
+    def steps_run_again(self, rank: int = 0) -> int:
+        """Counted from outside, by what a rank wrote down after each step."""
+        return len(lines(self.folder / f"steps-{rank}")) - self.settings.steps
+
     def assert_exact(self, ranks: int = RANKS, want: torch.Tensor | None = None) -> None:
         want = expected(ranks, self.settings.steps) if want is None else want
         for rank in range(ranks):
             have = torch.load(self.folder / f"final-{rank}.pt")
             assert torch.equal(have, want), f"rank {rank} is off by {(have - want).abs().max()}"
+
+
+def spares(processes: list[Any]) -> set[int]:
+    """The ids of those of these processes that wait to become workers, or are some."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if MODULES in process.environ():
+                found.add(process.pid)
+    return found
 
 
 @contextlib.contextmanager

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import tiered
 from chaos.local_cluster import LocalCluster
-from tests.integration.ray_train_job import Fault, JobSettings, Run, expected, lines
+from tests.integration.ray_train_job import Fault, JobSettings, Run, expected, lines, spares
 from tiered.ray_train import open_checkpoint, read_summary
 
 pytestmark = [
@@ -40,6 +42,13 @@ def test_a_killed_host_costs_a_few_steps_and_the_result_has_checkpoints_on_s3(
     run.wait_for(lambda: run.has_stepped(0, 18))
     run.wait_for(lambda: tiered.status(name).committed[-1:] == (16,))
     victim = run.host_of(1)
+    others = [host for host in cluster.hosts if host != victim]
+
+    def waiting() -> list[set[int]]:
+        return [spares(cluster.host_processes(host)) - run.processes(0) for host in others]
+
+    run.wait_for(lambda: all(waiting()))
+    warm = set().union(*waiting())
     cluster.kill_host(victim)
     run.go()
     try:
@@ -52,6 +61,7 @@ def test_a_killed_host_costs_a_few_steps_and_the_result_has_checkpoints_on_s3(
     shown = {(life, what[0]): float(what[1]) for life, _, *what in lines(tmp_path / "given")}
     assert shown == {("0", "none"): 0.0, ("1", "16"): float(expected(2, 17).sum())}, "from RAM"
     assert victim not in {host for life, _, _, host in run.lives() if life > 0}
+    assert run.processes(1) <= warm, "workers in processes that had imported torch before"
     summary = read_summary(result)
     assert str(summary) == "failures: 1, lost steps: 2"
     (recovery,) = summary.recoveries
@@ -61,8 +71,15 @@ def test_a_killed_host_costs_a_few_steps_and_the_result_has_checkpoints_on_s3(
     assert result.metrics is not None
     assert (result.metrics["step"], result.metrics["failures"]) == (24, 1)
     assert [metrics["step"] for _, metrics in result.best_checkpoints] == [16, 24]
-    with result.checkpoint.as_directory() as folder:
-        assert len(list(Path(folder).glob("*.safetensors"))) == 2
+    for checkpoint, metrics in result.best_checkpoints:
+        folder = Path(checkpoint.to_directory(tmp_path / f"at-{metrics['step']}"))
+        for rank in range(2):
+            (total,) = (
+                tensor
+                for name, tensor in load_file(folder / f"rank-{rank:05d}.safetensors").items()
+                if "total" in name
+            )
+            assert torch.equal(total, expected(2, metrics["step"] + 1))
     assert open_checkpoint(result.checkpoint).step == 24
 
 

@@ -22,6 +22,7 @@ from tests.integration.ray_train_job import (
     expected_in_parts,
     hung,
     lines,
+    train_plainly,
 )
 from tests.integration.test_ray_train import name, quick
 from tiered.ray_train import read_summary
@@ -65,6 +66,20 @@ def test_one_worker_fails(whole: LocalCluster, name: str, tmp_path: Path, fault:
     assert summary.failures == 1
     assert 0 <= summary.lost_steps <= 8
     assert summary.recoveries[0].total_s is not None
+
+
+def test_a_script_that_knows_nothing_of_tiered_runs_as_without_it(
+    whole: LocalCluster, name: str, tmp_path: Path
+) -> None:
+    settings = JobSettings(str(tmp_path), faults=(Fault(0, 1, "kill", step=10),))
+    run = Run(name, settings, str(tmp_path / "storage"), function=train_plainly)
+    result = run.finish()
+    run.assert_exact()
+    assert str(read_summary(result)) == "failures: 1, lost steps: not known"
+    starts = [start for life, _, start, _ in run.lives() if life == 1]
+    assert starts in ([9, 9], [5, 5]), "from the last report that Ray Train had taken"
+    assert result.metrics is not None
+    assert result.metrics["step"] == 16
 
 
 @pytest.mark.parametrize("rank", [0, 1])

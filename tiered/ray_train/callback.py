@@ -24,12 +24,11 @@ from ray.train.v2._internal.execution.callback import (
 )
 
 from replication.errors import DeadlineError
-from replication.holder import NAMESPACE, holder_name
 from tiered import cluster
 from tiered.config import check_job_name
 from tiered.errors import ConfigError, DurableStoreError, StepNotFoundError
 from tiered.ray_train import run
-from tiered.ray_train.hung import HungWorkers, Watched
+from tiered.ray_train.hung import HungWorkers, Watched, silent_hosts
 from tiered.ray_train.pulse import read_pulse
 from tiered.ray_train.registration import give_checkpoint
 from tiered.ray_train.spares import Spares, add_hook, places
@@ -42,9 +41,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HOLDERS_TIMEOUT_S = 45.0
-PING_TIMEOUT_S = 1.5
 HUNG_AFTER_S = 10.0
 RESOLVE_TIMEOUT_S = 5.0
+STEPS_TIMEOUT_S = 0.25
 SPARES_AFTER_S = 30.0  # where nothing tells that the first step is done
 NODE_LABEL = "ray.io/node-id"
 CAUSE_LENGTH = 200
@@ -71,9 +70,9 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
     """Makes a Ray Train run and the checkpoints in its hosts' memory know of each other.
 
     Starts the holders before the first attempt. Ends workers on hosts that hang, of which Ray would
-    learn after 65 s. After a failure it keeps the new workers away from
-    hosts that do not answer, which Ray itself would find out 3 to 65 s later. Measures each
-    recovery; `tiered.ray_train.read_summary(result)` returns them. Has each worker's
+    learn after 65 s. After a failure it ends what is left of the old group, keeps the new one away
+    from hosts that do not answer, and has processes for it that have imported torch already.
+    Measures each recovery; `tiered.ray_train.read_summary(result)` returns them. Has each worker's
     `Checkpointer` register the steps on S3, so that `Result.checkpoint` is one of them. And has
     `ray.train.get_checkpoint()` give the newest consistent step, also where that is in memory only.
     """
@@ -84,6 +83,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         *,
         avoid_silent_hosts: bool = True,
         hung_after_s: float | None = HUNG_AFTER_S,
+        end_at_once: bool = True,
         warm_spares: bool | Sequence[str] = True,
     ) -> None:
         """Make one for one run.
@@ -94,12 +94,16 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
                 for each worker apart, and the other hosts have room for all of them.
             hung_after_s: End a worker that has not answered for so long, if its host's holder has
                 not either; None: never. A host that only stood still for longer costs a recovery.
+            end_at_once: After a failure, end the workers that are left; Ray Train would give them
+                up to 35 s to leave their process group and shut down.
             warm_spares: Keep processes ready that have imported torch and these modules, for the
                 next group. Each takes the memory that importing takes, some 0.4 GB.
 
         Raises:
-            ConfigError: `hung_after_s` is not a number of seconds above 0.
+            ConfigError: `hung_after_s` is no number of seconds above 0, or `warm_spares` is text.
         """
+        if isinstance(warm_spares, str):
+            raise ConfigError(f"{warm_spares=} must be a list of modules: [{warm_spares!r}]")
         if hung_after_s is not None and not 0 < hung_after_s < math.inf:
             raise ConfigError(f"{hung_after_s=} must be a finite number above 0, or None")
         self._job = "" if job is None else check_job_name(job)
@@ -108,6 +112,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         self._timeline = Timeline()
         self._problem: tuple[str, tuple[int, ...]] | None = None
         self._last: Pulse | None = None
+        self._last_step = -1  # `_last`'s, in a worker
         self._nodes: tuple[str, ...] = ()
         self._is_after_failure = False
         self._newest: Version | None = None
@@ -118,6 +123,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         self._hung: dict[int, str] = {}
         self._workers: list[Any] | None = None
         self._is_broken = False
+        self._ends_at_once = end_at_once
         self._need: dict[str, float] = {}
         self._started_s = 0.0
         self._modules = () if isinstance(warm_spares, bool) else tuple(warm_spares)
@@ -125,8 +131,9 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs; the controller keeps the rest to itself."""
-        own = dict.fromkeys(("_problem", "_last", "_watch", "_workers", "_spares"))
-        return {**self.__dict__, **own}
+        own = dict.fromkeys(("_problem", "_last", "_watch", "_workers"))
+        last_step = -1 if self._last is None else self._last.step
+        return {**self.__dict__, **own, "_last_step": last_step}
 
     # -- the run, in the controller -------------------------------------------------------------
 
@@ -196,6 +203,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         """A failure was seen: what was the last that was heard of the run?"""
         now_s = time.time()
         self._listen()
+        self._ask_for_steps()
         cause, ranks = self._problem or ("the workers did not start", ())
         self._problem, self._is_running, self._watch = None, False, None
         self._timeline.failed(cause, ranks, now_s, self._last)
@@ -210,16 +218,14 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
         """A group is about to start; if one runs, it is replaced by one of another size."""
         if self._is_running:
             self._resizes += 1
+            self._listen()
+            self._ask_for_steps()
             logger.warning("[%s] going on with %d workers", self._job, resize_decision.num_workers)
 
     @contextlib.contextmanager
     def on_worker_group_shutdown(self) -> Iterator[None]:
-        """After a failure, end the other workers at once: what they wait for does not come.
-
-        Ray Train would have them leave torch's process group first, for 30 s at most, then shut
-        down, for 5 s.
-        """
-        if self._is_broken:
+        """After a failure, end the other workers at once: what they wait for does not come."""
+        if self._is_broken and self._ends_at_once:
             self._end_workers()
         yield
 
@@ -248,7 +254,7 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
             return None
         if chosen and NODE_LABEL in chosen:
             return None
-        silent = _silent(self._nodes)
+        silent = silent_hosts(self._nodes)
         self._nodes = ()  # another failure without a start in between may have been our doing
         if not silent or not _have_room(silent, self._need, num_workers):
             return None
@@ -297,15 +303,35 @@ class Callback(ControllerCallback, WorkerGroupCallback, WorkerCallback):
     @_harmless
     def after_init_train_context(self) -> None:
         """In each worker: tell it of which run it is, after how many failures, and the step."""
-        run.introduce(self._run_id, len(self._timeline.recoveries))
+        run.introduce(self._run_id, len(self._timeline.recoveries), self._last_step)
         if self._newest is not None:
             give_checkpoint(self._job, self._newest)
+
+    @_harmless
+    def _ask_for_steps(self) -> None:
+        """Ask the workers that live for their newest step: a pulse may be older.
+
+        One answer is enough: in a group that trains together no rank is far behind another.
+        """
+        calls = [actor.execute.remote(run.newest_step) for actor in self._workers or ()]
+        deadline_s = time.monotonic() + STEPS_TIMEOUT_S
+        while calls and (left_s := deadline_s - time.monotonic()) > 0:
+            answered, calls = ray.wait(calls, num_returns=1, timeout=left_s)
+            try:
+                found = ray.get(answered[0]) if answered else None
+            except ray.exceptions.RayError:  # it is a dead worker's
+                continue
+            if found is not None and self._last is not None:
+                self._last = self._last.not_before(*found)
+                return
 
     def _listen(self) -> None:
         """Take the newest pulse in."""
         pulse = read_pulse(self._job)
         if pulse is None or pulse.run_id != self._run_id:
             return
+        if (last := self._last) is not None and last.life == pulse.life:
+            pulse = pulse.not_before(last.step, last.step_s)
         self._last = pulse
         was_recovering = self._timeline.is_recovering
         self._timeline.heard(pulse)
@@ -324,27 +350,6 @@ def describe(recovery: Recovery) -> str:
         f"failure {recovery.number}: training again{total} ({parts}), from step "
         f"{recovery.resumed_step}; {recovery.lost_steps} steps lost"
     )
-
-
-def _silent(node_ids: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of these hosts whose holder does not answer, or that Ray knows to be dead."""
-    calls: dict[Any, str] = {}
-    silent = set(node_ids)
-    for node_id in node_ids:
-        try:
-            holder = ray.get_actor(holder_name(node_id), NAMESPACE)
-        except ValueError:  # Ray's word for: no such actor
-            continue
-        calls[holder.hello.remote()] = node_id
-    if calls:
-        ray.wait(list(calls), num_returns=len(calls), timeout=PING_TIMEOUT_S)
-    for call, node_id in calls.items():
-        try:
-            ray.get(call, timeout=0)
-        except ray.exceptions.RayError:
-            continue
-        silent.discard(node_id)
-    return tuple(sorted(silent))
 
 
 def _have_room(silent: tuple[str, ...], need: dict[str, float], num_workers: int) -> bool:

@@ -1,4 +1,4 @@
-"""Workers on hosts that hang: found sooner than Ray declares such a host dead.
+"""Hosts that do not answer, and workers on them: found sooner than Ray declares a host dead.
 
 A host that hangs, or is cut off, is dead to Ray after 65 s at its defaults (five health checks of
 13 s), and all that time the other workers wait in a collective. Here a worker counts as hung when
@@ -7,13 +7,77 @@ does nothing that takes long. A worker that is busy in one call does not answer 
 holder does.
 """
 
+import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from replication.holder import NAMESPACE, holder_name
+
+PING_TIMEOUT_S = 1.5
+ANSWERS_WITHIN_S = 0.2  # a host that is well
+PROBES = 32
+
+
+def silent_hosts(node_ids: Sequence[str]) -> tuple[str, ...]:
+    """Those of these hosts that Ray knows to be dead, or whose holder does not answer.
+
+    A host whose processes are gone refuses connections, and is not waited for; one that hangs, or
+    that packets do not reach, gets `PING_TIMEOUT_S`.
+    """
+    deadline_s = time.monotonic() + PING_TIMEOUT_S
+    holders: dict[Any, str] = {}
+    for node_id in node_ids:
+        try:
+            holder = ray.get_actor(holder_name(node_id), NAMESPACE)
+        except ValueError:  # Ray's word for: no such actor
+            continue
+        holders[holder.hello.remote()] = node_id
+    if not holders:
+        return tuple(sorted(node_ids))
+    _, open_ = ray.wait(list(holders), num_returns=len(holders), timeout=ANSWERS_WITHIN_S)
+    if open_ and (hopeful := _accepting({holders[call] for call in open_}, deadline_s)):
+        calls = [call for call in open_ if holders[call] in hopeful]
+        left_s = max(0.0, deadline_s - time.monotonic())
+        ray.wait(calls, num_returns=len(calls), timeout=left_s)
+    well = {node_id for call, node_id in holders.items() if _has_answered(call)}
+    return tuple(sorted(set(node_ids) - well))
+
+
+def _accepting(node_ids: set[str], deadline_s: float) -> set[str]:
+    """Those whose raylet takes a connection until then; the system does that for one that hangs."""
+    places = {
+        node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"])
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["NodeID"] in node_ids and node["Alive"]
+    }
+
+    def accepts(node_id: str) -> bool:
+        try:
+            timeout_s = max(0.01, deadline_s - time.monotonic())
+            socket.create_connection(places[node_id], timeout=timeout_s).close()
+        except OSError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(PROBES) as pool:
+        return {
+            node_id
+            for node_id, is_so in zip(places, pool.map(accepts, places), strict=True)
+            if is_so
+        }
+
+
+def _has_answered(call: Any) -> bool:
+    try:
+        ray.get(call, timeout=0)
+    except ray.exceptions.RayError:
+        return False
+    return True
 
 
 class Contact:

@@ -52,6 +52,7 @@ class RunPart:
 
     def stepped(self, step: int, metrics: Mapping[str, float], is_due_for_s3: bool) -> None:
         """A step was run; at one that is due for S3 a collective: older ones are registered."""
+        run.note_step(step)
         if self._life is not None:
             self._life.stepped(step)
         if self._registrar is None:

@@ -29,6 +29,7 @@ class RunFacts:
         process_started_s: When this process was started.
         ready_s: When it knew its rank: imports are done.
         runtime_env: Of this process, as Ray compares it.
+        last_step: The newest that the controller knows to have been run in lives before; or -1.
     """
 
     run_id: str
@@ -36,21 +37,35 @@ class RunFacts:
     process_started_s: float
     ready_s: float
     runtime_env: str = ""
+    last_step: int = -1
 
 
 _facts: RunFacts | None = None
+_newest: tuple[int, float] | None = None
 
 
-def introduce(run_id: str, failures: int) -> None:
+def introduce(run_id: str, failures: int, last_step: int = -1) -> None:
     """Note what the callback tells this worker, before the train function is called."""
     global _facts
     runtime_env: str = ray.get_runtime_context().get_runtime_env_string()  # type: ignore[no-untyped-call]
-    _facts = RunFacts(run_id, failures, _process_started_s(), time.time(), runtime_env)
+    now_s = time.time()
+    _facts = RunFacts(run_id, failures, _process_started_s(), now_s, runtime_env, last_step)
 
 
 def facts() -> RunFacts | None:
     """What the callback has told; None when the run has no callback of ours."""
     return _facts
+
+
+def note_step(step: int) -> None:
+    """This rank has run a step."""
+    global _newest
+    _newest = (step, time.time())
+
+
+def newest_step() -> tuple[int, float] | None:
+    """The newest step that this rank has run, and when; the controller asks."""
+    return _newest
 
 
 def context() -> Any | None:
@@ -112,6 +127,7 @@ class LifeReport:
         before = read_pulse(job)
         if before is None or before.run_id != facts.run_id:  # another run of this name
             before = Pulse(facts.run_id)
+        before = before.not_before(facts.last_step, before.step_s)
         self._last_step, self._lost_before = before.step, before.lost_steps
         self._pulse = Pulse(
             facts.run_id, facts.failures, before.lost_steps, before.step, before.step_s

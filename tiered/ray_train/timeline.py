@@ -52,6 +52,15 @@ class Pulse:
     resumed_step: int | None = None
     first_step_s: float | None = None
 
+    @property
+    def life(self) -> tuple[int, int | None]:
+        """Changes where `step` may fall: with a new life, and when that has restored."""
+        return self.failures, self.resumed_step
+
+    def not_before(self, step: int, step_s: float | None) -> "Pulse":
+        """The same, of this step at least: of somebody who knows of a newer one."""
+        return self if step <= self.step else replace(self, step=step, step_s=step_s)
+
 
 @dataclass(frozen=True, slots=True)
 class Recovery:

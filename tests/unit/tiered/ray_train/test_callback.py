@@ -1,5 +1,6 @@
 """What the callback decides by itself: which hosts are left out, and that it ends no run."""
 
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +28,7 @@ def scaling(selector: Any = None, need: dict[str, float] | None = None) -> Simpl
 def failed(monkeypatch: pytest.MonkeyPatch) -> Callback:
     """After the failure of a group on hosts a and b; b does not answer, c is spare."""
     monkeypatch.setattr(ray, "nodes", lambda: [node("a", 1), node("b", 1), node("c", 1)])
-    monkeypatch.setattr(callback, "_silent", lambda nodes: ("b",))
+    monkeypatch.setattr(callback, "silent_hosts", lambda nodes: ("b",))
     monkeypatch.setattr(callback, "read_pulse", lambda job: None)
     watching = Callback("job")
     watching._nodes = ("a", "b")
@@ -66,7 +67,7 @@ def test_no_host_is_left_out_without_room_on_the_others(failed: Callback) -> Non
 
 
 def test_a_first_start_asks_no_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callback, "_silent", lambda nodes: pytest.fail("asked"))
+    monkeypatch.setattr(callback, "silent_hosts", lambda nodes: pytest.fail("asked"))
     assert start(Callback("job"), scaling()) is None
 
 
@@ -113,11 +114,11 @@ def test_a_hung_worker_is_ended_and_named_as_the_cause(monkeypatch: pytest.Monke
     assert watching._watch is None
 
 
-def started(watching: Callback, *hosts: str) -> list[str]:
-    """A group of one worker on each of these hosts; returns the names of their actors."""
+def started(watching: Callback, *hosts: str) -> list[Any]:
+    """A group of one worker on each of these hosts; returns their actors."""
     workers = [
         SimpleNamespace(
-            actor=f"actor-{host}",
+            actor=SimpleNamespace(execute=SimpleNamespace(remote=lambda function, h=host: h)),
             metadata=SimpleNamespace(node_id=host),
             distributed_context=SimpleNamespace(world_rank=rank),
         )
@@ -136,6 +137,8 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(ray, "kill", lambda actor, no_restart: ended.append(actor))
     monkeypatch.setattr(callback, "read_pulse", lambda job: None)
     monkeypatch.setattr(callback.HungWorkers, "of", lambda workers: None)
+    monkeypatch.setattr(ray, "wait", lambda calls, num_returns, timeout: (calls[:1], calls[1:]))
+    monkeypatch.setattr(ray, "get", lambda call: None)
     return ended
 
 
@@ -170,6 +173,38 @@ def test_spares_are_asked_for_once_training_goes_on(
     assert topped_up == [{"CPU": 2.0}]
 
 
+def test_the_last_step_is_asked_for_where_the_pulse_is_older(
+    killed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(call: str) -> tuple[int, float]:
+        if call == "a":
+            raise ray.exceptions.RayActorError
+        return 31, 12.0
+
+    watching = Callback("job")
+    started(watching, "a", "b")
+    monkeypatch.setattr(ray, "get", answer)
+    pulse = Pulse("", step=27, step_s=10.0, first_step_s=1.0)
+    monkeypatch.setattr(callback, "read_pulse", lambda job: pulse)
+    watching.before_controller_execute_failure_decision(None)
+    assert watching._timeline.recoveries[0].last_step == 31
+    watching._listen()  # the same pulse again
+    assert watching.__getstate__()["_last_step"] == 31, "the next life hears of it"
+    pulse = Pulse("", failures=1, step=25, resumed_step=25)
+    watching._listen()
+    assert watching.__getstate__()["_last_step"] == 25
+
+
+def test_the_driver_s_settings_reach_the_controller() -> None:
+    def sent(watching: Callback) -> Callback:
+        return pickle.loads(pickle.dumps(watching))  # type: ignore[no-any-return]  # noqa: S301
+
+    watching = sent(Callback("job", warm_spares=["numpy"]))
+    assert watching._spares is not None
+    assert watching._modules == ("numpy",)
+    assert sent(Callback("job", warm_spares=False))._spares is None
+
+
 def test_a_script_that_tells_no_steps_gets_its_spares_later_and_its_losses_are_not_known(
     killed: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,3 +228,8 @@ def test_a_script_that_tells_no_steps_gets_its_spares_later_and_its_losses_are_n
 def test_a_time_that_makes_no_sense_is_refused(after_s: float) -> None:
     with pytest.raises(ConfigError, match="hung_after_s"):
         Callback("job", hung_after_s=after_s)
+
+
+def test_a_module_alone_is_no_list_of_modules() -> None:
+    with pytest.raises(ConfigError, match=r"\['transformers'\]"):
+        Callback("job", warm_spares="transformers")

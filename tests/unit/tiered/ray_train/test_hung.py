@@ -1,9 +1,14 @@
 """Who hangs: only a worker that is silent on a host that is silent, and only after a while."""
 
+import socket
+import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
+import ray
 
+from tiered.ray_train import hung
 from tiered.ray_train.hung import Contact, HungWorkers, Watched
 
 AFTER_S = 10.0
@@ -79,3 +84,23 @@ def test_a_question_stays_open(watch: HungWorkers, actors: Actors) -> None:
     ranks(watch, 1.0, 2.0, 3.0)
     assert actors.asked.count("worker 0") == 3
     assert "worker 1" not in actors.asked
+
+
+def test_a_host_that_refuses_connections_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listening, socket.socket() as closed:
+        for one in (listening, closed):
+            one.bind(("127.0.0.1", 0))
+        listening.listen()
+
+        def node(node_id: str, one: socket.socket, *, is_alive: bool = True) -> dict[str, Any]:
+            address, port = one.getsockname()
+            place = {"NodeManagerAddress": address, "NodeManagerPort": port}
+            return {"NodeID": node_id, "Alive": is_alive, **place}
+
+        nodes = [node("hangs", listening), node("gone", closed), node("not asked", listening)]
+        nodes.append(node("dead to Ray", listening, is_alive=False))
+        monkeypatch.setattr(ray, "nodes", lambda: nodes)
+        began_s = time.monotonic()
+        found = hung._accepting({"hangs", "gone", "dead to Ray"}, began_s + 30.0)
+        assert found == {"hangs"}
+        assert time.monotonic() - began_s < 10.0

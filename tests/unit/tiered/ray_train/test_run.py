@@ -51,6 +51,13 @@ def test_a_life_that_dies_before_its_restore_leaves_the_last_step(told: list[Pul
     assert (told[-1].step, told[-1].step_s, told[-1].lost_steps) == (27, 100.0, 4)
 
 
+def test_steps_that_only_the_controller_has_heard_of_were_lost_too(told: list[Pulse]) -> None:
+    life = run.LifeReport("job", run.RunFacts("run", 1, 0.0, 0.0, last_step=31))
+    life.restored(25)
+    life.close()
+    assert (told[-1].step, told[-1].lost_steps) == (25, 10)
+
+
 def test_another_run_of_the_name_begins_anew(told: list[Pulse]) -> None:
     life = run.LifeReport("job", run.RunFacts("another", 0, 0.0, 0.0))
     life.restored(27)

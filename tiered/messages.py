@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from replication.detour import Pair
 from replication.errors import TieredError
 from replication.records import HolderId, Life, Owner, ShardKey, ShardRecord, Version
 from tiered.admission import Admission
@@ -257,6 +258,13 @@ class HostLeaving:
 
 
 @dataclass(frozen=True, slots=True)
+class LinksCut:
+    """Just these pairs of hosts cannot reach each other now, though all of them live."""
+
+    pairs: frozenset[Pair]
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time passed."""
 
@@ -283,6 +291,7 @@ Event = (
     | SaveAsked
     | ManifestsRead
     | HostLeaving
+    | LinksCut
     | Ticked
 )
 

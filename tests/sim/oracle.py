@@ -114,8 +114,8 @@ class Oracle:
         if is_intact or (was_intact and (holder, key) in self.lost_s):
             copies = self.copies.setdefault(key.version, {}).setdefault(key.rank, {})
             copies.setdefault(holder, self.world.kernel.now_s)
-        if is_intact:
-            self.lost_s.pop((holder, key), None)
+        if is_intact and self.lost_s.pop((holder, key), None) is not None:
+            copies[holder] = self.world.kernel.now_s  # another one: it was not there meanwhile
 
     def pinned(self, holder: HolderId, held: dict[ShardKey, dict[int, int]]) -> None:
         """A holder has pinned one more chunk."""

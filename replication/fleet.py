@@ -15,6 +15,7 @@ from ray.exceptions import ActorDiedError, ActorUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from replication import membership
+from replication.detour import Pair
 from replication.errors import ReleaseError
 from replication.holder import NAMESPACE, Holder, HolderInfo, holder_name
 from replication.membership import Membership, Node
@@ -95,6 +96,7 @@ class Fleet:
         lost: Callable[[HolderId], None],
         may_end: Callable[[str], bool],
         leaving: Callable[[str], None],
+        cut: Callable[[frozenset[Pair]], None],
         secret: Callable[[], Secret],
     ) -> None:
         """Start with no holders.
@@ -105,6 +107,7 @@ class Fleet:
             lost: Called with a holder that is gone or silent.
             may_end: Asked before the hung holder of a host is ended, and its copies with it.
             leaving: Called with each host that Ray says will go away, once.
+            cut: Called with the pairs of hosts that cannot reach each other, when those change.
             secret: Returns the secret of the cluster's data plane, always the same; may block.
         """
         self.members = Membership()
@@ -113,6 +116,7 @@ class Fleet:
         self._lost = lost
         self._may_end = may_end
         self._leaving = leaving
+        self._cut = cut
         self._secret = secret
         self._handles: dict[str, ActorRef] = {}
         self._also: set[str] = set()
@@ -163,7 +167,7 @@ class Fleet:
                 return
             self.refused.pop(node_id, None)
             self.infos[node_id] = info
-            event = membership.Answered(info.holder)
+            event = membership.Answered(info.holder, info.cut_off)
         except Exception as error:  # noqa: BLE001 - whatever it is, the holder did not answer
             is_dead = isinstance(error, ActorDiedError | ActorUnschedulableError)
             event = membership.Missed(node_id, is_dead)
@@ -187,6 +191,8 @@ class Fleet:
                     starting.append(self._start(command.node))
                 case membership.ReplaceHolder():
                     self._end(command.node_id)
+                case membership.LinksChanged():
+                    self._cut(command.cut)
                 case membership.HolderJoined():
                     logger.info("holder %s is up", command.holder)
                     await self._joined(command.holder, command.domain)

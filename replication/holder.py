@@ -39,6 +39,7 @@ from replication.durable import DurableStore, Earlier, common_runs
 from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
 from replication.inventory import Inventory, Reservation
 from replication.presence import is_present
+from replication.probes import Probes
 from replication.records import (
     ActorRef,
     ByteRange,
@@ -88,6 +89,7 @@ class HolderInfo:
     release: str = ""
     sent_bytes: int = 0  # of chunks to other hosts, by its data plane
     received_bytes: int = 0  # of chunks from other hosts, whichever way
+    cut_off: frozenset[HolderId] = frozenset()  # buddies that it cannot reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,7 @@ class Holder:
         self._receivers = ThreadPoolExecutor(RECEIVERS, thread_name_prefix="tiered-receive")
         self._hashers = ThreadPoolExecutor(HASHERS, thread_name_prefix="tiered-hash")
         self._reports = Reports(observer, NAMESPACE)
+        self._probes = Probes(self._ask, lambda: (self._core.all_buddies, self._core.all_counted))
         self._offer_slots: dict[HolderId, asyncio.Semaphore] = {}
         self._peers: dict[HolderId, ActorRef] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -156,10 +159,12 @@ class Holder:
         if not self._tasks:
             self._spawn(self._tick_forever())
             self._spawn(self._reports.send_forever(self._core.holder))
+            self._spawn(self._probes.run())
         core, traffic = self._core, await self.traffic()
         return HolderInfo(
             core.holder, core.capacity_bytes, core.used_bytes, core.shared_bytes,
             self._endpoint, RELEASE, traffic.sent, sum(traffic.received.values()),
+            self._probes.cut_off,
         )  # fmt: skip
 
     # -- called by trainers on this host --------------------------------------------------------
@@ -570,6 +575,9 @@ class Holder:
                 self._feed(messages.ChunkNotTaken(offer.to, offer.key, offer.index))
             else:
                 self._feed(messages.ChunkTaken(offer.to, offer.key, offer.index))
+
+    async def _ask(self, peer: HolderId) -> None:
+        await (await self._peer(peer)).hello.remote()
 
     async def _peer(self, holder: HolderId) -> ActorRef:
         if holder not in self._peers:

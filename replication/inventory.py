@@ -129,6 +129,16 @@ class Inventory:
                 seen.add(block)
         return shared_bytes
 
+    @property
+    def all_buddies(self) -> set[HolderId]:
+        """Whoever shards of any job go to."""
+        return {peer for peers in self.buddies.values() for peer in peers} - {self.holder}
+
+    @property
+    def all_counted(self) -> frozenset[HolderId]:
+        """Every holder that lives and will stay, as far as is known here."""
+        return frozenset().union(*self.counted.values())
+
     def records(self, job: str | None = None) -> list[ShardRecord]:
         """Every sealed shard, of one job or of all."""
         return [

@@ -5,12 +5,18 @@ that the holder's process died; Ray's own detection of a lost node takes 12 s or
 waited for. A holder that answers again with the same incarnation kept its data and is back; with a
 new one it has lost everything, so the old one is announced lost first. One that is silent for
 `HOPELESS_MISSES` on a host that lives is replaced: until it is, no rank there can save.
+
+It also knows which pairs of hosts cannot reach each other though both are reached from here: a
+holder's answer names the buddies that do not answer it (`replication.links`). Such a word is only
+believed while the other one answers, too: else it is that host that is going, not the link. A pair
+is cut as long as one of the two says so.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import assert_never
 
+from replication.detour import Pair, pair
 from replication.records import HolderId
 
 MISSES = 3
@@ -41,9 +47,10 @@ class NodesSeen:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The holder on a host answered a heartbeat."""
+    """The holder on a host answered a heartbeat; these are the buddies that do not answer it."""
 
     holder: HolderId
+    cut_off: frozenset[HolderId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +90,15 @@ class ReplaceHolder:
     node_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class LinksChanged:
+    """Just these pairs of hosts cannot reach each other now, by their node ids."""
+
+    cut: frozenset[Pair]
+
+
 Event = NodesSeen | Answered | Missed
-Command = StartHolder | HolderJoined | HolderLost | ReplaceHolder
+Command = StartHolder | HolderJoined | HolderLost | ReplaceHolder | LinksChanged
 
 
 @dataclass(slots=True)
@@ -101,6 +115,8 @@ class Membership:
 
     def __init__(self) -> None:
         self._states: dict[str, _State] = {}
+        self.cut: frozenset[Pair] = frozenset()
+        self._cut_off: dict[str, frozenset[HolderId]] = {}  # by who says so
 
     @property
     def up(self) -> dict[HolderId, str]:
@@ -133,13 +149,31 @@ class Membership:
         """Take one event; return what has to be done because of it."""
         match event:
             case NodesSeen():
-                return [*self._gone(event.nodes), *self._seen(event.nodes)]
+                commands = [*self._gone(event.nodes), *self._seen(event.nodes)]
             case Answered():
-                return self._answered(event.holder)
+                commands = self._answered(event)
             case Missed():
-                return self._missed(event)
+                commands = self._missed(event)
             case _:
                 assert_never(event)
+        return [*commands, *self._note_links()]
+
+    def _note_links(self) -> list[Command]:
+        """Compare what the holders say of each other with what was known."""
+        cut = set()
+        for node_id, peers in self._cut_off.items():
+            for peer in peers:
+                state, other = self._states.get(node_id), self._states.get(peer.node_id)
+                if state is None or other is None or not state.is_up or not other.is_up:
+                    continue
+                link = pair(node_id, peer.node_id)
+                is_sure = link in self.cut or state.misses == other.misses == 0
+                if other.holder == peer and is_sure:
+                    cut.add(link)
+        if cut == self.cut:
+            return []
+        self.cut = frozenset(cut)
+        return [LinksChanged(self.cut)]
 
     def _gone(self, nodes: Iterable[Node]) -> list[Command]:
         absent = self._states.keys() - {node.node_id for node in nodes}
@@ -157,11 +191,15 @@ class Membership:
                 commands.append(StartHolder(node))
         return commands
 
-    def _answered(self, holder: HolderId) -> list[Command]:
+    def _answered(self, event: Answered) -> list[Command]:
+        holder = event.holder
         state = self._states.get(holder.node_id)
         if state is None:
             return []
         state.misses = 0
+        self._cut_off.pop(holder.node_id, None)
+        if event.cut_off:
+            self._cut_off[holder.node_id] = event.cut_off
         if state.is_up and state.holder == holder:
             return []
         commands: list[Command] = []

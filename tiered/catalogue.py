@@ -8,6 +8,7 @@ generations. `tiered.job` fills it from events; the cores around it (`tiered.gen
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from replication.detour import Pair, pair
 from replication.errors import FencedError
 from replication.placement import Host, Placement
 from replication.records import HolderId, ShardKey, ShardRecord, Version
@@ -29,11 +30,13 @@ class Degraded:
         version: Which.
         ranks: Whose shards have too few copies.
         since_s: Since when, on the coordinator's monotonic clock.
+        why: What keeps it from being whole, for a person; empty if nothing is known to.
     """
 
     version: Version
     ranks: tuple[int, ...]
     since_s: float
+    why: str = ""
 
 
 class Catalogue:
@@ -60,6 +63,7 @@ class Catalogue:
         self.placement: Placement | None = None
         self.buddies: dict[HolderId, tuple[HolderId, ...]] = {}
         self.leaving: set[str] = set()
+        self.cut: frozenset[Pair] = frozenset()  # hosts that cannot reach each other
         self.degraded: dict[Version, Degraded] = {}
         self.is_rebuilding = False  # the inventories are coming in
         self.found: set[Version] = set()  # when they were in, and not committed since
@@ -114,11 +118,41 @@ class Catalogue:
             return need
         return max(1, min(need, self.hosts))
 
+    def copies_that_commit(self, version: Version, rank: int) -> int:
+        """Copies that commit a shard: fewer where links are cut, and its writer has few buddies."""
+        need, settings = self.copies_needed, self.settings
+        if not self.cut or settings is None or settings.memory.strict:
+            return need
+        held = self.intact(version, rank)
+        writers = (h for h, record in held.items() if not record.is_replica)
+        return min([need, *(1 + len(self.buddies[h]) for h in writers if h in self.buddies)])
+
+    def can_reach(self, one: HolderId, other: HolderId) -> bool:
+        """Whether no cut link is known between two hosts."""
+        return pair(one.node_id, other.node_id) not in self.cut
+
+    @property
+    def why_short(self) -> str:
+        """Why some shards have fewer copies than the policy asks for, as far as is known."""
+        if self.hosts < 1 + self.replicas:
+            return f"replicas={self.replicas} needs {1 + self.replicas} hosts, {self.hosts} live"
+        return "; ".join(
+            f"hosts {one[:8]} and {other[:8]} cannot reach each other"
+            for one, other in sorted(self.cut)[:3]
+        )
+
     @property
     def too_few_hosts(self) -> str:
         """Why a strict policy cannot be met now, or nothing."""
         if self.hosts >= self.copies_needed:
-            return ""
+            strict = self.settings is not None and self.settings.memory.strict
+            is_short = any(len(self.buddies.get(h, ())) < self.replicas for h in self.staying)
+            if not (strict and self.cut and is_short):
+                return ""
+            return (
+                f"{self.why_short}; mend that, or accept fewer copies for a while with "
+                "Memory(strict=False)"
+            )
         return (
             f"replicas={self.replicas} needs {1 + self.replicas} hosts and {self.hosts} live; add "
             "hosts, or accept fewer copies for a while with Memory(strict=False)"
@@ -151,7 +185,14 @@ class Catalogue:
 
     def is_replicated(self, version: Version) -> bool:
         """Whether each rank's shard has as many copies as commit it."""
-        return self.is_whole(version, self.copies_needed)
+        if not self.cut:
+            return self.is_whole(version, self.copies_needed)
+        ranks = self.copies.get(version, {})
+        return self.is_whole(version) and all(
+            len({h.node_id for h in self.intact(version, rank)})
+            >= self.copies_that_commit(version, rank)
+            for rank in ranks
+        )
 
     def has_replica(self, version: Version) -> bool:
         """Whether a shard of the step has arrived on a buddy."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Iterable
 from typing import Any, TypeVar, assert_never
 
+from replication.detour import Pair
 from replication.errors import DeadlineError, FencedError, HolderUnavailableError, TieredError
 from replication.fleet import HEARTBEAT_S, HEARTBEAT_TIMEOUT_S, Fleet
 from replication.holder import LOG_FORMAT
@@ -62,6 +63,7 @@ class Coordinator:
             self._lost,
             self._may_end,
             self._leave,
+            self._links_cut,
             register.cluster_secret,
         )
         self._executor = Executor(self._fleet)
@@ -448,6 +450,11 @@ class Coordinator:
         for job in self._jobs.values():
             self._feed(job, m.HostLeaving(node_id))
 
+    def _links_cut(self, pairs: frozenset[Pair]) -> None:
+        """Hosts cannot reach each other: find other buddies for them."""
+        for job in self._jobs.values():
+            self._feed(job, m.LinksCut(pairs))
+
     def _may_end(self, node_id: str) -> bool:
         """Whether no job would lose the only copy of a shard with a hung holder."""
         return not any(job.is_last_keeper(node_id) for job in self._jobs.values())
@@ -483,6 +490,8 @@ class Coordinator:
             self._jobs[name] = job
             for node_id in self._leaving:
                 self._feed(job, m.HostLeaving(node_id))
+            if cut := self._fleet.members.cut:
+                self._feed(job, m.LinksCut(cut))
             for holder, domain in self._fleet.members.up.items():  # who came meanwhile
                 if holder not in job.holders:
                     self._spawn(self._holder_up(job, holder, domain))

@@ -8,7 +8,8 @@ while others are on their way (`tiered.admission`). docs/PROTOCOL.md has the who
 Rules:
     1. A step is committed when every rank's shard is whole on its own host and on as many others
        as the policy asks for, by the holders' own word, with the same checksum everywhere. With
-       fewer hosts alive than that, what there is counts, and the step is marked degraded.
+       fewer hosts alive than that, or hosts that cannot reach enough others, what there is counts,
+       and the step is marked degraded.
     2. What is known (`tiered.catalogue`) is a cache, rebuilt after the coordinator's death from the
        register, the holders' inventories and S3's listing.
     3. What holders were told is told again now and then, and to whoever comes: a message may have
@@ -20,6 +21,7 @@ Rules:
 import bisect
 from typing import TYPE_CHECKING, assert_never
 
+from replication.detour import Buddies, detour, pair
 from replication.placement import place
 from replication.records import HolderId, Version
 from tiered import messages as m
@@ -105,6 +107,9 @@ class Job(Catalogue):
                 return self._collect_durable()
             case m.HostLeaving():
                 return self._leaving(event, now_s)
+            case m.LinksCut():
+                self.cut = event.pairs
+                return [*self._rearrange(), *self._review(now_s)]
             case m.Ticked():
                 return self._ticked(event, now_s)
             case _:
@@ -154,9 +159,10 @@ class Job(Catalogue):
             return []
         by_node = {h.node_id: h for h in self.holders}
         self.placement = place(self.placed_hosts, self.replicas, self.placement)
+        ways = detour(self.placement, self.placed_hosts, self.cut) if self.cut else None
         commands: list[m.Command] = []
         buddies = {
-            holder: tuple(by_node[n] for n in self._buddies_of(node_id))
+            holder: tuple(by_node[n] for n in self._buddies_of(node_id, ways))
             for node_id, holder in by_node.items()
         }
         counted = frozenset(self.staying)
@@ -166,14 +172,15 @@ class Job(Catalogue):
         self.buddies = buddies
         return commands
 
-    def _buddies_of(self, node_id: str) -> tuple[str, ...]:
+    def _buddies_of(self, node_id: str, ways: Buddies | None) -> tuple[str, ...]:
         """Where a host's shards go; all copies of a leaving host's are elsewhere."""
         assert self.placement is not None
         staying = sorted(h.node_id for h in self.staying)
         if node_id in staying:
-            return self.placement.buddies(node_id)
+            return self.placement.buddies(node_id) if ways is None else ways[node_id]
         first = bisect.bisect(staying, node_id)
-        return tuple((staying[first:] + staying[:first])[: self.copies_needed])
+        reached = [n for n in staying[first:] + staying[:first] if pair(node_id, n) not in self.cut]
+        return tuple(reached[: self.copies_needed])
 
     def _leaving(self, event: m.HostLeaving, now_s: float) -> list[m.Command]:
         """Copy what a host has to others, and flush the newest step."""
@@ -269,14 +276,13 @@ class Job(Catalogue):
         return commands
 
     def _commit(self, version: Version, now_s: float) -> list[m.Command]:
-        is_degraded = self.copies_needed < 1 + self.replicas
+        copies = min(self.copies_that_commit(version, rank) for rank in self.copies[version])
+        is_degraded = copies < 1 + self.replicas
         self.commits[version] = is_degraded
         self.found.discard(version)
         self.admissions.settle(version.step)
         size = sum(s.record.plan.size_bytes for s in self.sources(version))
-        commands: list[m.Command] = [
-            m.StepCommitted(version, size, self.copies_needed, is_degraded)
-        ]
+        commands: list[m.Command] = [m.StepCommitted(version, size, copies, is_degraded)]
         settings = self.settings
         if version not in self.durable and settings and settings.is_due_for_s3(version.step):
             ranks = range(len(self.copies[version]))

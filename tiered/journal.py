@@ -125,7 +125,7 @@ class Journal:
                     f"committed: {said.size_bytes / 1e6:.1f} MB, {said.copies} copies of each shard"
                 )
                 if said.is_degraded:
-                    text += " (degraded: too few hosts for the policy)"
+                    text += " (degraded: fewer than the policy asks for)"
                 return self.note(now_s, "committed", text, job=job, version=said.version)
             case m.PolicyMissed():
                 text = f"degraded: too few copies of ranks {ranges(said.ranks)}"
@@ -154,6 +154,10 @@ class Journal:
             case m.FlushGivenUp():
                 text = f"not flushed to S3: {said.reason}"
                 return self._warn(now_s, "flush_failed", text, job, said.version)
+            case m.LinksCut():
+                pairs = ", ".join(f"{a[:8]} and {b[:8]}" for a, b in sorted(said.pairs))
+                text = f"hosts that cannot reach each other: {pairs or 'none any more'}"
+                return self._warn(now_s, "links", text, job)
             case m.HostLeaving():
                 text = f"host {said.node_id[:8]} is to go away: copying what it has to others"
                 return self._warn(now_s, "leaving", text, job)

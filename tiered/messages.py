@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from replication.detour import Pair
 from replication.errors import TieredError
 from replication.records import HolderId, Life, Owner, ShardKey, ShardRecord, Version
 from tiered.admission import Admission
@@ -264,6 +265,13 @@ class HostLeaving:
 
 
 @dataclass(frozen=True, slots=True)
+class LinksCut:
+    """Just these pairs of hosts cannot reach each other now, though all of them live."""
+
+    pairs: frozenset[Pair]
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time passed."""
 
@@ -291,6 +299,7 @@ Event = (
     | ShardNotStaged
     | ManifestsRead
     | HostLeaving
+    | LinksCut
     | Ticked
 )
 

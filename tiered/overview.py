@@ -415,6 +415,9 @@ def _degraded(job: Job, step: StepStatus) -> Finding:
     if job.hosts < want:
         remedy = f"hosts that stay: {job.hosts}, hosts that the policy needs: {want}; add some"
         return Finding(severity, what, remedy)
+    if (degraded := next(iter(job.degraded.values()), None)) is not None and degraded.why:
+        remedy = f"{degraded.why}: mend the network between them; saves go on meanwhile"
+        return Finding(severity, what, remedy)
     remedy = "copies are being made on other hosts; if it lasts, see `tiered events`"
     return Finding(severity, what, remedy)
 

@@ -71,17 +71,17 @@ class Repair:
         if not held or missing <= 0 or settings is None:
             return []
         tries = self._tries.get(key, 0)  # the first one's copy may be corrupt
-        source = list(held)[tries % len(held)]
-        size_bytes = held[source].plan.size_bytes
         there = {h.node_id for h in held} | under_way
-        targets = list(dict.fromkeys([*known.buddies.get(source, ()), *hosts]))
-        skipped = tries // len(held) % max(1, len(targets))
+        ways = [(h, self._targets(h, there, hosts)) for h in held]
+        if not (ways := [(source, targets) for source, targets in ways if targets]):
+            return []
+        source, targets = ways[tries % len(ways)]
+        size_bytes = held[source].plan.size_bytes
+        skipped = tries // len(ways) % len(targets)
         for target in targets[skipped:] + targets[:skipped]:
             free_s = max(now_s, self._free_s.get(source.node_id, 0.0))
             if missing <= 0 or len(self._under_way) >= REPAIRS_AT_ONCE or free_s > now_s:
                 break
-            if target.node_id in there:
-                continue
             self._under_way[key, target] = now_s + REPAIR_BASE_S + size_bytes / REPAIR_BYTES_PER_S
             self._tries[key] = tries + 1
             busy_s = size_bytes / settings.memory.repair_bytes_per_s
@@ -89,6 +89,12 @@ class Repair:
             commands.append(m.ReplicateShard(source, key, target))
             missing -= 1
         return commands
+
+    def _targets(self, source: HolderId, there: set[str], hosts: list[HolderId]) -> list[HolderId]:
+        """Where a host can send a copy that are not `there`: its buddies first, then the others."""
+        known = self.known
+        every = dict.fromkeys([*known.buddies.get(source, ()), *hosts])
+        return [h for h in every if h.node_id not in there and known.can_reach(source, h)]
 
     def release(self) -> list[m.Command]:
         """Have copies beyond what the policy asks for let go of, or they would fill the memory.
@@ -145,7 +151,7 @@ class Repair:
                 if before is None:
                     commands.append(m.PolicyMissed(version, ranks))
                 since_s = now_s if before is None else before.since_s
-                known.degraded[version] = Degraded(version, ranks, since_s)
+                known.degraded[version] = Degraded(version, ranks, since_s, known.why_short)
             elif before is not None:
                 del known.degraded[version]
                 if version in kept:

@@ -18,11 +18,13 @@ class DegradedStep:
         step: Which.
         ranks: Whose shards have too few copies.
         for_s: For how long, in seconds.
+        why: What keeps it so, for a person; empty while copies are being made.
     """
 
     step: int
     ranks: tuple[int, ...]
     for_s: float
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ def degraded_steps(job: Job) -> tuple[DegradedStep, ...]:
     """Steps in memory with fewer copies than the policy asks for now, newest first."""
     now_s = time.monotonic()
     newest_first = sorted(job.degraded.items(), reverse=True)
-    return tuple(DegradedStep(v.step, d.ranks, now_s - d.since_s) for v, d in newest_first)
+    return tuple(DegradedStep(v.step, d.ranks, now_s - d.since_s, d.why) for v, d in newest_first)
 
 
 def status_of(job: Job) -> JobStatus:

@@ -127,6 +127,8 @@ def of_membership(command: membership.Command) -> Iterator[str]:
             yield f"joined {write_holder(holder)}"
         case membership.HolderLost(holder):
             yield f"lost {write_holder(holder)}"
+        case membership.LinksChanged(cut):
+            yield f"links cut: {', '.join(map('-'.join, sorted(cut))) or 'none'}"
         case membership.ReplaceHolder(node_id):
             yield f"replace the holder on {node_id}"
         case _:

@@ -206,6 +206,7 @@ OF_JOB: dict[str, Callable[[Words], m.Event]] = {
         read_version(w.names[0]), w.one("why"), w.has("final")
     ),
     "manifests": lambda w: m.ManifestsRead({read_version(v): _records(w, v) for v in w.names}),
+    "cut": lambda w: m.LinksCut(frozenset(tuple(text.split("-")) for text in w.names)),
     "tick": lambda w: m.Ticked(),
 }  # fmt: skip
 
@@ -247,6 +248,8 @@ def _nodes(w: Words) -> membership.NodesSeen:
 
 OF_MEMBERSHIP: dict[str, Callable[[Words], membership.Event]] = {
     "seen": _nodes,
-    "answered": lambda w: membership.Answered(read_holder(w.names[0])),
+    "answered": lambda w: membership.Answered(
+        read_holder(w.names[0]), frozenset(map(read_holder, w.many("not")))
+    ),
     "missed": lambda w: membership.Missed(w.names[0], w.has("dead")),
 }

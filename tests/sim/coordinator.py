@@ -160,7 +160,7 @@ class Coordinator(Process):
             world.network.note_trouble(host)
             event = membership.Missed(place, is_dead=False)
         elif world.network.sends(self.host, host) and world.network.sends(host, self.host):
-            event = membership.Answered(holder.id)
+            event = membership.Answered(holder.id, holder.links.cut_off)
         else:
             event = membership.Missed(place, is_dead=False)
         self._member_event(event)
@@ -173,6 +173,10 @@ class Coordinator(Process):
                     self.world.kernel.after(delay_s, self._start_holder, command.node.node_id)
                 case membership.ReplaceHolder():
                     self._end(command.node_id)
+                case membership.LinksChanged():
+                    self.world.oracle.counts["links found cut"] += len(command.cut)
+                    if self.is_open:
+                        self.feed(m.LinksCut(command.cut))
                 case membership.HolderJoined():
                     if self.is_open:
                         self._holder_up(command.holder, command.domain)
@@ -260,6 +264,8 @@ class Coordinator(Process):
                 self._holder_up(holder, domain)
         for holder in sorted(set(self.job.holders) - set(self.members.up)):
             self.feed(m.HolderDown(holder))
+        if self.members.cut:
+            self.feed(m.LinksCut(self.members.cut))
         waiting, self._waiting = self._waiting, []
         for run in waiting:
             run()

@@ -23,6 +23,8 @@ PROFILES = {
     "zombies": ("ask", "twin", "coordinator", "rank", "swizzle", "hang"),
     # Again and again S3 is all that is left, and it is slow, silent or damaged.
     "clusters": ("cluster", "s3", "s3", "coordinator", "rank", "holder", "twin", "rot"),
+    # Hosts that cannot reach each other for long, while all reach the head: saves must go on.
+    "links": ("link",),
     # A job that crashes again and again, on hosts with not a byte to spare.
     "crashes": ("rank",),
 }
@@ -51,6 +53,7 @@ class Faults:
             "join": (1.0, self._join),
             "ask": (1.5, self._ask),
             "cluster": (0.15, self._lose_cluster),
+            "link": (1.0, self._cut_for_long),
         }
         share = random.choice((0.3, 0.6, 1.0))
         self._enabled = [k for k in self._kinds if random.random() < share] or ["rank", "host"]
@@ -70,6 +73,8 @@ class Faults:
         if kinds := PROFILES[world.setup.profile]:
             self._enabled, self._weights = list(kinds), [1.0] * len(kinds)
             self._weather = CALM
+        if world.setup.profile == "links":
+            self._gap_s = random.choice((8.0, 16.0, 32.0))
         if world.setup.profile == "zombies":
             self._weather = Weather(repeat=0.2, fire=0.5, sites=ORDERS)
 
@@ -215,6 +220,18 @@ class Faults:
         self.world.kernel.log("cut: %s", sorted(pairs))
         network.blocked |= pairs
         self._later(2.0, 1.5 * MINUTE_S, lambda: network.blocked.difference_update(pairs))
+
+    def _cut_for_long(self) -> None:
+        """The link of two hosts goes, one way or both, for longer than a save may wait."""
+        network, random = self.world.network, self.world.kernel.random
+        places = [h.place for h in self._alive()]
+        if len(places) < 2:
+            return
+        one, other = random.sample(places, 2)
+        pairs = {(one, other)} | ({(other, one)} if random.random() < 0.5 else set())
+        self.world.kernel.log("cut for long: %s", sorted(pairs))
+        network.blocked |= pairs
+        self._later(MINUTE_S, 3 * MINUTE_S, lambda: network.blocked.difference_update(pairs))
 
     def _swizzle(self) -> None:
         """Hosts are cut off from the head one by one, and come back one by one in another order."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, assert_never
 
 from replication import messages
 from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
+from replication.links import Links
 from replication.records import ChunkId, HolderId, ShardKey, ShardPlan, ShardRecord, Version
 from replication.scrub import Scrub
 from tests.sim.limits import (
@@ -16,6 +17,7 @@ from tests.sim.limits import (
     FLIP,
     HOLDER_TICK_S,
     OFFER_TIMEOUT_S,
+    PROBE_S,
     READ_S,
     REPORT_TIMEOUT_S,
     SCRUB_PERIOD_S,
@@ -54,7 +56,9 @@ class Holder(Process):
         self._corrupt: set[ShardKey] = set()
         self._is_reporting = False
         self._pause_s = 0.2
+        self.links = Links()
         world.kernel.after(HOLDER_TICK_S, self._tick_forever)
+        world.kernel.after(PROBE_S, self._probe_forever)
 
     # -- called by trainers on this host --------------------------------------------------------
 
@@ -331,6 +335,22 @@ class Holder(Process):
         if self.host.hung_until_s <= self.world.kernel.now_s:
             self.feed(messages.Ticked())
         self.world.kernel.after(HOLDER_TICK_S, self._tick_forever)
+
+    def _probe_forever(self) -> None:
+        """Ask whether peers are there; the two messages take no time, but may be missed."""
+        if not self.is_alive:
+            return
+        now_s, network = self.world.kernel.now_s, self.world.network
+        if self.host.hung_until_s <= now_s:
+            for peer in sorted(self.links.to_probe(self.core.all_buddies, self.core.all_counted)):
+                other = self.world.hosts.get(peer.node_id)
+                if other is None or not other.is_alive or other.hung_until_s > now_s:
+                    self.links.missed(peer)
+                elif network.sends(self.host, other) and network.sends(other, self.host):
+                    self.links.answered(peer)
+                else:
+                    self.links.missed(peer)
+        self.world.kernel.after(PROBE_S, self._probe_forever)
 
     def _report(self) -> None:
         """Tell the coordinator of sealed and corrupt shards, in batches, until it has answered."""

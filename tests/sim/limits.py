@@ -23,6 +23,7 @@ OFFER_TIMEOUT_S = 7.5
 REPORT_TIMEOUT_S = 4.0
 STAGE_TIMEOUT_S = 5.0
 ADMIT_TIMEOUT_S = 2.0
+PROBE_S = 3.0  # with its time-out, of a peer that is silent
 HOLDER_TICK_S = 6.0
 SCRUB_PERIOD_S = 10.0
 READ_S = 0.005

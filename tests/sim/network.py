@@ -88,12 +88,14 @@ class Network:
 
     Attributes:
         trouble_s: For each host, when its link to the head last misbehaved, or it hung.
+        between_s: When a message between two hosts was last lost.
     """
 
     kernel: Kernel
     weather: Weather = CALM
     blocked: set[tuple[str, str]] = field(default_factory=set)
     trouble_s: dict[str, float] = field(default_factory=dict)
+    between_s: float = -1e9
 
     def call(
         self,
@@ -131,6 +133,8 @@ class Network:
         if len(hosts) == 1 or any(host.place == HEAD for host in hosts):
             for host in hosts:
                 self.trouble_s[host.place] = self.kernel.now_s
+        else:
+            self.between_s = self.kernel.now_s
 
     def _carry(
         self, call: _Call, source: Host, target: Host, then: Callable[..., None], *args: Any

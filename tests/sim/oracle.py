@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 GRACE_S = 12.0
+STALLED_S = 40.0  # a save, three probes and heartbeats, offers that time out meanwhile
 TOLD_S = 2.0  # a copy sealed later than that may not have been reported yet
 FOUND_S = GRACE_S + SCRUB_PERIOD_S + 2 * HOLDER_TICK_S  # by then a flipped bit is known
 NEVER_S = float("inf")
@@ -66,6 +67,7 @@ class Oracle:
         self.counts: dict[str, int] = defaultdict(int)
         self.releasing: frozenset[ShardKey] = frozenset()  # as copies too many, right now
         self._bounds: dict[int, int | None] = {}
+        self._committed_s = 0.0
         self.mark = Version(0, 0)  # what is older may be collected
         self.generation = 0  # the newest that has started
         self._tokens = 0
@@ -112,8 +114,8 @@ class Oracle:
         if is_intact or (was_intact and (holder, key) in self.lost_s):
             copies = self.copies.setdefault(key.version, {}).setdefault(key.rank, {})
             copies.setdefault(holder, self.world.kernel.now_s)
-        if is_intact:
-            self.lost_s.pop((holder, key), None)
+        if is_intact and self.lost_s.pop((holder, key), None) is not None:
+            copies[holder] = self.world.kernel.now_s  # another one: it was not there meanwhile
 
     def pinned(self, holder: HolderId, held: dict[ShardKey, dict[int, int]]) -> None:
         """A holder has pinned one more chunk."""
@@ -236,6 +238,7 @@ class Oracle:
             "%s committed, %d copies%s", version, event.copies, " degraded" * event.is_degraded
         )
         self.counts["commits"] += 1
+        self._judge_gap()
         claimed = world.claimed_generation()
         is_overtaken = version.generation < claimed and not coordinator.is_current
         if version.generation < self.generation:
@@ -252,7 +255,9 @@ class Oracle:
         need = event.copies
         asked, is_fixed = 1 + world.replicas(), world.setup.settings.memory.replicas is not None
         up = {h.place for h in world.hosts.values() if self._is_steady(h.place)}
-        if min(asked, len(up)) > need or (not event.is_degraded and need < asked and is_fixed):
+        is_cut = event.is_degraded and world.network.between_s > world.kernel.now_s - FOUND_S
+        is_short = min(asked, len(up)) > need and not is_cut
+        if is_short or (not event.is_degraded and need < asked and is_fixed):
             self.violated(
                 "I6", f"{version} commits with {need} copies; {asked} asked, {len(up)} hosts up"
             )
@@ -260,6 +265,14 @@ class Oracle:
             nodes = {h.node_id for h in self.copies.get(version, {}).get(rank, {})}
             if len(nodes) < max(1, need):
                 self.violated("I6", f"{version} commits, rank {rank} was never on {need} hosts")
+
+    def _judge_gap(self) -> None:
+        """Where only links between hosts are cut, saves go on: the next buddy is soon found."""
+        now_s, before_s = self.world.kernel.now_s, self._committed_s
+        self._committed_s = now_s
+        is_judged = self.world.setup.profile == "links" and not self.world.faults.is_over
+        if is_judged and now_s - before_s > STALLED_S:
+            self.violated("L2", f"no commit for {now_s - before_s:.0f} s, and only links were cut")
 
     def _raise_mark(self) -> None:
         """What is older than the `keep` newest may be collected.

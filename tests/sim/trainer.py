@@ -219,8 +219,8 @@ class Rank(Process):
 
         By then it may be a zombie, and nobody is asked again: the holder has to refuse it.
         """
-        random = self.world.kernel.random
-        if self.world.faults.is_over or random.random() >= STOPPED_SHARE:
+        random, is_spared = self.world.kernel.random, self.world.setup.profile == "links"
+        if self.world.faults.is_over or is_spared or random.random() >= STOPPED_SHARE:
             return 0.0
         self.world.oracle.counts["fault stopped"] += 1
         return random.uniform(5.0, 2 * STALL_S)

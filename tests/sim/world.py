@@ -105,7 +105,7 @@ def draw_setup(
     steps = memory.steps_budgeted + (2 if settings.s3 is not None else 0)  # as is declared
     copies = 2 if replicas is None else 1 + replicas
     need = steps * copies * chunks
-    profile = rng.choices(("any", "zombies", "clusters", "crashes"), (78, 8, 8, 6))[0]
+    profile = rng.choices(("any", "zombies", "clusters", "crashes", "links"), (76, 8, 8, 4, 4))[0]
     if hours is not None or (profile == "clusters" and settings.s3 is None):
         profile = "any"
     a_host = -(-ranks // count)  # ranks, when every host is well

@@ -5,6 +5,7 @@ from replication.membership import (
     Command,
     HolderJoined,
     HolderLost,
+    LinksChanged,
     Membership,
     Missed,
     Node,
@@ -98,3 +99,52 @@ def test_the_successor_of_a_holder_that_died_hung_is_replaced_if_it_hangs_too() 
     for _ in range(HOPELESS_MISSES - 1):
         assert core.handle(Missed("a", is_dead=False)) == []
     assert core.handle(Missed("a", is_dead=False)) == [ReplaceHolder("a")]
+
+
+# --- links between hosts that live ---------------------------------------------------------------
+
+
+A, B = HolderId("a", "1"), HolderId("b", "1")
+CUT, WELL = LinksChanged(frozenset({("a", "b")})), LinksChanged(frozenset())
+
+
+def two_up() -> Membership:
+    members = Membership()
+    members.handle(NodesSeen((Node("a", "", 100), Node("b", "", 100))))
+    for holder in (A, B):
+        members.handle(Answered(holder))
+    return members
+
+
+def test_a_pair_is_cut_as_long_as_one_of_the_two_says_so() -> None:
+    members = two_up()
+    assert members.handle(Answered(B, frozenset({A}))) == [CUT]
+    assert members.handle(Answered(A, frozenset({B}))) == []
+    assert members.handle(Answered(B)) == []
+    assert members.cut == CUT.cut
+    assert members.handle(Answered(A)) == [WELL]
+
+
+def test_a_host_that_is_silent_to_all_is_lost_and_no_link_blamed() -> None:
+    members = two_up()
+    members.handle(Missed("b", is_dead=False))
+    assert members.handle(Answered(A, frozenset({B}))) == []
+    assert members.handle(Answered(B)) == [CUT]  # it lives, so it is the link
+
+
+def test_a_cut_link_is_one_although_an_end_misses_a_heartbeat_until_that_is_lost() -> None:
+    members = two_up()
+    members.handle(Answered(A, frozenset({B})))
+    for _ in range(MISSES - 1):
+        assert members.handle(Missed("b", is_dead=False)) == []
+    assert members.handle(Missed("b", is_dead=False)) == [HolderLost(B), WELL]
+    assert members.handle(Answered(A, frozenset({B}))) == []
+
+
+def test_what_is_said_of_an_earlier_incarnation_or_a_host_that_left_counts_for_nothing() -> None:
+    members = two_up()
+    members.handle(Answered(HolderId("b", "2")))
+    assert members.handle(Answered(A, frozenset({B}))) == []
+    assert members.handle(Answered(A, frozenset({HolderId("b", "2")}))) == [CUT]
+    gone = members.handle(NodesSeen((Node("a", "", 100),)))
+    assert gone == [HolderLost(HolderId("b", "2")), WELL]

@@ -13,6 +13,7 @@ from tiered.retention import KeepBest, KeepEvery, KeepInterval
 
 A, B, C, D = (HolderId(name, "1") for name in "abcd")
 MEMORY = Memory(every_steps=1, replicas=1)
+CUT = frozenset({("a", "b")})
 
 
 def record(
@@ -101,6 +102,70 @@ def test_a_strict_policy_commits_nothing_with_fewer_copies() -> None:
     assert not of(m.StepCommitted, commit(job, 10))
     level, problem = job.level(Version(1, 10))
     assert (level, "needs 3 hosts" in problem) == (None, True)
+
+
+def test_two_hosts_that_cannot_reach_each_other_commit_degraded_and_say_why() -> None:
+    job = begun(ranks=2)
+    job.handle(m.LinksCut(CUT), 1.0)
+    assert job.buddies == {A: (), B: ()}
+    assert not job.handle(m.ShardReported(A, record(10, ranks=2)), 2.0)
+    commands = job.handle(m.ShardReported(B, record(10, 1, ranks=2)), 2.0)
+    assert [(c.copies, c.is_degraded) for c in of(m.StepCommitted, commands)] == [(1, True)]
+    job.handle(m.Ticked(), 3.0)
+    (degraded,) = job.degraded.values()
+    assert (degraded.ranks, degraded.why) == ((0, 1), "hosts a and b cannot reach each other")
+    healed = job.handle(m.LinksCut(frozenset()), 4.0)
+    assert job.buddies == {A: (B,), B: (A,)}
+    assert {(c.source, c.to) for c in of(m.ReplicateShard, healed)} == {(A, B), (B, A)}
+
+
+def test_only_a_writer_without_a_buddy_needs_fewer_copies() -> None:
+    job = begun(holders=(A, B, C), ranks=3)
+    job.handle(m.LinksCut(CUT), 1.0)
+    (alone,) = (holder for holder, buddies in job.buddies.items() if not buddies)
+    for rank, holder in enumerate((A, B, C)):
+        commands = job.handle(m.ShardReported(holder, record(10, rank, ranks=3)), 2.0)
+        assert not commands
+    for rank, holder in enumerate((A, B, C)):
+        if holder != alone:
+            assert not of(m.StepCommitted, commands)
+            (buddy,) = job.buddies[holder]
+            replica = record(10, rank, ranks=3, is_replica=True)
+            commands = job.handle(m.ShardReported(buddy, replica), 3.0)
+    assert [c.is_degraded for c in of(m.StepCommitted, commands)] == [True]
+
+
+def test_no_copy_is_sent_over_a_cut_link() -> None:
+    job = begun(holders=(A, B, C, D))
+    commit(job, 10, A, C)
+    job.handle(m.LinksCut(frozenset({("a", "b"), ("a", "d")})), 11.0)
+    job.handle(m.HolderDown(C), 12.0)
+    for now_s in (12.0, 100.0, 200.0):
+        assert not of(m.ReplicateShard, job.handle(m.Ticked(), now_s))
+    job.handle(m.LinksCut(frozenset({("a", "b")})), 300.0)
+    times = (400.0, 500.0, 600.0)
+    sent = [r for now_s in times for r in of(m.ReplicateShard, job.handle(m.Ticked(), now_s))]
+    assert {r.to for r in sent} == {D}
+
+
+def test_a_leaving_host_sends_to_those_that_it_can_reach() -> None:
+    job = begun(holders=(A, B, C, D))
+    job.handle(m.LinksCut(frozenset({("b", "c")})), 1.0)
+    job.handle(m.HostLeaving("b"), 2.0)
+    assert job.buddies[B] == (D, A)
+
+
+def test_a_strict_policy_refuses_saves_while_a_host_has_no_buddy_that_it_can_reach() -> None:
+    job = begun(replace(MEMORY, strict=True))
+    job.handle(m.LinksCut(CUT), 1.0)
+    (answer,) = of(m.AnswerSave, job.handle(m.SaveAsked(Version(1, 10)), 2.0))
+    assert not answer.admission.is_admitted
+    assert "hosts a and b cannot reach each other" in answer.admission.reason
+    assert not of(m.StepCommitted, commit(job, 20, A))
+    roomy = begun(replace(MEMORY, strict=True), holders=(A, B, C, D))
+    roomy.handle(m.LinksCut(CUT), 1.0)
+    (answer,) = of(m.AnswerSave, roomy.handle(m.SaveAsked(Version(1, 10)), 2.0))
+    assert answer.admission.is_admitted
 
 
 def test_a_loss_makes_kept_steps_degraded_and_says_which_ranks() -> None:

@@ -205,7 +205,7 @@ def doctor(
 
     with speaking():
         host_bytes = None if per_host is None else views.read_size(per_host)
-        findings = doctors.examine(_s3(s3), host_bytes, with_network=network)
+        findings = doctors.examine(s3_of(s3), host_bytes, with_network=network)
         if as_json:
             print_json(findings)
         else:

@@ -315,13 +315,19 @@ class Holder:
         """
         return self._pinned(key, index)
 
-    async def places(self, key: ShardKey, index: int) -> list[Place] | None:
-        """Where in this host's object store a chunk lies; None if it is not all in its memory.
+    async def places(self, key: ShardKey) -> list[list[Place] | None]:
+        """Where in this host's object store each chunk lies; None for one that is not in it.
 
         Raises:
-            ShardNotHeldError: It is not here.
+            ShardNotHeldError: Nothing of the shard is here.
         """
-        return self._places.of(self._pinned(key, index))
+        chunks = self._chunks.get(key)
+        if not chunks:
+            raise ShardNotHeldError(self._core.holder.node_id, str(key))
+        return [
+            self._places.of(chunks[index]) if index in chunks else None
+            for index in range(max(chunks) + 1)
+        ]
 
     async def access(self) -> Access:
         """Tell how to read from here by TCP; who may call actors may know the secret."""

@@ -5,8 +5,9 @@ different steps, none of them whole. The first rank that asks decides for all: t
 remembered.
 
 A step is on its way from its admission until it is committed, until a newer one is (then nobody
-waits for it any more), or until `STUCK_S` have passed: one that some rank failed to stage never
-commits, and must not stop the others for ever. Nor must it fill the memory: what is no longer on
+waits for it any more), until a rank says that it could not stage its shard, or has lost it since
+(then it never commits), or until `STUCK_S` have passed: who cannot save may not be able to say so,
+and must not stop the others for ever. Nor must such a step fill the memory: what is no longer on
 its way, and was not committed, is let go of when the next step is admitted. Otherwise half steps
 pile up until nothing fits, and without a commit nothing is ever collected. The same holds for half
 steps of which nobody was asked: a restarted coordinator finds them, and ranks save so while none
@@ -119,6 +120,16 @@ class Admissions:
         known = self._answers.get(step)
         answer = Admission(is_admitted=False, reason=reason)
         return known or self._remember(step, answer, now_s)
+
+    def give_up(self, step: int, reason: str, now_s: float) -> None:
+        """A rank's shard of a step will not come: it is as if the step had been stuck for long.
+
+        Who asks for it from now on is refused; one that was committed stays as it is.
+        """
+        for since_s in (self._since_s, self._found_s):
+            if step in since_s:
+                since_s[step] = min(since_s[step], now_s - STUCK_S)
+        self._answers[step] = Admission(is_admitted=False, reason=reason)
 
     def _stale(self, committed: Collection[int], whole: Collection[int], now_s: float) -> list[int]:
         """Steps that will not be committed any more, but for the newest that could be restored."""

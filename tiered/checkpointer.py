@@ -186,6 +186,7 @@ class Checkpointer:
         self._staged_s = 0.0
         self._skipped = 0
         self._is_skipping = False
+        self._not_staged: set[int] = set()  # steps that the coordinator may still count on
 
     def __enter__(self) -> Self:
         return self
@@ -366,6 +367,7 @@ class Checkpointer:
         self._generation = resolution.generation
         self._watcher.begin(resolution.generation)
         self._fenced = None
+        self._not_staged.clear()
         self._holder.declared_bytes = 0
         replicas = self.settings.memory.replicas
         if resolution.copies < 1 + (1 if replicas is None else replicas):
@@ -441,7 +443,8 @@ class Checkpointer:
         began_s = time.monotonic()
         handle = SaveHandle(step, is_due_for_s3=self.settings.is_due_for_s3(step))
         self._last = handle
-        asked = self._ask_admission(step, is_forced=force)
+        asked, deaths = self._ask_admission(step, is_forced=force), self._holder.deaths
+        self._not_staged.add(step)  # until it is
         captured = capture(state, allow_pickle=self._allow_pickle, cache=self._cache)
         try:
             with self._is_saving:
@@ -460,6 +463,8 @@ class Checkpointer:
                 self._metrics.stalled(time.monotonic() - began_s)
             else:
                 self._skip(handle, admission.reason)
+        if self._holder.deaths > deaths:  # what it had not passed on has gone with it
+            self._not_staged.update(self._watcher.unreplicated())
         handle.stall_s = time.monotonic() - began_s
         return handle
 
@@ -474,7 +479,8 @@ class Checkpointer:
         )
         return cluster.Asked(
             self._coordinator, "admit", self.job, self._generation, step, room_s,
-            is_forced=is_forced, timeout_s=ADMIT_TIMEOUT_S + room_s,
+            is_forced=is_forced, not_staged=sorted(self._not_staged),
+            timeout_s=ADMIT_TIMEOUT_S + room_s,
         )  # fmt: skip
 
     def _admission(self, step: int, asked: cluster.Asked | None) -> Admission:
@@ -486,6 +492,7 @@ class Checkpointer:
                 logger.warning("%s %s; saving without it", self._tag(step), error)
                 self._silence.note(COORDINATOR_NAME, self._coordinator.ping)
             else:
+                self._not_staged = {step}  # it has heard of the others
                 return answer
         behind = self._watcher.unreplicated()
         if len(behind) < self.settings.memory.in_flight:
@@ -499,9 +506,14 @@ class Checkpointer:
         if not self._is_skipping:
             logger.warning("%s %s", self._tag(handle.step), reason)
         self._is_skipping = True
+        try:  # what is on its way may have gone with the holder, and would be waited for in vain
+            self._holder.check_alive()
+        except HolderUnavailableError as error:
+            logger.warning("%s %s", self._tag(handle.step), error)
 
     def _staged(self, handle: SaveHandle) -> None:
         handle._reach("staged")
+        self._not_staged.discard(handle.step)
         self._staged_s = time.monotonic()
         self._watcher.watch(handle)
         if self._is_skipping:

@@ -9,7 +9,7 @@ parents), the holders' inventories, and one listing of S3.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any, TypeVar, assert_never
 
 from replication.errors import DeadlineError, FencedError, HolderUnavailableError, TieredError
@@ -192,9 +192,24 @@ class Coordinator:
             self._feed(job, m.ShardReported(holder, record))
 
     async def admit(
-        self, job_name: str, generation: int, step: int, timeout_s: float, *, is_forced: bool
+        self,
+        job_name: str,
+        generation: int,
+        step: int,
+        timeout_s: float,
+        *,
+        is_forced: bool,
+        not_staged: Collection[int] = (),
     ) -> Admission:
         """Whether a rank saves `step`: the same answer for every rank; waits if the policy does.
+
+        Args:
+            job_name: The job.
+            generation: The rank's.
+            step: What it is about to save.
+            timeout_s: How long to wait for room, if the policy does.
+            is_forced: It must not be skipped.
+            not_staged: Earlier steps of which this rank's shard will not come.
 
         Raises:
             FencedError: A newer generation has taken over.
@@ -203,6 +218,8 @@ class Coordinator:
         job = await self._job(job_name)
         version = Version(generation, step)
         deadline = time.monotonic() + timeout_s
+        for lost in not_staged:
+            self._feed(job, m.ShardNotStaged(Version(generation, lost)))
         while True:
             if generation < job.generation:
                 raise FencedError(job_name, generation, job.generation)

@@ -95,6 +95,11 @@ class Job(Catalogue):
                 return self._flush_event(event, now_s)
             case m.SaveAsked():
                 return self._save_asked(event, now_s)
+            case m.ShardNotStaged(version):
+                if version.generation == self.generation:
+                    reason = "skipped: some rank could not save it"
+                    self.admissions.give_up(version.step, reason, now_s)
+                return []
             case m.ManifestsRead():
                 self.manifests.update(event.manifests)
                 return self._collect_durable()

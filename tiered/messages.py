@@ -183,6 +183,13 @@ class SaveAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardNotStaged:
+    """A rank could not stage its shard of a step, or has lost it with its holder."""
+
+    version: Version
+
+
+@dataclass(frozen=True, slots=True)
 class ShardReported:
     """A holder has a shard whole and verified."""
 
@@ -281,6 +288,7 @@ Event = (
     | ManifestPublished
     | PublishFailed
     | SaveAsked
+    | ShardNotStaged
     | ManifestsRead
     | HostLeaving
     | Ticked

@@ -1,11 +1,19 @@
 """A rank's own holder: finding it, declaring memory to it, waiting for its answers."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from replication.errors import HolderUnavailableError, TieredError
 from replication.holder import NAMESPACE, holder_name
@@ -22,6 +30,29 @@ logger = logging.getLogger(__name__)
 
 HOLDER_TIMEOUT_S = 10.0
 PREPARE_TIMEOUT_S = 1.0  # nobody waits for it, but the next save for its end
+
+
+class Call:
+    """An idempotent call of a holder that is on its way; one that was lost is made again."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._answer = make()
+
+    def wait(self, deadline_s: float) -> None:
+        """Wait for the answer; an actor that is unavailable may have run the call, or may not.
+
+        Raises:
+            RayError: What the call ended with; GetTimeoutError: not in time.
+        """
+        while True:
+            try:
+                ray.get(self._answer, timeout=max(0.0, deadline_s - time.monotonic()))
+            except ActorUnavailableError:
+                time.sleep(cluster.RETRY_PAUSE_S)
+                self._answer = self._make()  # the same incarnation: another is another actor
+            else:
+                return
 
 
 class OwnHolder:
@@ -48,6 +79,7 @@ class OwnHolder:
     ) -> None:
         self.node_id: str = ray.get_runtime_context().get_node_id()
         self.declared_bytes = 0  # of one shard, of which the policy is known to fit
+        self.deaths = 0  # of holders, as far as this rank has met them
         self._coordinator = coordinator
         self._job = job
         self._settings = settings
@@ -59,6 +91,14 @@ class OwnHolder:
         """Raise HolderUnavailableError if the holder was silent and has not answered since."""
         if self._silence.is_silent(self.node_id):
             raise HolderUnavailableError(self.node_id, "it has not answered since it was silent")
+
+    def check_alive(self) -> None:
+        """Ask whether the holder is there; as `settle` it finds the successor of one that died.
+
+        Raises:
+            HolderUnavailableError: It is not.
+        """
+        self.settle([Call(self._actor.hello.remote)])
 
     def prepare(self, generation: int, names: Sequence[str], reference: Any) -> bool:
         """Have memory for the next save pinned; whether it is now."""
@@ -73,14 +113,16 @@ class OwnHolder:
             return False
         return True
 
-    def stage(self, key: ShardKey, plan: ShardPlan, chunks: Mapping[int, Staged]) -> list[Any]:
+    def stage(self, key: ShardKey, plan: ShardPlan, chunks: Mapping[int, Staged]) -> list[Call]:
         """Have chunks pinned that are in the object store; `settle` waits for the answers."""
         names = {i: chunk.name for i, chunk in chunks.items() if chunk.is_pinned}
         others = {i: chunk for i, chunk in chunks.items() if not chunk.is_pinned}
         stage_chunk = self._actor.stage_chunk
-        pending = [stage_chunk.remote(key, plan, i, c.reference) for i, c in others.items()]
+        pending = [
+            Call(partial(stage_chunk.remote, key, plan, i, c.reference)) for i, c in others.items()
+        ]
         if names:
-            pending.append(self._actor.stage_prepared.remote(key, plan, names))
+            pending.append(Call(partial(self._actor.stage_prepared.remote, key, plan, names)))
         return pending
 
     def drop_step(self, version: Version) -> None:
@@ -113,18 +155,20 @@ class OwnHolder:
         need = steps * copies * shard_bytes
         reservation = Reservation(generation, need, detail)
         rank, way = self._worker.rank, memory.transport
-        self.settle([self._actor.reserve.remote(self._job, rank, reservation, way)])
+        self.settle([Call(partial(self._actor.reserve.remote, self._job, rank, reservation, way))])
         self.declared_bytes = shard_bytes
 
-    def settle(self, pending: list[Any]) -> None:
-        """Wait until the holder has answered; find its successor if it died.
+    def settle(self, pending: Sequence[Call]) -> None:
+        """Wait until the holder has answered every call; find its successor if it died.
 
         Raises:
             TieredError: What the holder raised.
             HolderUnavailableError: It died, or was silent for `HOLDER_TIMEOUT_S`.
         """
+        deadline_s = time.monotonic() + HOLDER_TIMEOUT_S
         try:
-            ray.get(pending, timeout=HOLDER_TIMEOUT_S)
+            for call in pending:
+                call.wait(deadline_s)
         except RayTaskError as error:
             if isinstance(error.cause, TieredError):
                 raise error.cause from None
@@ -134,6 +178,7 @@ class OwnHolder:
             reason = f"silent for {HOLDER_TIMEOUT_S:g} s"
             raise HolderUnavailableError(self.node_id, reason) from None
         except RayActorError as error:
+            self.deaths += 1
             self._actor = self._find()
             self.declared_bytes = 0
             reason = f"it died ({type(error).__name__})"

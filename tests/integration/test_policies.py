@@ -58,10 +58,14 @@ def save_until_it_works(actor: Any, step: int) -> int:
     return step
 
 
+def pid_of_holder(node_id: str) -> int:
+    holder = ray.get_actor(holder_name(node_id), NAMESPACE)
+    return int(ray.get(holder.__ray_call__.remote(lambda _: os.getpid()), timeout=30))
+
+
 @contextlib.contextmanager
 def hung_holder(node_id: str) -> Iterator[None]:
-    holder = ray.get_actor(holder_name(node_id), NAMESPACE)
-    pid = ray.get(holder.__ray_call__.remote(lambda _: os.getpid()), timeout=30)
+    pid = pid_of_holder(node_id)
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -130,6 +134,20 @@ def test_a_hung_holder_delays_one_save_and_no_other(
     step = save_until_it_works(trainer, 4)
     wait(trainer, step)
     assert tiered.recover(job).step == step
+
+
+def test_what_was_on_its_way_with_a_holder_that_died_stops_no_save(
+    cluster: LocalCluster, trainer: Any, job: str
+) -> None:
+    begin(trainer, job, replace(EVERY, in_flight=1))
+    mine = cluster.hosts[0]
+    (buddy,) = tiered.status(job).buddies[mine]
+    with hung_holder(buddy):
+        assert save(trainer, 1)[0] == ""
+        os.kill(pid_of_holder(mine), signal.SIGKILL)
+        assert "step 1 is still being replicated" in save(trainer, 2)[0]
+    assert save_until_it_works(trainer, 3) < 10  # each try has a deadline: not for ADMIT's 120 s
+    wait(trainer, 3)
 
 
 def test_a_drained_host_may_go_and_nothing_is_lost(

@@ -83,13 +83,15 @@ class Coordinator(Process):
 
         self._when_open(report)
 
-    def admit(self, version: Version, reply: Reply) -> None:
+    def admit(self, version: Version, not_staged: tuple[int, ...], reply: Reply) -> None:
         """Whether a rank saves a version; None while it has to wait for room."""
 
         def ask() -> None:
             if version.generation < self.job.generation:
                 reply(FencedError(self.job.name, version.generation, self.job.generation))
                 return
+            for step in not_staged:
+                self.feed(m.ShardNotStaged(Version(version.generation, step)))
             answer = None
             for command in self.job.handle(m.SaveAsked(version), self.world.kernel.now_s):
                 if isinstance(command, m.AnswerSave):

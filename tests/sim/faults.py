@@ -64,6 +64,7 @@ class Faults:
                 repeat=random.choice((0.0, 0.1)),
                 fire=random.choice((0.05, 0.25)),
                 sites=frozenset(site for site in SITES if random.random() < 0.25),
+                lost=random.choice((0.0, 0.02)),
             )
         self._weights = [self._kinds[kind][0] for kind in self._enabled]
         if kinds := PROFILES[world.setup.profile]:

@@ -13,7 +13,17 @@ from tests.sim.kernel import Kernel
 from tests.sim.limits import LATE_S
 
 HEAD = "head"
+NOTICED_S = 1.0  # within it Ray tells of a call that it has lost
 NOTICEABLE_S = 0.5  # a message this late may have been missed by a deadline
+
+
+class HolderDiedError(HolderUnavailableError):
+    """Nobody is there who could serve a call."""
+
+
+class CallLostError(HolderUnavailableError):
+    """Ray has lost a call, or its answer, and says so before the deadline."""
+
 
 Outcome = Any  # a value, or the TieredError that it failed with
 Reply = Callable[[Outcome], None]
@@ -25,12 +35,15 @@ class Weather:
 
     Attributes:
         loss: Probability that a message is lost; its sender then waits for the deadline.
+        lost: Probability that one between two processes of a host is, as Ray's own injector has it;
+            its sender soon hears so.
         repeat: Probability that a request is served twice.
         fire: Probability that a site of `sites` fires.
         sites: Kinds of call that are delayed for seconds when their site fires.
     """
 
     loss: float = 0.0
+    lost: float = 0.0
     repeat: float = 0.0
     fire: float = 0.0
     sites: frozenset[str] = frozenset()
@@ -94,7 +107,8 @@ class Network:
         """Have `target` run `serve`, and `source` then `done` with the outcome."""
         call = _Call(kind, source, target or source, self.kernel.now_s + timeout_s, serve, done)
         if target is None:
-            self.kernel.after(0.01, self._finish, call, _unavailable("nobody has that name"))
+            error = HolderDiedError("?", "nobody has that name")
+            self.kernel.after(0.01, self._finish, call, error)
             return
         self._carry(call, source.host, target.host, self._arrive)
         repeat = self.weather.repeat
@@ -127,6 +141,9 @@ class Network:
             return
         kernel, weather = self.kernel, self.weather
         roll = kernel.roll
+        if weather.lost and source is target and roll() < weather.lost:
+            kernel.after(NOTICED_S * roll(), self._finish, call, CallLostError("?", "lost"))
+            return
         delay_s = 0.0005 + 0.0035 * roll() if source is target else 0.001 + 0.019 * roll()
         if call.kind in weather.sites and roll() < weather.fire:
             delay_s += kernel.random.choice(LATE_S) * roll()
@@ -138,7 +155,7 @@ class Network:
         now_s, target = self.kernel.now_s, call.target
         if not target.is_alive:
             if target.host.is_alive:  # the kernel says so
-                self._finish(call, _unavailable("it died"))
+                self._finish(call, HolderDiedError("?", "it died"))
             else:  # silence
                 self._fail_late(call)
             return
@@ -177,12 +194,12 @@ class Network:
         elif self.kernel.now_s <= call.deadline_s:
             self._finish(call, outcome)
         else:
-            self._finish(call, _unavailable("silent"))
+            self._finish(call, _silent())
 
     def _fail_late(self, call: _Call) -> None:
         if call.done is not None:
             delay_s = max(0.0, call.deadline_s - self.kernel.now_s)
-            self.kernel.after(delay_s, self._finish, call, _unavailable("silent"))
+            self.kernel.after(delay_s, self._finish, call, _silent())
 
     def _finish(self, call: _Call, outcome: Outcome) -> None:
         if call.is_done or call.done is None or not call.source.is_alive:
@@ -191,8 +208,8 @@ class Network:
         call.done(outcome)
 
 
-def _unavailable(reason: str) -> HolderUnavailableError:
-    return HolderUnavailableError("?", reason)
+def _silent() -> HolderUnavailableError:
+    return HolderUnavailableError("?", "silent")
 
 
 def gather(

@@ -6,12 +6,13 @@ and goes on saving on its own, until somebody tells it that it is fenced off.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from replication.errors import FencedError, MemoryBudgetError, ShardNotHeldError, TieredError
 from replication.inventory import Reservation
 from replication.records import HolderId, Life, Owner, ShardKey, ShardPlan, Version
-from tests.sim.holder import digest
+from tests.sim.holder import Holder, digest
 from tests.sim.limits import (
     ADMIT_TIMEOUT_S,
     ASK_TIMEOUT_S,
@@ -20,7 +21,16 @@ from tests.sim.limits import (
     STAGE_TIMEOUT_S,
     STALL_S,
 )
-from tests.sim.network import HEAD, Host, Outcome, Process, Reply, gather
+from tests.sim.network import (
+    HEAD,
+    CallLostError,
+    HolderDiedError,
+    Host,
+    Outcome,
+    Process,
+    Reply,
+    gather,
+)
 from tiered import messages as m
 from tiered.admission import Admission
 from tiered.errors import NameInUseError
@@ -45,6 +55,8 @@ class Rank(Process):
         self.step = 0
         self.zombie_saves = 0
         self.pending: list[Version] = []
+        self.not_staged: set[int] = set()
+        self._holder: Holder | None = None
         self._born_s = world.kernel.now_s
         self._has_declared = False
         self._has_read_s3 = False
@@ -176,11 +188,14 @@ class Rank(Process):
     def _ask_to_save(self, deadline_s: float) -> None:
         world, version = self.world, Version(self.generation, self.step)
         coordinator, memory = world.coordinator, world.setup.settings.memory
+        not_staged = tuple(sorted(self.not_staged - {self.step}))
+        self.not_staged.add(self.step)  # until it is
 
         def heard(outcome: Outcome) -> None:
             if isinstance(outcome, FencedError):
                 self.fail(outcome)
             elif isinstance(outcome, Admission):
+                self.not_staged = {self.step}
                 for step in outcome.instead_of:
                     self._drop(Version(self.generation, step))
                 if outcome.is_admitted:
@@ -196,7 +211,7 @@ class Rank(Process):
 
         world.network.call(
             "admit", self, coordinator, ADMIT_TIMEOUT_S,
-            lambda reply: coordinator.admit(version, reply), heard,
+            lambda reply: coordinator.admit(version, not_staged, reply), heard,
         )  # fmt: skip
 
     def _stopped_s(self) -> float:
@@ -211,15 +226,22 @@ class Rank(Process):
         return random.uniform(5.0, 2 * STALL_S)
 
     def _drop(self, version: Version) -> None:
-        holder = self.world.holder_on(self.host.place)
+        holder = self._own_holder()
         self.world.network.call(
             "drop_step", self, holder, STAGE_TIMEOUT_S,
             lambda reply: reply(holder.drop_step(version)),
         )  # fmt: skip
 
     def _skip(self) -> None:
+        """See whether what is on its way has gone with the own holder."""
         self._hear_news()
-        self._next()
+
+        def heard(outcome: Outcome) -> None:
+            if isinstance(outcome, HolderDiedError):
+                self._bury_holder()
+            self._next()
+
+        self._tell(self._own_holder(), lambda: None, heard)
 
     def _hear_news(self) -> None:
         """Ask how the saves on their way are doing."""
@@ -239,7 +261,7 @@ class Rank(Process):
 
     def _stage(self) -> None:
         """Save the shard, once this host has room for what the policy asks for."""
-        holder = self.world.holder_on(self.host.place)
+        holder = self._own_holder()
         need = Reservation(self.generation, self.world.setup.need, "")
 
         def declared(outcome: Outcome) -> None:
@@ -252,11 +274,11 @@ class Rank(Process):
         if self._has_declared:
             self._stage_chunks()
         else:
-            self.world.network.call(
-                "stage", self, holder, STAGE_TIMEOUT_S,
-                lambda reply: reply(holder.core.reserve(self.world.job_name, self.rank, need)),
+            self._tell(
+                holder,
+                lambda: holder.core.reserve(self.world.job_name, self.rank, need),
                 declared,
-            )  # fmt: skip
+            )
 
     def _stage_chunks(self) -> None:
         setup = self.world.setup
@@ -264,15 +286,41 @@ class Rank(Process):
         world_size = self.life.world_size
         plan = ShardPlan(world_size, (1,) * setup.chunks, self.world.kernel.now_s)
         content = self.world.oracle.save(key, setup.chunks, world_size)
-        holder = self.world.holder_on(self.host.place)
+        holder = self._own_holder()
 
-        def stage(index: int) -> Callable[[Reply], None]:
-            return lambda done: self.world.network.call(
-                "stage", self, holder, STAGE_TIMEOUT_S,
-                lambda reply: reply(holder.stage_chunk(key, plan, index, content[index])), done,
-            )  # fmt: skip
+        def stage(index: int, done: Reply) -> None:
+            self._tell(holder, lambda: holder.stage_chunk(key, plan, index, content[index]), done)
 
-        gather({index: stage(index) for index in range(setup.chunks)}, self._staged)
+        gather({i: partial(stage, i) for i in range(setup.chunks)}, self._staged)
+
+    def _own_holder(self) -> Holder | None:
+        """The holder that was here when this process last looked."""
+        if self._holder is None:
+            self._holder = self.world.holder_on(self.host.place)
+        return self._holder
+
+    def _bury_holder(self) -> None:
+        """It has died, and with it what it had not passed on."""
+        self._holder, self._has_declared = None, False
+        self.not_staged.update(version.step for version in self.pending)
+
+    def _tell(
+        self, holder: Holder | None, serve: Callable[[], None], done: Reply, deadline_s: float = 0.0
+    ) -> None:
+        """Have the own holder do something, and again if the call was lost: it may have run."""
+        now_s = self.world.kernel.now_s
+        deadline_s = deadline_s or now_s + STAGE_TIMEOUT_S
+
+        def heard(outcome: Outcome) -> None:
+            if isinstance(outcome, CallLostError):
+                self.world.oracle.counts["calls repeated"] += 1
+                self._tell(holder, serve, done, deadline_s)
+            else:
+                done(outcome)
+
+        self.world.network.call(
+            "stage", self, holder, deadline_s - now_s, lambda reply: reply(serve()), heard
+        )
 
     def _staged(self, outcomes: dict[int, Outcome], *, is_refused: bool = False) -> None:
         """The save is staged; or it is not, and training goes on, unless it never can be."""
@@ -285,6 +333,9 @@ class Rank(Process):
             self.world.oracle.counts["saves refused"] += 1
         if not failures:
             self.pending.append(Version(self.generation, self.step))
+            self.not_staged.discard(self.step)
+        elif any(isinstance(f, HolderDiedError) for f in failures):
+            self._bury_holder()
         self._hear_news()
         self._next()
 

@@ -107,3 +107,27 @@ def test_half_steps_that_a_restarted_coordinator_found_go_but_for_the_newest() -
     for step in (10, 20):
         admissions.find(step, 0.0)
     assert ask(admissions, 30, now_s=STUCK_S).instead_of == (10,)
+
+
+def test_a_step_that_a_rank_could_not_save_frees_its_place_at_once() -> None:
+    admissions = Admissions()
+    for step in (10, 20):
+        ask(admissions, step)
+    admissions.give_up(10, "rank 1 could not save it", 1.0)
+    assert admissions.on_their_way((), 1.0) == [20]
+    late = ask(admissions, 10, now_s=1.0)
+    assert (late.is_admitted, late.reason) == (False, "rank 1 could not save it")
+    answer = ask(admissions, 30, now_s=1.0)
+    assert (answer.is_admitted, answer.instead_of) == (True, (10,))
+    assert not ask(admissions, 40, now_s=1.0).is_admitted
+
+
+def test_giving_up_takes_nothing_from_a_step_that_was_committed_or_is_whole() -> None:
+    admissions = Admissions()
+    for step in (10, 20):
+        ask(admissions, step)
+    admissions.settle(10)
+    for step in (10, 20):
+        admissions.give_up(step, "lost", 1.0)
+    answer = ask(admissions, 30, committed=(10,), whole=(10, 20), now_s=1.0)
+    assert (answer.is_admitted, answer.instead_of) == (True, ())

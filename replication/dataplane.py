@@ -49,7 +49,7 @@ from replication.transport import (
 )
 
 STREAMS = 2  # of one holder: a second one gave 1.5 times the first, further ones nothing
-PART_BYTES = 1 << 20  # received at once, then hashed while the next is on the wire
+PART_BYTES = 512 << 10  # received at once, then hashed, while it is in the processor's cache
 PART_PIECES = 64
 
 

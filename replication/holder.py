@@ -56,7 +56,7 @@ from replication.records import (
 from replication.release import RELEASE
 from replication.reports import Reports
 from replication.shared import Place, Places
-from replication.sink import Sink
+from replication.sink import Sink, size_of
 from replication.stream import Tls, tls_like_ray
 from replication.transport import Source, fetch_timeout_s
 from replication.wire import Secret
@@ -215,7 +215,7 @@ class Holder:
         Args:
             key: The shard.
             plan: Its layout.
-            names: Of the memory, by the index of the chunk.
+            names: Of the memory, by the index of the chunk; it may be longer than that.
 
         Raises:
             FencedError: A newer generation has taken over.
@@ -230,7 +230,8 @@ class Holder:
             reason = "it does not know the memory that was prepared"
             raise HolderUnavailableError(self._core.holder.node_id, reason)
         for index, name in wanted.items():
-            self._chunks.setdefault(key, {})[index] = chunks.pop(name)
+            chunk = _first_bytes(chunks.pop(name), plan.chunk_sizes[index])
+            self._chunks.setdefault(key, {})[index] = chunk
             self._feed(messages.ChunkStaged(key, plan, index))
 
     async def stage_chunk(self, key: ShardKey, plan: ShardPlan, index: int, chunk: Chunk) -> None:
@@ -595,6 +596,14 @@ def _serve(read: ReadChunk, secret: Secret, tls: Tls | None) -> ChunkServer | No
         logger.warning("no data plane on %s: %s; chunks go through Ray's object store", host, error)
         return None
     return server
+
+
+def _first_bytes(chunk: Chunk, size_bytes: int) -> Chunk:
+    """The beginning of memory that has room to spare; a view of it, that pins all."""
+    if size_of(chunk) == size_bytes:
+        return chunk
+    (memory,) = chunk
+    return [memory[:size_bytes]]
 
 
 def _first_corrupt(chunks: Sequence[Chunk], digests: Sequence[bytes]) -> int | None:

@@ -22,7 +22,6 @@ from numbers import Real
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch.distributed as dist
 
 from replication.errors import (
@@ -32,7 +31,6 @@ from replication.errors import (
     MemoryBudgetError,
     TieredError,
 )
-from replication.pinning import put
 from replication.records import ShardKey, ShardPlan, Version
 from replication.transport import fetch_timeout_s
 from tiered import cluster
@@ -175,6 +173,7 @@ class Checkpointer:
         self._watcher = Watcher(self._coordinator, self.job, self._worker.rank, self._prepare)
         self._generation = 0
         self._layout: Layout | None = None
+        self._front_bytes = 0  # of the last save
         self._cache: CaptureCache = {}
         self._stager = Stager(
             self.settings.memory.chunk_bytes,
@@ -551,7 +550,7 @@ class Checkpointer:
         while told < len(sizes):
             is_whole = len(chunks) == len(sizes)
             is_long = time.monotonic() > undisturbed_until_s
-            must_know = is_whole or is_long or len(chunks) > len(slots)
+            must_know = is_whole or is_long or len(chunks) >= max(1, len(slots))
             if admission is None and (must_know or (asked is not None and asked.is_answered())):
                 admission = self._admission(handle.step, asked)
                 if not admission.is_admitted:
@@ -560,14 +559,13 @@ class Checkpointer:
                 for replaced in admission.instead_of:
                     self._holder.drop_step(Version(self._generation, replaced))
             if not chunks:
-                chunks.append(Staged(put([np.frombuffer(first, dtype=np.uint8)])))
+                chunks.append(self._stager.stage_front(first, slots))
             elif not is_whole:
-                chunks.append(self._stager.stage(layout, tensors, len(chunks) - 1, slots))
-            if admission is not None and (is_whole or is_long or not told):
-                until = len(chunks) if is_whole or is_long else 1  # the first is small, and put
-                news = {index: chunks[index] for index in range(told, until)}
+                chunks.append(self._stager.stage(layout, tensors, len(chunks), slots))
+            if admission is not None and (is_whole or is_long):
+                news = {index: chunks[index] for index in range(told, len(chunks))}
                 pending += self._holder.stage(key, plan, news)
-                told = until
+                told = len(chunks)
         assert admission is not None
         try:
             self._holder.settle(pending)
@@ -579,7 +577,9 @@ class Checkpointer:
         """The layout of a shard, made anew only when its tensors changed, and its first chunk."""
         if self._layout is None or self._layout.signature != captured.signature:
             self._layout = lay_out(captured)
-        return self._layout, front(self._layout, key, self._worker.world_size, captured.tree)
+        first = front(self._layout, key, self._worker.world_size, captured.tree)
+        self._front_bytes = len(first)
+        return self._layout, first
 
     def _make_ready(self, state: Mapping[str, Any]) -> None:
         """Plan the first save, and see to its memory, while the first steps run."""
@@ -609,7 +609,7 @@ class Checkpointer:
             is_quiet = not behind or time.monotonic() - self._staged_s > LEFT_ALONE_S
             has_room = len(behind) < memory.in_flight
             if is_quiet and has_room and not self._watcher.is_closing:
-                self._stager.prepare(layout)
+                self._stager.prepare(layout, self._front_bytes)
         finally:
             self._is_saving.release()
 

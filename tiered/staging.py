@@ -2,7 +2,8 @@
 
 Object-store memory for the next save is made ready in the background, while training goes on: new
 objects, filled with zeros, which also takes the page faults, and pinned by the holder. A save then
-copies its tensors straight into that memory, many with one call, and tells the holder so. Without
+copies its tensors straight into that memory, many with one call, and tells the holder so with one
+small call for the whole shard. Without
 it (the first save of a state, saves in close succession, a Ray that maps the store read-only) each
 chunk is put as usual, with one copy too, but through the pickling of each tensor's buffer and into
 memory that may never have been touched.
@@ -32,6 +33,8 @@ from tiered.image import Layout, Span, bytes_between, data_chunk, overlapping
 logger = logging.getLogger(__name__)
 
 END_S = 5.0  # for the preparation of one chunk to end
+FRONT_ROOM_BYTES = 8 << 10  # the next front may be so much longer than the last one
+FRONT_LEAST_BYTES = 128 << 10  # Ray keeps objects of less than 100 KiB outside of the store
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class Staged:
 @dataclass(frozen=True, slots=True)
 class Slot:
     """One chunk's memory in the object store, and what of the state goes where in it.
+
+    The first chunk's, the front's, has a little room to spare, and no tensors.
 
     Attributes:
         staged: The object.
@@ -107,17 +112,23 @@ class Stager:
         self._is_possible = True
         self._lock = threading.Lock()
 
-    def prepare(self, layout: Layout) -> None:
-        """Make memory for the next save of this layout ready, in the background; idempotent."""
+    def prepare(self, layout: Layout, front_bytes: int) -> None:
+        """Make memory for the next save of this layout ready, in the background; idempotent.
+
+        Args:
+            layout: Of the tensors.
+            front_bytes: Of the last save's front; the next one's is about as long.
+        """
         with self._lock:
             if not self._is_possible or (self._ready is not None and self._ready.layout is layout):
                 return
             self._stop()
-            self._ready = _Preparation(layout)
+            room_bytes = max(front_bytes + FRONT_ROOM_BYTES, FRONT_LEAST_BYTES)
+            self._ready = _Preparation(layout, room_bytes)
             self._ready.begin(self._prepare)
 
     def take(self, layout: Layout) -> list[Slot]:
-        """The chunks of this layout, from the first on, for which memory is ready."""
+        """The chunks of this layout, from the front on, for which memory is ready."""
         with self._lock:
             made_for, slots = self._stop()
         return slots if made_for is layout else []
@@ -126,15 +137,23 @@ class Stager:
         """Take memory back, filled or not, of which nobody has been told."""
         with self._lock:
             if slots and self._ready is None:  # none: they are still to be made ready
-                self._ready = _Preparation(layout, slots)
+                self._ready = _Preparation(layout, slots[0].view.nbytes, slots)
+
+    def stage_front(self, front: bytes, slots: Sequence[Slot]) -> Staged:
+        """Put the first chunk into the object store."""
+        memory = np.frombuffer(front, dtype=np.uint8)
+        if slots and memory.nbytes <= slots[0].view.nbytes:
+            np.copyto(slots[0].view[: memory.nbytes], memory)
+            return slots[0].staged
+        return Staged(put([memory]))
 
     def stage(self, layout: Layout, tensors: Mapping[str, torch.Tensor], index: int,
               slots: Sequence[Slot]) -> Staged:  # fmt: skip
-        """Put data chunk `index` (from 0) into the object store."""
+        """Put chunk `index` into the object store, one of tensors: from 1."""
         if index < len(slots):
             slots[index].fill(tensors)
             return slots[index].staged
-        start, stop = [0, *layout.stops(self._chunk_bytes)][index : index + 2]
+        start, stop = [0, *layout.stops(self._chunk_bytes)][index - 1 : index + 1]
         return Staged(put(data_chunk(layout, tensors, start, stop)))
 
     def release(self) -> None:
@@ -148,14 +167,16 @@ class Stager:
 
     def _prepare(self, ready: "_Preparation") -> None:
         began_s, layout = time.monotonic(), ready.layout
+        edges = (0, *layout.stops(self._chunk_bytes))
+        sizes = [ready.front_bytes, *(stop - start for start, stop in itertools.pairwise(edges))]
         names: list[str] = []
         is_pinned = True
-        zeros = np.zeros(min(self._chunk_bytes, max(1, layout.data_bytes)), dtype=np.uint8)
+        zeros = np.zeros(max(sizes), dtype=np.uint8)
         try:
-            for start, stop in itertools.pairwise((0, *layout.stops(self._chunk_bytes))):
+            for index, size_bytes in enumerate(sizes):
                 if not ready.is_wanted.is_set():
                     return
-                reference = put([zeros[: stop - start]])
+                reference = put([zeros[:size_bytes]])
                 (sealed,) = ray.get(reference)
                 view = writable(sealed) if self._store.holds(sealed) else None
                 if view is None:
@@ -165,7 +186,8 @@ class Stager:
                 names.append(str(reference.hex()))
                 is_pinned = is_pinned and self._pin(names, reference)  # else it is waited for once
                 staged = Staged(reference, is_pinned)
-                ready.slots.append(_slot(layout, staged, view, start, stop))
+                span = edges[index - 1 : index + 1] if index else (0, 0)
+                ready.slots.append(_slot(layout, staged, view, *span))
             logger.debug(
                 "memory for the next save is ready: %.1f MB in %.3f s",
                 layout.data_bytes / 1e6, time.monotonic() - began_s,
@@ -177,8 +199,9 @@ class Stager:
 class _Preparation:
     """Memory that is being made ready for one save, by a thread of its own."""
 
-    def __init__(self, layout: Layout, slots: list[Slot] | None = None) -> None:
+    def __init__(self, layout: Layout, front_bytes: int, slots: list[Slot] | None = None) -> None:
         self.layout = layout
+        self.front_bytes = front_bytes
         self.slots: list[Slot] = slots or []
         self.is_wanted = threading.Event()
         self._thread: threading.Thread | None = None

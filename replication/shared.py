@@ -9,6 +9,7 @@ The holder may let go of the chunk while it is being read, and the memory be use
 reader would see by its checksum, as with any damage, and ask the next source.
 """
 
+import contextlib
 import ctypes
 import threading
 from collections.abc import Iterable
@@ -153,8 +154,8 @@ class SharedMemoryTransport:
         self.bytes_read = 0
 
     def open(self) -> None:
-        """Find this process' own mapping of the store; else the first read does."""
-        with self._lock:
+        """Find this process' own mapping of the store, ahead of the first read, if that works."""
+        with contextlib.suppress(RayError), self._lock:
             self._find_home()
 
     def read(self, source: Source, chunk: ChunkId, sink: Sink, timeout_s: float) -> None:

@@ -14,6 +14,7 @@ This is a core: it knows no sockets.
 import bisect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -28,7 +29,14 @@ class Sink:
     """The caller's buffers, filled from the front.
 
     One reader at a time; what `next_views` returned is void after `advance`.
+
+    Attributes:
+        done_bytes: How many have arrived.
+        total_bytes: How many are wanted.
+        is_cancelled: Nobody wants them any more; see `replication.cancelling`.
     """
+
+    is_cancelled = False
 
     def __init__(
         self,
@@ -100,6 +108,10 @@ class Sink:
             if self._offset == view.nbytes:
                 self._view, self._offset = self._view + 1, 0
 
+    def writing(self, interrupt: Callable[[], None]) -> AbstractContextManager[None]:
+        """Around whatever writes to `next_views`; `interrupt` ends that from another thread."""
+        return nullcontext()
+
     def fill(self, pieces: Iterable[memoryview]) -> None:
         """Copy the missing bytes from memory; `pieces` begins with the first of them.
 
@@ -111,7 +123,8 @@ class Sink:
             source = np.frombuffer(piece, np.uint8)
             for start in range(0, source.nbytes, BLOCK_BYTES):
                 block = source[start : start + BLOCK_BYTES]
-                self._copy(block)
+                with self.writing(_nothing):
+                    self._copy(block)
                 if self._received is not None:
                     self._received(block.data)
 
@@ -128,6 +141,10 @@ class Sink:
                 self._view, self._offset = self._view + 1, 0
             start = stop
         self.done_bytes += size_bytes
+
+
+def _nothing() -> None:
+    """A block is copied in no time."""
 
 
 def gather(chunk: Chunk, ranges: Sequence[ByteRange]) -> list[memoryview]:

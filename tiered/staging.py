@@ -19,7 +19,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,71 +27,15 @@ import torch
 from ray.exceptions import RayError
 
 from replication.pinning import StoreMemory, put
-from tiered.image import Layout, Span, bytes_between, data_chunk, overlapping
+from tiered.device_copy import DeviceCopier
+from tiered.image import Layout, data_chunk
+from tiered.slots import Slot, Staged, slot_of
 
 logger = logging.getLogger(__name__)
 
 END_S = 5.0  # for the preparation of one chunk to end
 FRONT_ROOM_BYTES = 8 << 10  # the next front may be so much longer than the last one
 FRONT_LEAST_BYTES = 128 << 10  # Ray keeps objects of less than 100 KiB outside of the store
-
-
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """A chunk in the object store.
-
-    Attributes:
-        reference: The object.
-        is_pinned: The holder has pinned it already, by its name.
-    """
-
-    reference: Any
-    is_pinned: bool = False
-
-    @property
-    def name(self) -> str:
-        """What the holder knows it by."""
-        return str(self.reference.hex())
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One chunk's memory in the object store, and what of the state goes where in it.
-
-    The first chunk's, the front's, has a little room to spare, and no tensors.
-
-    Attributes:
-        staged: The object.
-        view: Its bytes, [n] uint8; keeps the object in memory.
-        names: Tensors that lie in it as a whole.
-        targets: For each of them the memory that it is copied into, of its dtype and shape.
-        parts: Tensors that begin or end in another chunk: name, first byte, last byte + 1, and
-            where in this chunk.
-    """
-
-    staged: Staged
-    view: np.ndarray[Any, Any]
-    names: tuple[str, ...]
-    targets: list[torch.Tensor]
-    parts: tuple[tuple[str, int, int, int], ...]
-
-    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy the tensors' bytes into the object."""
-        with torch.no_grad():
-            if self.names:
-                copy_all(self.targets, [tensors[name] for name in self.names])
-            for name, low, high, start in self.parts:
-                source = bytes_between(tensors[name], low, high)
-                np.copyto(self.view[start : start + high - low], source)
-
-
-def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """Copy each source into its target: one call for all, where this torch has it."""
-    if hasattr(torch, "_foreach_copy_"):
-        torch._foreach_copy_(targets, sources)
-        return
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
 
 
 class Stager:
@@ -108,6 +51,7 @@ class Stager:
         self._chunk_bytes = chunk_bytes
         self._pin = pin
         self._store = StoreMemory()
+        self._device_copier = DeviceCopier()
         self._ready: _Preparation | None = None
         self._is_possible = True
         self._lock = threading.Lock()
@@ -129,6 +73,7 @@ class Stager:
 
     def take(self, layout: Layout) -> list[Slot]:
         """The chunks of this layout, from the front on, for which memory is ready."""
+        self._device_copier.discard()
         with self._lock:
             made_for, slots = self._stop()
         return slots if made_for is layout else []
@@ -151,10 +96,21 @@ class Stager:
               slots: Sequence[Slot]) -> Staged:  # fmt: skip
         """Put chunk `index` into the object store, one of tensors: from 1."""
         if index < len(slots):
-            slots[index].fill(tensors)
+            self._fill(index, tensors, slots)
             return slots[index].staged
         start, stop = [0, *layout.stops(self._chunk_bytes)][index - 1 : index + 1]
         return Staged(put(data_chunk(layout, tensors, start, stop)))
+
+    def _fill(self, index: int, tensors: Mapping[str, torch.Tensor], slots: Sequence[Slot]) -> None:
+        """Copy a chunk's tensors into its memory; of a GPU the next chunk's are on their way."""
+        copier = self._device_copier
+        if not copier.is_needed(slots[index], tensors):
+            slots[index].fill(tensors)
+            return
+        copier.begin(slots[index], tensors)
+        if index + 1 < len(slots) and copier.is_needed(slots[index + 1], tensors):
+            copier.begin(slots[index + 1], tensors)
+        copier.finish(slots[index])
 
     def release(self) -> None:
         """Give back what is ready and was not used."""
@@ -187,7 +143,7 @@ class Stager:
                 is_pinned = is_pinned and self._pin(names, reference)  # else it is waited for once
                 staged = Staged(reference, is_pinned)
                 span = edges[index - 1 : index + 1] if index else (0, 0)
-                ready.slots.append(_slot(layout, staged, view, *span))
+                ready.slots.append(slot_of(layout, staged, view, *span))
             logger.debug(
                 "memory for the next save is ready: %.1f MB in %.3f s",
                 layout.data_bytes / 1e6, time.monotonic() - began_s,
@@ -229,33 +185,3 @@ def writable(sealed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     memory.owner = sealed  # it keeps the object where it is
     view: np.ndarray[Any, Any] = np.frombuffer(memory, dtype=np.uint8)
     return view
-
-
-def _slot(
-    layout: Layout, staged: Staged, view: np.ndarray[Any, Any], start: int, stop: int
-) -> Slot:
-    memory = torch.from_numpy(view)
-    names, targets, parts = [], [], []
-    for span in overlapping(layout.spans, start, stop):
-        target = _target(layout, memory, span, start, stop)
-        if target is None:
-            low, high = max(start, span.start), min(stop, span.stop)
-            parts.append((span.name, low - span.start, high - span.start, low - start))
-        else:
-            names.append(span.name)
-            targets.append(target)
-    return Slot(staged, view, tuple(names), targets, tuple(parts))
-
-
-def _target(
-    layout: Layout, memory: torch.Tensor, span: Span, start: int, stop: int
-) -> torch.Tensor | None:
-    """A tensor's place in a chunk, of its dtype and shape; None if it is not all there."""
-    if span.start < start or span.stop > stop:
-        return None
-    dtype, shape = layout.kinds[span.name]
-    flat = memory[span.start - start : span.stop - start]
-    try:
-        return flat.view(dtype).view(shape)
-    except RuntimeError:  # not aligned, or a dtype that is no view of bytes
-        return None

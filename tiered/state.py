@@ -232,10 +232,15 @@ class _Capture:
         tensors: int,
         parts: int,
     ) -> None:
-        """Remember a dict of plain tensors on the CPU, each with memory of its own."""
+        """Remember a dict of plain tensors, each with memory of its own.
+
+        On the CPU or a CUDA device: there an address stands for one place on one of them.
+        """
         assert self.cache is not None
         self.cache.pop(path, None)
-        is_plain = all(type(v) in PLAIN and v.device.type == "cpu" for v in value.values())
+        is_plain = all(
+            type(v) in PLAIN and v.device.type in ("cpu", "cuda") for v in value.values()
+        )
         names = tuple(dotted((*path, key)) for key in value)
         own = list(itertools.islice(self.tensors, tensors, None))
         if not is_plain or own != list(names):

@@ -82,8 +82,12 @@ def read_tensors(
         step.fill(rank, pieces)
         for detour in detours:
             detour.target.copy_(detour.source)
+    devices = {target.device for one in wanted for target in one.targets}
     for one in wanted:
         one.tensor = _copied(one.tensor, one.targets)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what was queued above reads memory that is freed now
 
 
 def _place(one: Wanted, read: Read, memory: Buffer) -> tuple[Piece, _Detour | None]:
@@ -109,7 +113,10 @@ def _destination(one: Wanted, dtype: str) -> torch.Tensor:
         is_mirrored = target.is_conj() or target.is_neg()
         if target.device.type == "cpu" and target.is_contiguous() and not is_mirrored:
             return target.detach()
-    return torch.empty(one.box.shape, dtype=TensorRef("", dtype, ()).torch_dtype)
+    # Pinned memory goes to a GPU at the speed of the bus, and without the processor.
+    is_pinned = any(target.device.type == "cuda" for target in one.targets)
+    kind = TensorRef("", dtype, ()).torch_dtype
+    return torch.empty(one.box.shape, dtype=kind, pin_memory=is_pinned)
 
 
 def _copied(source: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
@@ -118,5 +125,5 @@ def _copied(source: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
     if others:
         with torch.no_grad():
             for target in others:
-                target.copy_(source)
+                target.copy_(source, non_blocking=True)
     return targets[0].detach() if targets else source

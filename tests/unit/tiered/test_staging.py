@@ -7,7 +7,8 @@ import torch
 from replication.pinning import _OutOfBand
 from tiered import staging
 from tiered.image import chunk_sizes, data_chunk, lay_out
-from tiered.staging import Slot, Staged, Stager, _slot, copy_all
+from tiered.slots import Slot, Staged, copy_all, slot_of
+from tiered.staging import Stager
 from tiered.state import capture
 
 STATE = {
@@ -33,7 +34,7 @@ def slots_of(chunk_bytes: int) -> tuple[list[Slot], list[bytes]]:
     slots, expected, start = [], [], 0
     for size in sizes:
         view = np.full(size, 255, dtype=np.uint8)
-        slots.append(_slot(layout, Staged(None), view, start, start + size))
+        slots.append(slot_of(layout, Staged(None), view, start, start + size))
         chunk = data_chunk(layout, captured.tensors, start, start + size)
         expected.append(b"".join(buffer.tobytes() for buffer in chunk))
         start += size

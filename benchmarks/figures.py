@@ -78,6 +78,11 @@ def buddy_restore(samples: Sequence[RestoreSample]) -> Ratio | None:
     return _of_restores(samples, lambda s: (s.seconds, s.tcp_s))
 
 
+def begin_s(samples: Sequence[RestoreSample]) -> float | None:
+    """Of a restore's whole call, what is not reading: finding out what to restore."""
+    return median(s.whole_s - s.seconds for s in samples) if samples else None
+
+
 def cpu_s_per_gb(samples: Sequence[SaveSample]) -> float | None:
     """Processor time to save one GB."""
     found = [s.cpu_s / s.size_bytes * GB for s in samples if s.cpu_s is not None]
@@ -122,8 +127,8 @@ def unchanged(outcome: Outcome) -> Unchanged | None:
     )
 
 
-def limit_rates(case: Case, ranks: int) -> tuple[float, float, str] | None:
-    """The limits in this case: memcpy and TCP in GB/s, and the connections that were fastest."""
+def limit_rates(case: Case, ranks: int) -> tuple[float, float, float, str] | None:
+    """The limits in GB/s: memcpy, a restore's memcpy, TCP; and the fastest count of connections."""
     samples = [s for s in case.limits if s["ranks"] == ranks]
     if not samples:
         return None
@@ -131,7 +136,9 @@ def limit_rates(case: Case, ranks: int) -> tuple[float, float, str] | None:
     streams = {n: median(s["tcp_s"][n] for s in samples) for n in samples[0]["tcp_s"]}
     best = min(streams, key=lambda n: streams[n])
     tcp_s = median(min(s["tcp_s"].values()) for s in samples)
-    return size / median(s["memcpy_s"] for s in samples) / GB, size / tcp_s / GB, best
+    one_s = median(s["memcpy_s"] for s in samples)
+    restore_s = median(min(s["memcpy_s"], s.get("memcpy_2_s", s["memcpy_s"])) for s in samples)
+    return size / one_s / GB, size / restore_s / GB, size / tcp_s / GB, best
 
 
 def limit_cpu_s_per_gb(case: Case, ranks: int) -> tuple[float, float] | None:

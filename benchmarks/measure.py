@@ -173,7 +173,7 @@ class Measurement:
             whole_s=loaded.whole_s,
             size_bytes=self._size_bytes,
             source=loaded.source,
-            memcpy_s=(before.memcpy_s + after.memcpy_s) / 2,
+            memcpy_s=(before.best_memcpy_s + after.best_memcpy_s) / 2,
             tcp_s=(before.best_tcp_s + after.best_tcp_s) / 2,
         )
 

@@ -29,6 +29,7 @@ STORE_SHARE = 0.75  # of an object store that a job may declare, with room to sp
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "GLOO_SOCKET_IFNAME": "lo",  # a machine's name need not resolve
+    "RAY_worker_niceness": "0",  # as the limits and the peers; Ray's own is 15
 }
 
 

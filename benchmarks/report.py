@@ -34,7 +34,11 @@ def show(run: Run) -> RenderableType:
         parts += [Text(), table(case), *footnotes(case)]
         ours = next((o for o in case.outcomes if o.name == OURS), None)
         if ours is not None:
-            parts += [goal_table(figures.goals(case, ours)), *_unchanged_lines(ours)]
+            parts += [
+                goal_table(figures.goals(case, ours)),
+                *_begin_lines(ours),
+                *_unchanged_lines(ours),
+            ]
     return Group(*parts)
 
 
@@ -107,6 +111,17 @@ def goal_table(goals: list[Goal]) -> Table:
     return shown
 
 
+def _begin_lines(ours: Outcome) -> Iterator[Text]:
+    """What the restores' figures do not have in them."""
+    kinds = ("same host", ours.restores), ("from a buddy", ours.buddy_restores)
+    times = [f"{kind} {s:.3f} s" for kind, samples in kinds if (s := figures.begin_s(samples))]
+    if times:
+        yield Text(
+            f"before it reads, a restore agrees on a step and has every copy verified: "
+            f"{', '.join(times)}"
+        )
+
+
 def _unchanged_lines(ours: Outcome) -> Iterator[Text]:
     if (part := figures.unchanged(ours)) is None:
         return
@@ -123,8 +138,8 @@ def _limit_rows(case: Case) -> Iterator[list[str]]:
     rates, cpu = figures.limit_rates(case, ranks), figures.limit_cpu_s_per_gb(case, ranks)
     if rates is None or cpu is None:
         return
-    memcpy, tcp, streams = rates
-    yield ["limit: memcpy", f"{memcpy:.1f}", "", f"{memcpy:.1f}", "", f"{cpu[0]:.2f}", ""]
+    memcpy, restore, tcp, streams = rates
+    yield ["limit: memcpy", f"{memcpy:.1f}", "", f"{restore:.1f}", "", f"{cpu[0]:.2f}", ""]
     plural = "stream" if streams == "1" else "streams"
     yield [f"limit: TCP, {streams} {plural}", "", f"{tcp:.1f}", "", f"{tcp:.1f}", f"{cpu[1]:.2f}",
            ""]  # fmt: skip

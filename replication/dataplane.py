@@ -25,6 +25,7 @@ from replication.errors import (
     HolderTimeoutError,
     HolderUnavailableError,
     ProtocolError,
+    ReadCancelledError,
     ReplicationError,
     ShardNotHeldError,
 )
@@ -49,7 +50,7 @@ from replication.transport import (
 )
 
 STREAMS = 2  # of one holder: a second one gave 1.5 times the first, further ones nothing
-PART_BYTES = 1 << 20  # received at once, then hashed while the next is on the wire
+PART_BYTES = 512 << 10  # received at once, then hashed, while it is in the processor's cache
 PART_PIECES = 64
 
 
@@ -174,8 +175,13 @@ class TcpTransport:
         fruitless = 0
         while True:
             before = sink.done_bytes
+            if sink.is_cancelled:  # which broke the connection
+                raise ReadCancelledError
             try:
-                with self._borrowed(peer, node_id, deadline) as (stream, is_fresh):
+                with (
+                    self._borrowed(peer, node_id, deadline) as (stream, is_fresh),
+                    sink.writing(stream.interrupt),
+                ):
                     return self._exchange(stream, node_id, chunk, sink, deadline)
             except TimeoutError as error:
                 got = f"after {sink.done_bytes} of {sink.total_bytes} bytes"
@@ -183,7 +189,7 @@ class TcpTransport:
             except OSError as error:
                 # A connection from an earlier read may be one that the holder has closed since.
                 fruitless = fruitless + is_fresh if sink.done_bytes == before else 0
-                if fruitless > 1:
+                if fruitless > 1 and not sink.is_cancelled:
                     raise self._failed(peer, node_id, str(error), error) from error
 
     def _exchange(

@@ -8,6 +8,7 @@ TieredError
 │   ├── HolderUnavailableError  a holder did not answer in time, or is dead
 │   │   └── HolderTimeoutError  it was reached, and a deadline passed
 │   ├── ShardNotHeldError       a holder was asked for bytes that it does not hold
+│   ├── ReadCancelledError      whoever read a chunk wants it no more: another copy was faster
 │   ├── ChunkCorruptError       bytes arrived whose checksum is not the recorded one
 │   └── ProtocolError           the other end of a connection does not speak as agreed
 │       ├── ProtocolVersionError    it speaks another version
@@ -121,6 +122,13 @@ class ShardNotHeldError(ReplicationError):
 
     def __str__(self) -> str:
         return f"the holder on host {self.node_id[:8]} does not hold {self.shard}"
+
+
+class ReadCancelledError(ReplicationError):
+    """A read was given up by whoever had asked for it: another copy was there sooner."""
+
+    def __str__(self) -> str:
+        return "the read was cancelled; another copy was faster"
 
 
 class ChunkCorruptError(ReplicationError):

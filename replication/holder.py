@@ -57,7 +57,7 @@ from replication.records import (
 from replication.release import RELEASE
 from replication.reports import Reports
 from replication.shared import Place, Places
-from replication.sink import Sink
+from replication.sink import Sink, size_of
 from replication.stream import Tls, tls_like_ray
 from replication.transport import Source, fetch_timeout_s
 from replication.wire import Secret
@@ -220,7 +220,7 @@ class Holder:
         Args:
             key: The shard.
             plan: Its layout.
-            names: Of the memory, by the index of the chunk.
+            names: Of the memory, by the index of the chunk; it may be longer than that.
 
         Raises:
             FencedError: A newer generation has taken over.
@@ -235,7 +235,8 @@ class Holder:
             reason = "it does not know the memory that was prepared"
             raise HolderUnavailableError(self._core.holder.node_id, reason)
         for index, name in wanted.items():
-            self._chunks.setdefault(key, {})[index] = chunks.pop(name)
+            chunk = _first_bytes(chunks.pop(name), plan.chunk_sizes[index])
+            self._chunks.setdefault(key, {})[index] = chunk
             self._feed(messages.ChunkStaged(key, plan, index))
 
     async def stage_chunk(self, key: ShardKey, plan: ShardPlan, index: int, chunk: Chunk) -> None:
@@ -320,13 +321,19 @@ class Holder:
         """
         return self._pinned(key, index)
 
-    async def places(self, key: ShardKey, index: int) -> list[Place] | None:
-        """Where in this host's object store a chunk lies; None if it is not all in its memory.
+    async def places(self, key: ShardKey) -> list[list[Place] | None]:
+        """Where in this host's object store each chunk lies; None for one that is not in it.
 
         Raises:
-            ShardNotHeldError: It is not here.
+            ShardNotHeldError: Nothing of the shard is here.
         """
-        return self._places.of(self._pinned(key, index))
+        chunks = self._chunks.get(key)
+        if not chunks:
+            raise ShardNotHeldError(self._core.holder.node_id, str(key))
+        return [
+            self._places.of(chunks[index]) if index in chunks else None
+            for index in range(max(chunks) + 1)
+        ]
 
     async def access(self) -> Access:
         """Tell how to read from here by TCP; who may call actors may know the secret."""
@@ -601,6 +608,14 @@ def _serve(read: ReadChunk, secret: Secret, tls: Tls | None) -> ChunkServer | No
         logger.warning("no data plane on %s: %s; chunks go through Ray's object store", host, error)
         return None
     return server
+
+
+def _first_bytes(chunk: Chunk, size_bytes: int) -> Chunk:
+    """The beginning of memory that has room to spare; a view of it, that pins all."""
+    if size_of(chunk) == size_bytes:
+        return chunk
+    (memory,) = chunk
+    return [memory[:size_bytes]]
 
 
 def _first_corrupt(chunks: Sequence[Chunk], digests: Sequence[bytes]) -> int | None:

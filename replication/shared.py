@@ -9,6 +9,7 @@ The holder may let go of the chunk while it is being read, and the memory be use
 reader would see by its checksum, as with any damage, and ask the next source.
 """
 
+import contextlib
 import ctypes
 import threading
 from collections.abc import Iterable
@@ -21,11 +22,11 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from replication.errors import HolderTimeoutError, HolderUnavailableError, ReplicationError
 from replication.pinning import MAPS, pin
-from replication.records import Buffer, Chunk, ChunkId
+from replication.records import Buffer, Chunk, ChunkId, ShardKey
 from replication.sink import Sink, gather
 from replication.transport import Source, check_size, read_whole
 
-SENTINEL_BYTES = 1 << 20  # of an object that is in the store for sure
+SENTINEL_BYTES = 256 << 10  # Ray keeps objects of less than 100 KiB outside of the store
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,11 @@ class Place:
     file: tuple[str, str]
     offset: int
     size_bytes: int
+
+    @property
+    def stop(self) -> int:
+        """The offset of the byte after the last one."""
+        return self.offset + self.size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +71,24 @@ def mappings(lines: Iterable[str]) -> list[Mapping]:
 
 
 def places_of(chunk: Chunk, known: Iterable[Mapping]) -> list[Place] | None:
-    """Where a pinned chunk lies, for other processes; None if it is in no shared file."""
-    known, places = list(known), []
+    """Where a pinned chunk lies, for other processes; None if it is in no shared file.
+
+    Buffers without a gap between them are one place: a chunk may have thousands.
+    """
+    known = list(known)
+    places: list[Place] = []
     for buffer in chunk:
         if not buffer.nbytes:
             continue
         start = buffer.ctypes.data
         for one in known:
             if one.start <= start and start + buffer.nbytes <= one.stop:
-                offset = one.offset + start - one.start
-                places.append(Place(one.file, offset, buffer.nbytes))
+                place = Place(one.file, one.offset + start - one.start, buffer.nbytes)
+                last = places[-1] if places else None
+                if last is not None and (last.file, last.stop) == (place.file, place.offset):
+                    places[-1] = Place(last.file, last.offset, last.size_bytes + buffer.nbytes)
+                else:
+                    places.append(place)
                 break
         else:
             return None
@@ -124,7 +138,10 @@ class Places:
 
 
 class SharedMemoryTransport:
-    """Reads from the holder of this host; see `replication.transport.Transport`."""
+    """Reads from the holder of this host; see `replication.transport.Transport`.
+
+    A holder is asked once where all of a shard lies.
+    """
 
     name = "shared memory"
 
@@ -132,7 +149,14 @@ class SharedMemoryTransport:
         self._lock = threading.Lock()
         self._sentinel: Chunk | None = None  # keeps the store mapped,
         self._home: list[Mapping] = []  # here
+        self._places: dict[tuple[str, ShardKey], list[list[Place] | None]] = {}
+        self._counting = threading.Lock()
         self.bytes_read = 0
+
+    def open(self) -> None:
+        """Find this process' own mapping of the store, ahead of the first read, if that works."""
+        with contextlib.suppress(RayError), self._lock:
+            self._find_home()
 
     def read(self, source: Source, chunk: ChunkId, sink: Sink, timeout_s: float) -> None:
         """See Transport."""
@@ -140,7 +164,7 @@ class SharedMemoryTransport:
         check_size(chunk, sum(view.nbytes for view in views), source.node_id)
         missing_bytes = sink.missing_bytes
         sink.fill(gather(views, sink.missing()))
-        with self._lock:
+        with self._counting:
             self.bytes_read += missing_bytes
 
     def fetch(self, source: Source, chunk: ChunkId, timeout_s: float) -> Chunk:
@@ -151,24 +175,16 @@ class SharedMemoryTransport:
         """See Transport."""
         with self._lock:
             self._sentinel, self._home = None, []
+            self._places.clear()
 
     def _views(self, source: Source, chunk: ChunkId, timeout_s: float) -> list[Buffer]:
-        reference = source.actor.places.remote(chunk.key, chunk.index)
-        try:
-            places: list[Place] | None = ray.get(reference, timeout=timeout_s)
-        except GetTimeoutError as error:
-            raise HolderTimeoutError(source.node_id, f"silent for {timeout_s:g} s") from error
-        except RayError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, ReplicationError):
-                raise cause from error
-            raise HolderUnavailableError(source.node_id, type(error).__name__) from error
         with self._lock:
-            if self._sentinel is None:
-                self._sentinel = pin([np.zeros(SENTINEL_BYTES, dtype=np.uint8)])
-                (start,) = (buffer.ctypes.data for buffer in self._sentinel)
-                self._home = [one for one in own_mappings() if one.start <= start < one.stop]
-            home = self._home
+            of_shard = self._places.get((source.node_id, chunk.key))
+            if of_shard is None:
+                of_shard = _ask(source, chunk.key, timeout_s)
+                self._places[source.node_id, chunk.key] = of_shard
+            home = self._find_home()
+        places = of_shard[chunk.index] if chunk.index < len(of_shard) else None
         # Of other mappings only the system can say that they are still there.
         views = [view_of(place, home) for place in places or ()]
         if any(view is None for view in views):
@@ -178,3 +194,24 @@ class SharedMemoryTransport:
         if places is None or len(found) < len(places):
             raise HolderUnavailableError(source.node_id, "its memory is not mapped here")
         return found
+
+    def _find_home(self) -> list[Mapping]:
+        if self._sentinel is None:
+            self._sentinel = pin([np.zeros(SENTINEL_BYTES, dtype=np.uint8)])
+            (start,) = (buffer.ctypes.data for buffer in self._sentinel)
+            self._home = [one for one in own_mappings() if one.start <= start < one.stop]
+        return self._home
+
+
+def _ask(source: Source, key: ShardKey, timeout_s: float) -> list[list[Place] | None]:
+    reference = source.actor.places.remote(key)
+    try:
+        places: list[list[Place] | None] = ray.get(reference, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise HolderTimeoutError(source.node_id, f"silent for {timeout_s:g} s") from error
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ReplicationError):
+            raise cause from error
+        raise HolderUnavailableError(source.node_id, type(error).__name__) from error
+    return places

@@ -14,10 +14,11 @@ This is a core: it knows no sockets.
 import bisect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from replication.records import ByteRange, Chunk
+from replication.records import Buffer, ByteRange, Chunk
 
 BLOCK_BYTES = 1 << 20  # copied before `received` sees them: they are still in the cache then
 
@@ -28,7 +29,14 @@ class Sink:
     """The caller's buffers, filled from the front.
 
     One reader at a time; what `next_views` returned is void after `advance`.
+
+    Attributes:
+        done_bytes: How many have arrived.
+        total_bytes: How many are wanted.
+        is_cancelled: Nobody wants them any more; see `replication.cancelling`.
     """
+
+    is_cancelled = False
 
     def __init__(
         self,
@@ -100,19 +108,43 @@ class Sink:
             if self._offset == view.nbytes:
                 self._view, self._offset = self._view + 1, 0
 
+    def writing(self, interrupt: Callable[[], None]) -> AbstractContextManager[None]:
+        """Around whatever writes to `next_views`; `interrupt` ends that from another thread."""
+        return nullcontext()
+
     def fill(self, pieces: Iterable[memoryview]) -> None:
-        """Copy the missing bytes from memory; `pieces` begins with the first of them."""
+        """Copy the missing bytes from memory; `pieces` begins with the first of them.
+
+        `received` sees the pieces themselves, a block at a time when it was copied: a checksum of
+        thousands of small buffers is so computed in a few calls.
+        """
         for piece in pieces:
             assert piece.nbytes <= self.missing_bytes, "more bytes than are missing"
-            start = 0
-            while start < piece.nbytes:
-                (room,) = self.next_views(min(BLOCK_BYTES, piece.nbytes - start))
-                # numpy copies without the interpreter's lock; a memoryview would keep it
-                np.copyto(np.frombuffer(room, np.uint8), np.frombuffer(
-                    piece[start : start + room.nbytes], np.uint8
-                ))  # fmt: skip
-                start += room.nbytes
-                self.advance(room.nbytes)
+            source = np.frombuffer(piece, np.uint8)
+            for start in range(0, source.nbytes, BLOCK_BYTES):
+                block = source[start : start + BLOCK_BYTES]
+                with self.writing(_nothing):
+                    self._copy(block)
+                if self._received is not None:
+                    self._received(block.data)
+
+    def _copy(self, block: Buffer) -> None:
+        start, size_bytes = 0, block.nbytes
+        while start < size_bytes:
+            view, offset = self._views[self._view], self._offset
+            stop = min(size_bytes, start + view.nbytes - offset)
+            room = np.frombuffer(view, np.uint8, stop - start, offset)
+            # numpy copies without the interpreter's lock; a memoryview would keep it
+            np.copyto(room, block[start:stop])
+            self._offset += stop - start
+            if self._offset == view.nbytes:
+                self._view, self._offset = self._view + 1, 0
+            start = stop
+        self.done_bytes += size_bytes
+
+
+def _nothing() -> None:
+    """A block is copied in no time."""
 
 
 def gather(chunk: Chunk, ranges: Sequence[ByteRange]) -> list[memoryview]:

@@ -20,6 +20,7 @@ from replication.errors import (
     HolderTimeoutError,
     HolderUnavailableError,
     ProtocolError,
+    ReadCancelledError,
     ReplicationError,
     ShardNotHeldError,
 )
@@ -151,7 +152,7 @@ class FallbackTransport:
         if source.endpoint is not None:
             try:
                 self._first.read(source, chunk, sink, timeout_s)
-            except (ShardNotHeldError, HolderTimeoutError):
+            except (ShardNotHeldError, HolderTimeoutError, ReadCancelledError):
                 raise
             except ReplicationError as error:
                 self._failed(source, error)
@@ -166,7 +167,7 @@ class FallbackTransport:
         if source.endpoint is not None:
             try:
                 whole = self._first.fetch(source, chunk, timeout_s)
-            except (ShardNotHeldError, HolderTimeoutError):
+            except (ShardNotHeldError, HolderTimeoutError, ReadCancelledError):
                 raise
             except ReplicationError as error:
                 self._failed(source, error)

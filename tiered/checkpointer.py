@@ -18,11 +18,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch.distributed as dist
 
 from replication.errors import (
@@ -32,8 +32,8 @@ from replication.errors import (
     MemoryBudgetError,
     TieredError,
 )
-from replication.pinning import put
-from replication.records import ShardKey, ShardPlan, Version
+from replication.records import Version
+from replication.shared import SharedMemoryTransport
 from replication.transport import fetch_timeout_s
 from tiered import cluster, log_lines
 from tiered.admission import Admission
@@ -45,14 +45,12 @@ from tiered.coordinator import (
 )
 from tiered.errors import (
     ConfigError,
-    SaveError,
     StateError,
     StepNotFoundError,
 )
 from tiered.fetch import ShardReader, tiers_of
 from tiered.handle import SaveHandle
 from tiered.history import Resolution
-from tiered.image import Layout, chunk_sizes, front, lay_out
 from tiered.messages import Level
 from tiered.own_holder import OwnHolder
 from tiered.ownership import Ownership
@@ -64,8 +62,8 @@ from tiered.restore import Filled, restore_into
 from tiered.rhythm import Rhythm
 from tiered.s3 import S3Store
 from tiered.saved_step import SavedStep
-from tiered.staging import Staged, Stager
-from tiered.state import CaptureCache, Captured, capture
+from tiered.shard_writer import ShardWriter
+from tiered.state import CaptureCache, capture
 from tiered.watcher import Watcher, log_tag
 from tiered.worker import find_worker, new_life
 
@@ -74,7 +72,6 @@ logger = logging.getLogger(__name__)
 ADMIT_TIMEOUT_S = 5.0
 REPORT_TIMEOUT_S = 10.0
 MAX_METRICS = 64
-UNDISTURBED_S = 0.1
 LEFT_ALONE_S = 1.0  # a save that is still not replicated then is slow, or stuck
 
 
@@ -176,12 +173,8 @@ class Checkpointer:
         self._watcher = Watcher(self._coordinator, self.job, self._worker.rank, self._prepare)
         self._generation = 0
         self._resolution: Resolution | None = None
-        self._layout: Layout | None = None
         self._cache: CaptureCache = {}
-        self._stager = Stager(
-            self.settings.memory.chunk_bytes,
-            lambda names, reference: self._holder.prepare(self._generation, names, reference),
-        )
+        self._writer = ShardWriter(self.job, self.settings.memory, self._worker, self._holder)
         self._is_saving = threading.Lock()
         self._last: SaveHandle | None = None
         self._fenced: FencedError | None = None
@@ -279,13 +272,15 @@ class Checkpointer:
     def _restore(
         self, state: MutableMapping[str, Any], step: int | None, before: int | None, strict: bool
     ) -> int:
+        near = SharedMemoryTransport()
+        threading.Thread(target=near.open, name="tiered-map", daemon=True).start()  # meanwhile
         resolution = self._begin(step, before)
         if resolution.version is None:
             self.restored = None
             self._log_passed_over(resolution.passed_over)
             logger.info("%s fresh start", self._tag())
             return 0
-        saved = self._open(resolution)
+        saved = self._open(resolution, near)
         rank, world_size = self._worker.rank, self._worker.world_size
         self.read(saved, lambda: restore_into(state, saved, rank, world_size, strict=strict))
         return resolution.version.step + 1
@@ -355,11 +350,12 @@ class Checkpointer:
             logger.warning("%s saving without restoring: beginning from scratch", self._tag())
             self._begin()
 
-    def _open(self, resolution: Resolution) -> SavedStep:
+    def _open(self, resolution: Resolution, near: SharedMemoryTransport | None = None) -> SavedStep:
         s3, node_id, way = self.settings.s3, self._holder.node_id, self.settings.memory.transport
         store = S3Store(s3, self.job) if s3 is not None else None
         readers = [
-            ShardReader(shard, tiers_of(shard, node_id, store, way)) for shard in resolution.shards
+            ShardReader(shard, tiers_of(shard, node_id, store, way, near))
+            for shard in resolution.shards
         ]
         return SavedStep(readers, node_id=node_id, allow_pickle=self._allow_pickle, store=store)
 
@@ -379,7 +375,8 @@ class Checkpointer:
             self.job, life, worker.rank, worker.world_size, self.settings, step, before, owner,
             takes_over=self._takes_over, timeout_s=BEGIN_TIMEOUT_S + START_TIMEOUT_S,
         )  # fmt: skip
-        self._generation, self._resolution = resolution.generation, resolution
+        self._generation = self._writer.generation = resolution.generation
+        self._resolution = resolution
         self._watcher.begin(resolution.generation)
         self._fenced = None
         self._not_staged.clear()
@@ -464,7 +461,9 @@ class Checkpointer:
         captured = capture(state, allow_pickle=self._allow_pickle, cache=self._cache)
         try:
             with self._is_saving:
-                admission = self._stage(handle, captured, numbers, asked)
+                admission = self._writer.write(
+                    handle, captured, numbers, partial(self._known_admission, step, asked)
+                )
         except FencedError as error:
             self._fenced = error
             raise
@@ -498,6 +497,13 @@ class Checkpointer:
             is_forced=is_forced, not_staged=sorted(self._not_staged),
             timeout_s=ADMIT_TIMEOUT_S + room_s,
         )  # fmt: skip
+
+    def _known_admission(
+        self, step: int, asked: cluster.Asked | None, must_know: bool
+    ) -> Admission | None:
+        if must_know or (asked is not None and asked.is_answered()):
+            return self._admission(step, asked)
+        return None
 
     def _admission(self, step: int, asked: cluster.Asked | None) -> Admission:
         """The coordinator's answer; while it is silent, this rank decides by what it knows."""
@@ -536,77 +542,14 @@ class Checkpointer:
             logger.warning("%s saving again, %d skipped", self._tag(handle.step), self._skipped)
         self._is_skipping = False
 
-    def _stage(
-        self,
-        handle: SaveHandle,
-        captured: Captured,
-        metrics: tuple[tuple[str, float], ...],
-        asked: cluster.Asked | None,
-    ) -> Admission:
-        """Put the state's image into the object store, chunk by chunk, and have it pinned.
-
-        Memory that is ready is filled while the answer about the admission is on its way: it is
-        there, and nobody knows of it yet. The holder is told of the chunks, and begins to hash and
-        to send them, when all are there or `UNDISTURBED_S` have passed: till then the copying has
-        the processors for itself.
-        """
-        self._holder.check_heard()
-        worker, tensors = self._worker, captured.tensors
-        key = ShardKey(self.job, Version(self._generation, handle.step), worker.rank)
-        layout, first = self._plan(key, captured)
-        sizes = chunk_sizes(layout, len(first), self.settings.memory.chunk_bytes)
-        plan = ShardPlan(worker.world_size, sizes, time.time(), metrics)
-        handle.size_bytes = plan.size_bytes
-        self._holder.declare(self._generation, plan.size_bytes)
-        slots = self._stager.take(layout)
-        undisturbed_until_s = time.monotonic() + UNDISTURBED_S
-        chunks: list[Staged] = []
-        told = 0
-        pending: list[Any] = []
-        admission: Admission | None = None
-        while told < len(sizes):
-            is_whole = len(chunks) == len(sizes)
-            is_long = time.monotonic() > undisturbed_until_s
-            must_know = is_whole or is_long or len(chunks) > len(slots)
-            if admission is None and (must_know or (asked is not None and asked.is_answered())):
-                admission = self._admission(handle.step, asked)
-                if not admission.is_admitted:
-                    self._stager.give_back(layout, slots)
-                    return admission
-                for replaced in admission.instead_of:
-                    self._holder.drop_step(Version(self._generation, replaced))
-            if not chunks:
-                chunks.append(Staged(put([np.frombuffer(first, dtype=np.uint8)])))
-            elif not is_whole:
-                chunks.append(self._stager.stage(layout, tensors, len(chunks) - 1, slots))
-            if admission is not None and (is_whole or is_long or not told):
-                until = len(chunks) if is_whole or is_long else 1  # the first is small, and put
-                news = {index: chunks[index] for index in range(told, until)}
-                pending += self._holder.stage(key, plan, news)
-                told = until
-        assert admission is not None
-        try:
-            self._holder.settle(pending)
-        except MemoryBudgetError as error:  # the policy fits, just not now: training goes on
-            raise SaveError(handle.step, str(error)) from error
-        return admission
-
-    def _plan(self, key: ShardKey, captured: Captured) -> tuple[Layout, bytes]:
-        """The layout of a shard, made anew only when its tensors changed, and its first chunk."""
-        if self._layout is None or self._layout.signature != captured.signature:
-            self._layout = lay_out(captured)
-        return self._layout, front(self._layout, key, self._worker.world_size, captured.tree)
-
     def _make_ready(self, state: Mapping[str, Any]) -> None:
         """Plan the first save, and see to its memory, while the first steps run."""
         try:
             captured = capture(state, allow_pickle=self._allow_pickle, cache=self._cache)
         except StateError:
             return  # save() will say so; by then the state may be another one
-        key = ShardKey(self.job, Version(self._generation, 0), self._worker.rank)
-        layout, first = self._plan(key, captured)
         try:
-            self._holder.declare(self._generation, len(first) + layout.data_bytes)
+            self._writer.plan(captured)
         except HolderUnavailableError as error:
             logger.warning("%s memory not declared yet: %s", self._tag(), error)
         self._prepare()
@@ -617,15 +560,15 @@ class Checkpointer:
         The last save has its way to the buddies first: filling memory takes as much of the
         processors as sending it.
         """
-        memory, layout = self.settings.memory, self._layout
-        if not memory.prepare or layout is None or not self._is_saving.acquire(blocking=False):
+        memory = self.settings.memory
+        if not memory.prepare or not self._is_saving.acquire(blocking=False):
             return
         try:
             behind = self._watcher.unreplicated()
             is_quiet = not behind or time.monotonic() - self._staged_s > LEFT_ALONE_S
             has_room = len(behind) < memory.in_flight
             if is_quiet and has_room and not self._watcher.is_closing:
-                self._stager.prepare(layout)
+                self._writer.prepare()
         finally:
             self._is_saving.release()
 
@@ -680,7 +623,7 @@ class Checkpointer:
     def _stop(self) -> None:
         self._ownership.end()
         self._watcher.stop()
-        self._stager.release()
+        self._writer.release()
 
     # -- logging --------------------------------------------------------------------------------
 

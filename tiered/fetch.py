@@ -1,6 +1,7 @@
 """Reading a shard back: own host's memory first, then a buddy's, then S3; every chunk verified."""
 
 import bisect
+import functools
 import itertools
 import logging
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
+from replication.cancelling import CancellableSink
 from replication.checksum import Digest, digest
 from replication.dataplane import STREAMS, Access, open_transports
 from replication.durable import DurableStore
@@ -38,6 +40,7 @@ from replication.transport import (
 )
 from tiered import register
 from tiered.errors import DurableObjectError, StepNotFoundError
+from tiered.hedging import Attempt, Pace, Reading, race
 from tiered.history import ShardSources
 
 logger = logging.getLogger(__name__)
@@ -77,7 +80,12 @@ class HolderTier:
     """The memory of one host."""
 
     def __init__(
-        self, holder: HolderId, sources: ShardSources, node_id: str | None, way: Way = "auto"
+        self,
+        holder: HolderId,
+        sources: ShardSources,
+        node_id: str | None,
+        way: Way = "auto",
+        near: SharedMemoryTransport | None = None,
     ) -> None:
         if holder in sources.replicas:
             self.label = BUDDY
@@ -86,6 +94,7 @@ class HolderTier:
         self.name = f"host {holder.node_id[:8]}"
         self._holder = holder
         self._is_near = holder.node_id == node_id
+        self._near = near or SharedMemoryTransport()
         self._record = sources.record
         self._way = way
         self._lock = threading.Lock()
@@ -106,10 +115,14 @@ class HolderTier:
 
     def close(self) -> None:
         """See Tier."""
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            return  # a read that was outrun is still asking; it has no connection, and opens none
+        try:
             if self._found is not None:
                 self._found[1].close()
             self._found = self._problem = None
+        finally:
+            self._lock.release()
 
     def _chunk(self, index: int) -> ChunkId:
         return ChunkId(self._record.key, index, self._record.plan.chunk_sizes[index])
@@ -147,7 +160,7 @@ class HolderTier:
             raise HolderUnavailableError(node_id, f"{type(error).__name__}: {error}") from error
         transport = open_transports(access.secret, tls_like_ray(os.environ))[self._way]
         if self._is_near:
-            transport = FallbackTransport(SharedMemoryTransport(), transport)
+            transport = FallbackTransport(self._near, transport)
         return Source(node_id, handle, access.endpoint), transport
 
 
@@ -170,9 +183,10 @@ class DurableTier:
     def read_into(self, index: int, sink: Sink) -> None:
         """See Tier."""
         total = sink.missing_bytes
-        views = sink.next_views(total, limit=total)
-        self._fill(index, [np.frombuffer(view, dtype=np.uint8) for view in views])
-        sink.advance(total)
+        with sink.writing(lambda: None):  # nothing ends it before it is over
+            views = sink.next_views(total, limit=total)
+            self._fill(index, [np.frombuffer(view, dtype=np.uint8) for view in views])
+            sink.advance(total)
 
     def _fill(self, index: int, into: Chunk) -> None:
         """Read a chunk to where it belongs, twice if need be.
@@ -191,7 +205,11 @@ class DurableTier:
 
 
 def tiers_of(
-    sources: ShardSources, node_id: str | None, store: DurableStore | None, way: Way = "auto"
+    sources: ShardSources,
+    node_id: str | None,
+    store: DurableStore | None,
+    way: Way = "auto",
+    near: SharedMemoryTransport | None = None,
 ) -> list[Tier]:
     """The places to read a shard from, nearest first.
 
@@ -200,9 +218,10 @@ def tiers_of(
         node_id: The reader's host, None outside of the cluster.
         store: The durable store, if one is configured.
         way: How to read from holders.
+        near: How to read from the reader's own host, if that is shared by several shards.
     """
     near_first = sorted(sources.holders, key=lambda holder: holder.node_id != node_id)
-    tiers: list[Tier] = [HolderTier(h, sources, node_id, way) for h in near_first]
+    tiers: list[Tier] = [HolderTier(h, sources, node_id, way, near) for h in near_first]
     if sources.is_durable and store is not None:
         tiers.append(DurableTier(store, sources))
     return tiers
@@ -242,6 +261,7 @@ class ShardReader:
     bytes_by_label: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     is_rotten: bool = False
+    _pace: Pace = field(default_factory=Pace, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
@@ -270,11 +290,15 @@ class ShardReader:
     def chunk(self, index: int) -> Chunk:
         """One chunk, verified, from the first tier that has it intact."""
 
-        def read(tier: Tier) -> tuple[bytes, Chunk]:
-            chunk = tier.read(index)
-            return digest(chunk), chunk
+        def of(tier: Tier, _: bool) -> Reading[Chunk]:
+            def read() -> Chunk:
+                chunk = tier.read(index)
+                self._check(tier, index, digest(chunk))
+                return chunk
 
-        return self._first_intact(index, read)
+            return Reading(read, cancel=lambda: True, finish=lambda chunk: chunk)
+
+        return self._first_intact(index, of)
 
     def fill(self, pieces: Sequence[Piece]) -> None:
         """Read ranges of the tensor data straight to where they belong, verified.
@@ -307,13 +331,7 @@ class ShardReader:
             near = itertools.islice(pieces, first, bisect.bisect_left(starts, stops[index]))
             into = _scattered(near, start, stops[index], scratch)
 
-            def read(tier: Tier) -> tuple[bytes, None]:
-                checksum = Digest()
-                sink = Sink([ByteRange(0, size_bytes)], into, checksum.update)
-                tier.read_into(1 + index, sink)
-                return checksum.digest(), None
-
-            self._first_intact(1 + index, read)
+            self._first_intact(1 + index, functools.partial(self._into, 1 + index, into))
 
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="tiered-fill") as pool:
             jobs = [pool.submit(one, index) for index in wanted]
@@ -329,34 +347,91 @@ class ShardReader:
         for tier in self.tiers:
             tier.close()
 
-    def _first_intact(self, index: int, read: Callable[[Tier], tuple[bytes, T]]) -> T:
-        """What `read` returns beside the checksum, of the first tier where that is right."""
+    def _into(
+        self, index: int, into: list[memoryview], tier: Tier, is_second: bool
+    ) -> Reading[None]:
+        """Read a chunk into the caller's memory; beside another read first into its own."""
+        size_bytes, checksum = sum(view.nbytes for view in into), Digest()
+        memory = [np.empty(size_bytes, dtype=np.uint8).data] if is_second else into
+        sink = CancellableSink([ByteRange(0, size_bytes)], memory, checksum.update)
+
+        def read() -> None:
+            tier.read_into(index, sink)
+            self._check(tier, index, checksum.digest())
+
+        def finish(_: None) -> None:
+            if is_second:
+                Sink([ByteRange(0, size_bytes)], into).fill(memory)
+
+        return Reading(read, sink.cancel, finish)
+
+    def _check(self, tier: Tier, index: int, checksum: bytes) -> None:
         record = self.sources.record
-        problems = []
-        for tier in list(self.tiers):
-            try:
-                checksum, value = read(tier)
-                if checksum != record.digests[index]:
-                    raise ChunkCorruptError(tier.name, str(record.key), index)
-            except TieredError as error:
-                logger.warning("%s %s; trying the next copy", record.key, error)
-                problems.append(str(error))
-                is_corrupt = isinstance(error, ChunkCorruptError | DurableObjectError)
-                self.is_rotten = self.is_rotten or (is_corrupt and tier.label == DURABLE)
-                # Not asked again while another answers; but two copies that are damaged in
-                # different chunks still make a whole shard.
+        if checksum != record.digests[index]:
+            raise ChunkCorruptError(tier.name, str(record.key), index)
+
+    def _first_intact(self, index: int, of: Callable[[Tier, bool], Reading[T]]) -> T:
+        """What is read from the first tier that has a chunk intact; slow ones are hedged."""
+        record, problems = self.sources.record, []
+        size_bytes = record.plan.chunk_sizes[index]
+        waiting = list(self.tiers)
+        while waiting:
+            tier, *waiting = waiting
+            patience_s = self._pace.patience_s(size_bytes) if waiting else None
+            began_s = time.monotonic()
+            outcome = race(
+                Attempt(tier, of(tier, False)),
+                lambda spare=waiting[:1]: Attempt(spare[0], of(spare[0], True)),
+                patience_s,
+            )
+            if outcome.is_hedged:
+                waiting.pop(0)
+            else:
+                self._pace.took(size_bytes, time.monotonic() - began_s)
+            for attempt in outcome.failed:
+                problems.append(self._passed_over(attempt.source, attempt.error))
+            if outcome.outrun is not None:
+                self._outrun(outcome.outrun.source, is_first=outcome.outrun.source is tier)
+            if outcome.winner is not None:
+                label = outcome.winner.source.label
                 with self._lock:
-                    self.tiers.remove(tier)
-                    self.tiers.append(tier)
-                continue
-            size = record.plan.chunk_sizes[index]
-            with self._lock:
-                counts = self.bytes_by_label
-                counts[tier.label] = counts.get(tier.label, 0) + size
-            return value
+                    counts = self.bytes_by_label
+                    counts[label] = counts.get(label, 0) + size_bytes
+                return outcome.winner.result()
         key = record.key
         wanted = f"rank {key.rank} of {key.version}"
         raise StepNotFoundError(key.job, wanted, tuple(problems))
+
+    def _passed_over(self, tier: Tier, error: BaseException | None) -> str:
+        """Note why a tier has not served a chunk.
+
+        Raises:
+            BaseException: What is no failure of a copy.
+        """
+        if not isinstance(error, TieredError):
+            assert error is not None
+            raise error
+        logger.warning("%s %s; trying the next copy", self.sources.record.key, error)
+        is_corrupt = isinstance(error, ChunkCorruptError | DurableObjectError)
+        self.is_rotten = self.is_rotten or (is_corrupt and tier.label == DURABLE)
+        self._ask_last(tier)
+        return str(error)
+
+    def _outrun(self, tier: Tier, *, is_first: bool) -> None:
+        """Note that another copy was faster."""
+        if not is_first:
+            self._pace.wasted()
+            return
+        logger.warning(
+            "%s %s is slow: going on with the next copy", self.sources.record.key, tier.name
+        )
+        self._ask_last(tier)
+
+    def _ask_last(self, tier: Tier) -> None:
+        """Ask a tier when no other answers: copies damaged in different chunks make a whole one."""
+        with self._lock:
+            self.tiers.remove(tier)
+            self.tiers.append(tier)
 
 
 def _check_order(pieces: Sequence[Piece]) -> None:

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from replication.records import Buffer, Chunk, ShardKey, ShardPlan
@@ -175,9 +174,12 @@ def bytes_of(tensor: torch.Tensor) -> Buffer:
     """A tensor's bytes, [n] uint8; a view of a contiguous CPU tensor, a copy of any other."""
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
-    dense = tensor.detach().cpu().contiguous()
+    dense = tensor.detach() if tensor.requires_grad else tensor
+    if dense.device.type != "cpu" or not dense.is_contiguous():
+        dense = dense.cpu().contiguous()
     flat = dense.as_strided((dense.numel(),), (1,))  # a dimension of size 1 may have any stride
-    return np.asarray(flat.view(torch.uint8).numpy())
+    memory: Buffer = flat.view(torch.uint8).numpy()
+    return memory
 
 
 def data_chunk(layout: Layout, tensors: Mapping[str, torch.Tensor], start: int, stop: int) -> Chunk:

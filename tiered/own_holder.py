@@ -23,7 +23,7 @@ from tiered import cluster
 from tiered.config import HAND_OVER, JobSettings
 from tiered.coordinator import START_TIMEOUT_S
 from tiered.sizing import FLUSHES, copies_needed, steps_needed
-from tiered.staging import Staged
+from tiered.slots import Staged
 from tiered.worker import Worker
 
 logger = logging.getLogger(__name__)

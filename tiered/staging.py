@@ -2,7 +2,8 @@
 
 Object-store memory for the next save is made ready in the background, while training goes on: new
 objects, filled with zeros, which also takes the page faults, and pinned by the holder. A save then
-copies its tensors straight into that memory, many with one call, and tells the holder so. Without
+copies its tensors straight into that memory, many with one call, and tells the holder so with one
+small call for the whole shard. Without
 it (the first save of a state, saves in close succession, a Ray that maps the store read-only) each
 chunk is put as usual, with one copy too, but through the pickling of each tensor's buffer and into
 memory that may never have been touched.
@@ -18,7 +19,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,67 +27,15 @@ import torch
 from ray.exceptions import RayError
 
 from replication.pinning import StoreMemory, put
-from tiered.image import Layout, Span, bytes_between, data_chunk, overlapping
+from tiered.device_copy import DeviceCopier
+from tiered.image import Layout, data_chunk
+from tiered.slots import Slot, Staged, slot_of
 
 logger = logging.getLogger(__name__)
 
 END_S = 5.0  # for the preparation of one chunk to end
-
-
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """A chunk in the object store.
-
-    Attributes:
-        reference: The object.
-        is_pinned: The holder has pinned it already, by its name.
-    """
-
-    reference: Any
-    is_pinned: bool = False
-
-    @property
-    def name(self) -> str:
-        """What the holder knows it by."""
-        return str(self.reference.hex())
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One chunk's memory in the object store, and what of the state goes where in it.
-
-    Attributes:
-        staged: The object.
-        view: Its bytes, [n] uint8; keeps the object in memory.
-        names: Tensors that lie in it as a whole.
-        targets: For each of them the memory that it is copied into, of its dtype and shape.
-        parts: Tensors that begin or end in another chunk: name, first byte, last byte + 1, and
-            where in this chunk.
-    """
-
-    staged: Staged
-    view: np.ndarray[Any, Any]
-    names: tuple[str, ...]
-    targets: list[torch.Tensor]
-    parts: tuple[tuple[str, int, int, int], ...]
-
-    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy the tensors' bytes into the object."""
-        with torch.no_grad():
-            if self.names:
-                copy_all(self.targets, [tensors[name] for name in self.names])
-            for name, low, high, start in self.parts:
-                source = bytes_between(tensors[name], low, high)
-                np.copyto(self.view[start : start + high - low], source)
-
-
-def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """Copy each source into its target: one call for all, where this torch has it."""
-    if hasattr(torch, "_foreach_copy_"):
-        torch._foreach_copy_(targets, sources)
-        return
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+FRONT_ROOM_BYTES = 8 << 10  # the next front may be so much longer than the last one
+FRONT_LEAST_BYTES = 128 << 10  # Ray keeps objects of less than 100 KiB outside of the store
 
 
 class Stager:
@@ -103,21 +51,29 @@ class Stager:
         self._chunk_bytes = chunk_bytes
         self._pin = pin
         self._store = StoreMemory()
+        self._device_copier = DeviceCopier()
         self._ready: _Preparation | None = None
         self._is_possible = True
         self._lock = threading.Lock()
 
-    def prepare(self, layout: Layout) -> None:
-        """Make memory for the next save of this layout ready, in the background; idempotent."""
+    def prepare(self, layout: Layout, front_bytes: int) -> None:
+        """Make memory for the next save of this layout ready, in the background; idempotent.
+
+        Args:
+            layout: Of the tensors.
+            front_bytes: Of the last save's front; the next one's is about as long.
+        """
         with self._lock:
             if not self._is_possible or (self._ready is not None and self._ready.layout is layout):
                 return
             self._stop()
-            self._ready = _Preparation(layout)
+            room_bytes = max(front_bytes + FRONT_ROOM_BYTES, FRONT_LEAST_BYTES)
+            self._ready = _Preparation(layout, room_bytes)
             self._ready.begin(self._prepare)
 
     def take(self, layout: Layout) -> list[Slot]:
-        """The chunks of this layout, from the first on, for which memory is ready."""
+        """The chunks of this layout, from the front on, for which memory is ready."""
+        self._device_copier.discard()
         with self._lock:
             made_for, slots = self._stop()
         return slots if made_for is layout else []
@@ -126,16 +82,35 @@ class Stager:
         """Take memory back, filled or not, of which nobody has been told."""
         with self._lock:
             if slots and self._ready is None:  # none: they are still to be made ready
-                self._ready = _Preparation(layout, slots)
+                self._ready = _Preparation(layout, slots[0].view.nbytes, slots)
+
+    def stage_front(self, front: bytes, slots: Sequence[Slot]) -> Staged:
+        """Put the first chunk into the object store."""
+        memory = np.frombuffer(front, dtype=np.uint8)
+        if slots and memory.nbytes <= slots[0].view.nbytes:
+            np.copyto(slots[0].view[: memory.nbytes], memory)
+            return slots[0].staged
+        return Staged(put([memory]))
 
     def stage(self, layout: Layout, tensors: Mapping[str, torch.Tensor], index: int,
               slots: Sequence[Slot]) -> Staged:  # fmt: skip
-        """Put data chunk `index` (from 0) into the object store."""
+        """Put chunk `index` into the object store, one of tensors: from 1."""
         if index < len(slots):
-            slots[index].fill(tensors)
+            self._fill(index, tensors, slots)
             return slots[index].staged
-        start, stop = [0, *layout.stops(self._chunk_bytes)][index : index + 2]
+        start, stop = [0, *layout.stops(self._chunk_bytes)][index - 1 : index + 1]
         return Staged(put(data_chunk(layout, tensors, start, stop)))
+
+    def _fill(self, index: int, tensors: Mapping[str, torch.Tensor], slots: Sequence[Slot]) -> None:
+        """Copy a chunk's tensors into its memory; of a GPU the next chunk's are on their way."""
+        copier = self._device_copier
+        if not copier.is_needed(slots[index], tensors):
+            slots[index].fill(tensors)
+            return
+        copier.begin(slots[index], tensors)
+        if index + 1 < len(slots) and copier.is_needed(slots[index + 1], tensors):
+            copier.begin(slots[index + 1], tensors)
+        copier.finish(slots[index])
 
     def release(self) -> None:
         """Give back what is ready and was not used."""
@@ -148,14 +123,16 @@ class Stager:
 
     def _prepare(self, ready: "_Preparation") -> None:
         began_s, layout = time.monotonic(), ready.layout
+        edges = (0, *layout.stops(self._chunk_bytes))
+        sizes = [ready.front_bytes, *(stop - start for start, stop in itertools.pairwise(edges))]
         names: list[str] = []
         is_pinned = True
-        zeros = np.zeros(min(self._chunk_bytes, max(1, layout.data_bytes)), dtype=np.uint8)
+        zeros = np.zeros(max(sizes), dtype=np.uint8)
         try:
-            for start, stop in itertools.pairwise((0, *layout.stops(self._chunk_bytes))):
+            for index, size_bytes in enumerate(sizes):
                 if not ready.is_wanted.is_set():
                     return
-                reference = put([zeros[: stop - start]])
+                reference = put([zeros[:size_bytes]])
                 (sealed,) = ray.get(reference)
                 view = writable(sealed) if self._store.holds(sealed) else None
                 if view is None:
@@ -165,7 +142,8 @@ class Stager:
                 names.append(str(reference.hex()))
                 is_pinned = is_pinned and self._pin(names, reference)  # else it is waited for once
                 staged = Staged(reference, is_pinned)
-                ready.slots.append(_slot(layout, staged, view, start, stop))
+                span = edges[index - 1 : index + 1] if index else (0, 0)
+                ready.slots.append(slot_of(layout, staged, view, *span))
             logger.debug(
                 "memory for the next save is ready: %.1f MB in %.3f s",
                 layout.data_bytes / 1e6, time.monotonic() - began_s,
@@ -177,8 +155,9 @@ class Stager:
 class _Preparation:
     """Memory that is being made ready for one save, by a thread of its own."""
 
-    def __init__(self, layout: Layout, slots: list[Slot] | None = None) -> None:
+    def __init__(self, layout: Layout, front_bytes: int, slots: list[Slot] | None = None) -> None:
         self.layout = layout
+        self.front_bytes = front_bytes
         self.slots: list[Slot] = slots or []
         self.is_wanted = threading.Event()
         self._thread: threading.Thread | None = None
@@ -206,33 +185,3 @@ def writable(sealed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     memory.owner = sealed  # it keeps the object where it is
     view: np.ndarray[Any, Any] = np.frombuffer(memory, dtype=np.uint8)
     return view
-
-
-def _slot(
-    layout: Layout, staged: Staged, view: np.ndarray[Any, Any], start: int, stop: int
-) -> Slot:
-    memory = torch.from_numpy(view)
-    names, targets, parts = [], [], []
-    for span in overlapping(layout.spans, start, stop):
-        target = _target(layout, memory, span, start, stop)
-        if target is None:
-            low, high = max(start, span.start), min(stop, span.stop)
-            parts.append((span.name, low - span.start, high - span.start, low - start))
-        else:
-            names.append(span.name)
-            targets.append(target)
-    return Slot(staged, view, tuple(names), targets, tuple(parts))
-
-
-def _target(
-    layout: Layout, memory: torch.Tensor, span: Span, start: int, stop: int
-) -> torch.Tensor | None:
-    """A tensor's place in a chunk, of its dtype and shape; None if it is not all there."""
-    if span.start < start or span.stop > stop:
-        return None
-    dtype, shape = layout.kinds[span.name]
-    flat = memory[span.start - start : span.stop - start]
-    try:
-        return flat.view(dtype).view(shape)
-    except RuntimeError:  # not aligned, or a dtype that is no view of bytes
-        return None

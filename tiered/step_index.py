@@ -151,6 +151,8 @@ class StepIndex:
             order: A sort key for ranks: the first of those that have the same is read from.
         """
         entry = self.entries[path]
+        if len(entry.parts) == 1 and entry.parts[0].box == wanted and wanted.size:
+            return [Read(entry.parts[0], wanted)], []  # nearly always so: as it was saved
         parts = sorted(entry.parts, key=lambda part: order(part.rank))
         found: list[Read] = []
         left = [wanted] if wanted.size else []

@@ -21,6 +21,8 @@ from tiered.saved_step import SavedStep
 from tiered.step_index import Read, StepIndex
 from tiered.tree import TensorRef
 
+_NOTHING = torch.empty(0)
+
 
 @dataclass(slots=True)
 class Wanted:
@@ -37,7 +39,7 @@ class Wanted:
     path: str
     box: Box
     targets: list[torch.Tensor] = field(default_factory=list)
-    tensor: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    tensor: torch.Tensor = _NOTHING
 
 
 @dataclass(slots=True)
@@ -73,8 +75,12 @@ def read_tensors(
             reasons = (*error.reasons, named)
             raise StepNotFoundError(error.job, error.wanted, reasons) from error
         raise
+    devices = {target.device for one in wanted for target in one.targets}
     for one in wanted:
         one.tensor = _copied(one.tensor, one.targets)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what was queued above reads memory that is freed now
 
 
 def _read(
@@ -82,8 +88,7 @@ def _read(
 ) -> None:
     by_rank: dict[int, list[tuple[Wanted, Read, Buffer]]] = defaultdict(list)
     for one in wanted:
-        dtype = TensorRef("", index.entries[one.path].dtype, ()).torch_dtype
-        one.tensor = _destination(one, dtype)
+        one.tensor = _destination(one, index.entries[one.path].dtype)
         reads, left = index.reads(one.path, one.box, order)
         assert not left, f"{one.path}: nobody has {left}"
         memory = bytes_of(one.tensor)
@@ -104,6 +109,8 @@ def _place(one: Wanted, read: Read, memory: Buffer) -> tuple[Piece, _Detour | No
     """Where a read's bytes go: into the tensor itself, or first into memory of their own."""
     item = one.tensor.element_size()
     part, start = read.part, read.part.span.start
+    if read.box == part.box == one.box:  # all of it: the whole span
+        return Piece(start, memory), None
     here, there = read.box.within(one.box), read.box.within(part.box)
     first, stop = span_of(there, part.box.shape)
     if is_run(there, part.box.shape) and is_run(here, one.box.shape):
@@ -115,19 +122,23 @@ def _place(one: Wanted, read: Read, memory: Buffer) -> tuple[Piece, _Detour | No
     return Piece(start + first * item, bytes_of(detour)), _Detour(detour, source, target)
 
 
-def _destination(one: Wanted, dtype: torch.dtype) -> torch.Tensor:
+def _destination(one: Wanted, dtype: str) -> torch.Tensor:
     """Where the bytes go: a target itself if they can be written there directly."""
     for target in one.targets:
         is_mirrored = target.is_conj() or target.is_neg()
         if target.device.type == "cpu" and target.is_contiguous() and not is_mirrored:
             return target.detach()
-    return torch.empty(one.box.shape, dtype=dtype)
+    # Pinned memory goes to a GPU at the speed of the bus, and without the processor.
+    is_pinned = any(target.device.type == "cuda" for target in one.targets)
+    kind = TensorRef("", dtype, ()).torch_dtype
+    return torch.empty(one.box.shape, dtype=kind, pin_memory=is_pinned)
 
 
 def _copied(source: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
     """Bring what was read into every target that it was not read into; return one of them."""
-    with torch.no_grad():
-        for target in targets:
-            if target.data_ptr() != source.data_ptr():
-                target.copy_(source)
+    others = [target for target in targets if target.data_ptr() != source.data_ptr()]
+    if others:
+        with torch.no_grad():
+            for target in others:
+                target.copy_(source, non_blocking=True)
     return targets[0].detach() if targets else source

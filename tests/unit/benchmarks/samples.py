@@ -22,6 +22,7 @@ def limit(memcpy_s: float = 0.1, tcp_s: float = 0.4) -> dict[str, Any]:
         "ranks": 1,
         "memcpy_s": memcpy_s,
         "memcpy_cpu_s": 0.1,
+        "memcpy_2_s": memcpy_s / 2,
         "tcp_s": tcp,
         "tcp_cpu_s": 0.5,
     }

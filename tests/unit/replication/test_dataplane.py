@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from replication import dataplane, wire
+from replication.cancelling import CancellableSink
 from replication.checksum import Digest, digest
 from replication.chunk_server import ChunkServer, ServerLimits
 from replication.dataplane import ClientLimits, TcpTransport
@@ -18,6 +19,7 @@ from replication.errors import (
     HolderUnavailableError,
     ProtocolError,
     ProtocolVersionError,
+    ReadCancelledError,
     ShardNotHeldError,
 )
 from replication.records import ByteRange, Chunk, Endpoint, ShardKey
@@ -352,6 +354,60 @@ def test_a_thread_that_finds_every_connection_in_use_waits_for_its_deadline_only
         server.over.set()  # its connection ends, and so does the next
         with pytest.raises(HolderUnavailableError):
             job.result(5.0)
+
+
+def test_a_cancelled_read_ends_at_once_and_the_holder_is_not_blamed() -> None:
+    target = np.zeros(BIG[0].nbytes, dtype=np.uint8)
+    began, may_go_on = threading.Event(), threading.Event()
+
+    def stop_here(_: memoryview) -> None:
+        began.set()
+        assert may_go_on.wait(10.0)
+
+    with (
+        serving_plane(Store.of(BIG, CHUNK)) as server,
+        reading_plane() as transport,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        sink = CancellableSink([ByteRange(0, target.nbytes)], [target.data], stop_here)
+        read = pool.submit(transport.read, source_of(server.endpoint), id_of(BIG), sink, 60.0)
+        assert began.wait(10.0)
+        cancelled = pool.submit(sink.cancel)
+        wait_for(lambda: sink.is_cancelled)
+        assert not cancelled.done()  # the read is still in the caller's hands
+        may_go_on.set()
+        assert cancelled.result(10.0)
+        with pytest.raises(ReadCancelledError):
+            read.result(10.0)
+        assert sink.missing_bytes
+        before = target.copy()
+        assert read_all(transport, server.endpoint, id_of(CHUNK, 1)) == bytes_of(CHUNK)
+        assert np.array_equal(target, before)
+        with pytest.raises(ReadCancelledError):  # nor may it begin again
+            transport.read(source_of(server.endpoint), id_of(BIG), sink, 60.0)
+
+
+def test_a_read_that_waits_for_a_silent_holder_is_cancelled_at_once() -> None:
+    asked, may_answer = threading.Event(), threading.Event()
+
+    class Hanging(Store):
+        def read(self, key: ShardKey, index: int) -> Chunk:
+            asked.set()
+            assert may_answer.wait(10.0)
+            return super().read(key, index)
+
+    with (
+        serving_plane(Hanging(Store.of(CHUNK))) as server,
+        reading_plane() as transport,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        sink = CancellableSink([ByteRange(0, 4000)], [memoryview(bytearray(4000))])
+        read = pool.submit(transport.read, source_of(server.endpoint), id_of(CHUNK), sink, 60.0)
+        assert asked.wait(10.0)
+        assert sink.cancel()
+        with pytest.raises(ReadCancelledError):
+            read.result(5.0)
+        may_answer.set()
 
 
 def test_a_holder_without_an_endpoint_cannot_be_read_from() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from replication import messages
+from replication.buffers import ReceiveBuffers
 from replication.checksum import digest
 from replication.errors import FencedError, HolderUnavailableError
 from replication.holder import Holder
@@ -51,6 +52,7 @@ def chunk(*values: int) -> Chunk:
 def holder_with_a_shard(period_s: float = 600.0) -> Holder:
     holder = Holder("node", 100, "observer", Secret(bytes(32)))
     holder._core = Inventory(HolderId("node", "1"), 100, Scrub(period_s))
+    holder._buffers = ReceiveBuffers(lambda chunk: [buffer.copy() for buffer in chunk])  # no Ray
     holder._chunks[KEY] = {0: chunk(1, 2, 3)}
     holder._feed(messages.ChunkFetched(KEY, PLAN, 0, digest(chunk(1, 2, 3))))
     return holder
@@ -214,6 +216,19 @@ def test_memory_that_was_prepared_becomes_a_chunk_with_one_call() -> None:
         await settled(holder)
         assert holder._core.record(KEY).digests == (digest(chunk(1, 2, 3)),)
         assert holder._prepared["job", 0].chunks == {}
+
+    asyncio.run(run())
+
+
+def test_of_prepared_memory_with_room_to_spare_just_the_chunk_is_kept() -> None:
+    async def run() -> None:
+        holder = Holder("node", 100, "observer", Secret(bytes(32)))
+        await holder.prepare("job", 0, 1, ["a"], chunk(1, 2, 3, 0, 0))
+        await holder.stage_prepared(KEY, PLAN, {0: "a"})
+        await settled(holder)
+        assert holder._core.record(KEY).digests == (digest(chunk(1, 2, 3)),)
+        (kept,) = await holder.read_chunk(KEY, 0)
+        assert kept.tolist() == [1, 2, 3]
 
     asyncio.run(run())
 

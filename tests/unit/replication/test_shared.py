@@ -92,9 +92,11 @@ class FakeHolder:
 
     def __init__(self, answer: Any) -> None:
         self.places = self
-        self._answer = answer
+        self.calls = 0
+        self._answer = answer if isinstance(answer, Exception) else [answer]
 
-    def remote(self, key: ShardKey, index: int) -> Any:
+    def remote(self, key: ShardKey) -> Any:
+        self.calls += 1
         return self._answer
 
 
@@ -193,6 +195,29 @@ def test_what_cannot_be_read_so_is_said(
 ) -> None:
     with pytest.raises(error):
         read(transport, answer)
+
+
+def test_a_holder_is_asked_once_for_all_of_a_shard(
+    store: np.ndarray[Any, Any], transport: SharedMemoryTransport
+) -> None:
+    chunks = [store[:5000], store[8192:20_000], np.zeros(3000, dtype=np.uint8)]
+    holder = FakeHolder(None)
+    holder._answer = [places_of([chunk], own_mappings()) for chunk in chunks]
+    source = Source("node", holder)
+    for index, chunk in enumerate(chunks[:2]):
+        got = transport.fetch(source, ChunkId(KEY, index, chunk.nbytes), 1.0)
+        assert np.array_equal(np.concatenate(got), chunk)
+    for index in (2, 3):  # in memory of its own, and one that is not there
+        with pytest.raises(HolderUnavailableError):
+            transport.fetch(source, ChunkId(KEY, index, 3000), 1.0)
+    assert holder.calls == 1
+
+
+def test_buffers_without_a_gap_between_them_are_one_place(store: np.ndarray[Any, Any]) -> None:
+    chunk: Chunk = [store[:64], store[64:128], store[192:256]]
+    places = places_of(chunk, own_mappings())
+    assert places is not None
+    assert [place.size_bytes for place in places] == [128, 64]
 
 
 def test_a_copy_of_another_size_is_refused(

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from replication.pinning import _OutOfBand
+from tiered import staging
 from tiered.image import chunk_sizes, data_chunk, lay_out
-from tiered.staging import Slot, Staged, _slot, copy_all
+from tiered.slots import Slot, Staged, copy_all, slot_of
+from tiered.staging import Stager
 from tiered.state import capture
 
 STATE = {
@@ -32,7 +34,7 @@ def slots_of(chunk_bytes: int) -> tuple[list[Slot], list[bytes]]:
     slots, expected, start = [], [], 0
     for size in sizes:
         view = np.full(size, 255, dtype=np.uint8)
-        slots.append(_slot(layout, Staged(None), view, start, start + size))
+        slots.append(slot_of(layout, Staged(None), view, start, start + size))
         chunk = data_chunk(layout, captured.tensors, start, start + size)
         expected.append(b"".join(buffer.tobytes() for buffer in chunk))
         start += size
@@ -52,6 +54,18 @@ def test_tensors_that_fit_are_copied_with_one_call() -> None:
     (slot,), _ = slots_of(4096)
     assert set(slot.names) == STATE.keys() - {"nothing"}
     assert slot.parts == ()
+
+
+def test_the_front_goes_into_prepared_memory_if_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "put", lambda chunk: chunk)
+    stager = Stager(64, lambda *_: True)
+    front_slot = Slot(Staged("prepared"), np.zeros(10, dtype=np.uint8), (), [], ())
+    assert stager.stage_front(b"0123456789", [front_slot]).reference == "prepared"
+    assert stager.stage_front(b"abc", [front_slot]).reference == "prepared"
+    assert front_slot.view.tobytes() == b"abc3456789"
+    for slots in ([], [front_slot]):
+        (put,) = stager.stage_front(b"0123456789a", slots).reference
+        assert put.tobytes() == b"0123456789a"
 
 
 def test_copying_works_without_the_fast_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from tests.unit.tiered.fake_shard import Shard, assert_same, read_state, step_of
 from tiered import restore
 from tiered.errors import StateError
 from tiered.restore import read_whole_state
-from tiered.state import TensorPart, TensorParts, capture
+from tiered.state import TensorPart, TensorParts, capture, capture_present
 from tiered.tree import (
     EXT_DEVICE,
     EXT_NDARRAY,
@@ -455,9 +455,14 @@ def test_everything_that_can_be_saved_is_shallow_enough_to_be_read(
 
 def test_a_target_is_captured_whatever_it_holds() -> None:
     loop = Custom(1)
-    captured = capture({"a": loop, "b": [Point(1, 2), torch.ones(1)]}, is_target=True)
-    tree = read_tree(captured.tree)
-    assert tree == {"a": None, "b": [None, TensorRef("b.1", "float32", (1,))]}
+    rare = {Point(1, 2), 3}, np.ones(2), 2**80
+    present = capture_present({"a": loop, "b": [Point(1, 2), torch.ones(1)], "c": (*rare, "d")})
+    ref = TensorRef("b.1", "float32", (1,))
+    assert present.tree["a"] is None
+    assert present.tree["b"] == [None, ref]
+    assert type(present.tree["c"]) is tuple
+    assert len(present.tree["c"]) == 4
+    assert list(present.tensors) == ["b.1"]
 
 
 # --- hostile trees ------------------------------------------------------------------------------

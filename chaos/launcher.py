@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -98,7 +99,8 @@ class Launcher:
         meeting_point = f"{hosts[0][1]}:{_port(self._choice)}"
         self.hosts = tuple(node_ids)
         name = self._history.invoke("life", life=life, hosts=node_ids)
-        actors = start_ranks(self._work, life, node_ids, meeting_point)
+        work = replace(self._work, world_size=len(hosts))
+        actors = start_ranks(work, life, node_ids, meeting_point)
         with self._lock:
             self._actors = actors
         reason = self._watch(life, [actor.run.remote() for actor in actors], actors)
@@ -153,9 +155,12 @@ class Launcher:
             and node["Resources"].get("CPU", 0) > 0
             and not self._is_away(node["NodeID"])
         )
-        if len(well) < self._work.world_size:
+        size = self._work.world_size
+        if len(well) < size:
             return None
-        return self._choice.sample(well, self._work.world_size)
+        if self._work.is_elastic:
+            size = self._choice.randint(1, min(size + 1, len(well)))
+        return self._choice.sample(well, size)
 
 
 def _kill(actor: Any) -> None:

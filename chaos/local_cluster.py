@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -67,6 +68,8 @@ class LocalCluster:
         labels: Ray node labels of the first hosts, in order, for example their failure domains.
         system_config: Ray settings over `QUICK_DETECTION`, by their names in `ray_config_def.h`.
         namespace: Ray namespace of the driver.
+        disk_bytes: Give each host a disk (a tmpfs) of this size, for its object store and what that
+            spills; needs root. 0: all share this machine's /dev/shm and temporary folder.
         network: Gives each host a network namespace of its own; started, and closed by its owner
             after this. Without one all hosts share this machine's loopback network.
     """
@@ -80,6 +83,7 @@ class LocalCluster:
         labels: Sequence[Mapping[str, str]] = (),
         system_config: Mapping[str, Any] | None = None,
         namespace: str | None = None,
+        disk_bytes: int = 0,
         network: HostNetwork | None = None,
     ) -> None:
         self._network = network
@@ -89,9 +93,12 @@ class LocalCluster:
         self._labels = list(labels)
         self._system_config = {**QUICK_DETECTION, **(system_config or {})}
         self._namespace = namespace
+        self._disk_bytes = disk_bytes
         self._folder = ""
         self._cluster: Any = None  # ray.cluster_utils has no types
         self._nodes: dict[str, Any] = {}
+        self._labels_of: dict[str, Mapping[str, str]] = {}
+        self._disks: dict[str, Path] = {}
         self._started = 0
         self._guard: subprocess.Popen[bytes] | None = None
 
@@ -148,7 +155,7 @@ class LocalCluster:
     def add_host(self, labels: Mapping[str, str] | None = None) -> str:
         """Start one more host; returns its node id once it is part of the cluster."""
         sockets, network = self._sockets(), self._network
-        address = f"127.10.0.{self._started}"
+        address, disk = f"127.10.0.{self._started}", self._make_disk()
         if network is not None:
             address = network.add(self._started)
         where = contextlib.nullcontext() if network is None else network.inside(address)
@@ -159,10 +166,25 @@ class LocalCluster:
                 labels=dict(labels or {}),
                 node_ip_address=address,
                 **sockets,
+                **({"plasma_directory": disk, "object_spilling_directory": disk} if disk else {}),
             )
         node_id = str(node.node_id)
-        self._nodes[node_id] = node
+        self._nodes[node_id], self._labels_of[node_id] = node, dict(labels or {})
+        if disk:
+            self._disks[node_id] = Path(disk)
         return node_id
+
+    def labels_of(self, node_id: str) -> Mapping[str, str]:
+        """A host's Ray node labels, as they were given."""
+        return self._labels_of[node_id]
+
+    def disk_of(self, node_id: str) -> Path:
+        """A host's disk.
+
+        Raises:
+            KeyError: Hosts have none of their own.
+        """
+        return self._disks[node_id]
 
     def address_of(self, node_id: str) -> str:
         """A host's IP address."""
@@ -240,8 +262,21 @@ class LocalCluster:
         _raylet(self._nodes[node_id]).wait(timeout=5.0)
         self._forget_host(node_id)
 
+    def _make_disk(self) -> str:
+        """Mount the next host's disk, if hosts have their own; `end_session` unmounts it."""
+        if not self._disk_bytes:
+            return ""
+        disk = os.path.join(self._folder, f"disk{self._started}")
+        os.mkdir(disk)
+        size = f"size={self._disk_bytes}"
+        command = ["mount", "-t", "tmpfs", "-o", size, "chaos", disk]
+        subprocess.run(command, check=True, capture_output=True, timeout=10.0)
+        return disk
+
     def _forget_host(self, node_id: str) -> None:
         node = self._nodes.pop(node_id)
+        if (disk := self._disks.pop(node_id, None)) is not None:
+            session_guard.unmount(str(disk))
         self._cluster.worker_nodes.remove(node)
         if self._network is not None:
             self._network.remove(str(node.node_ip_address))

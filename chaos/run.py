@@ -10,11 +10,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import psutil
 import ray
@@ -37,6 +37,9 @@ from chaos.schedule import Planned, Scenario
 from chaos.workload import Work
 from chaos.world import Aim, World
 from replication.errors import TieredError
+from tiered.cluster import attach
+from tiered.errors import ConfigError
+from tiered.s3 import S3Store
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ BUCKET = "chaos"
 POLL_S = 0.01
 READ_S = 0.03  # between two looks at what clients have written
 TEND_S = 2.0
+LATE_S = 0.2  # at most
 MOMENT_TIMEOUT_S = 8.0  # a moment that does not come: strike at random
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 90.0
@@ -154,6 +158,7 @@ class Run:
             job,
             self._history,
             least_hosts=max(options.ranks, options.replicas + 1),
+            racks=options.scenario.racks,
         )
         if options.address:
             self._join_cluster(stack)
@@ -162,12 +167,13 @@ class Run:
         memory = tiered.Memory(every_steps=2, keep=2, replicas=options.replicas, chunk_bytes=MIB)
         work = Work(
             job, options.ranks, memory, self._settings, options.state_bytes, options.step_s,
-            str(folder), self._folder.notebook,
+            str(folder), self._folder.notebook, is_elastic=options.scenario.is_elastic,
         )  # fmt: skip
         self._history.note(
             "setup", seed=options.seed, scenario=options.name, replicas=options.replicas,
             world_size=options.ranks, hosts=options.hosts,
             recover_within_s=options.recover_within_s, repair_within_s=options.repair_within_s,
+            has_s3=self._settings is not None,
         )  # fmt: skip
         self._observer = Observer(job, self._observers)
         self._moments.proxy = self._world.proxy
@@ -178,7 +184,15 @@ class Run:
         options = self._options
         if options.s3_uri:
             self._settings = tiered.S3(options.s3_uri, every_steps=10)
-        ray.init(address=options.address, log_to_driver=False, logging_level=logging.WARNING)
+            with closing(S3Store(self._settings, self._world.job)) as store:
+                store.check()
+        where = {} if options.address == "auto" else {"RAY_ADDRESS": options.address}
+        try:
+            with _environment(where):
+                attach()
+        except ConfigError:
+            text = f"no Ray cluster answers at {options.address!r}; `ray start --head` starts one"
+            raise ConnectionError(text) from None
         stack.callback(ray.shutdown)
         # On this host, whose loss ends the run anyway.
         node_id = ray.get_runtime_context().get_node_id()
@@ -209,9 +223,12 @@ class Run:
         self._settings = tiered.S3(
             f"s3://{BUCKET}/runs", every_steps=10, keep=3, read_timeout_s=5.0, max_attempts=3
         )
+        store_bytes, racks = max(128 * MIB, 24 * options.state_bytes), options.scenario.racks
         world.cluster = LocalCluster(
             options.hosts,
-            object_store_bytes=max(128 * MIB, 24 * options.state_bytes),
+            object_store_bytes=store_bytes,
+            labels=[{"rack": f"rack-{n % racks}"} for n in range(options.hosts if racks else 0)],
+            disk_bytes=2 * store_bytes if options.scenario.has_disks else 0,
             system_config=_system_config(options.scenario),
             network=world.network,
         )
@@ -264,7 +281,7 @@ class Run:
         if world.cluster is not None:
             world.replace_dead_hosts()
             for _ in range(options.hosts - len(world.cluster.hosts)):
-                world.cluster.add_host()
+                world.add_host()
         self._history.note("calm")
         calm_s = time.time()
         self._say("no more faults: waiting until all is well")
@@ -299,7 +316,7 @@ class Run:
         name = self._history.invoke(
             "fault", mechanism=planned.mechanism, target=aim.target, moment=planned.moment,
             number=planned.number, lost=sorted(aim.lost), away=sorted(aim.away), is_s3=aim.is_s3,
-            step=aim.step,
+            step=aim.step, domain=aim.domain,
         )  # fmt: skip
         try:
             aim.strike()
@@ -418,8 +435,17 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _system_config(scenario: Scenario) -> dict[str, object]:
-    if not scenario.lost_calls:
-        return {}
-    lost = {"num_failures": 1000, "req_failure_prob": 1, "resp_failure_prob": 1}
-    method = "CoreWorkerService.grpc_client.PushTask"
-    return {"testing_rpc_failure": json.dumps({method: {**lost, "in_flight_failure_prob": 1}})}
+    match scenario.calls:
+        case "":
+            return {}
+        case "late":
+            delay_us = f"0:{int(LATE_S * 1e6)}"
+            method = "CoreWorkerService.grpc_server.PushTask"
+            return {"testing_asio_delay_us": f"{method}={delay_us}"}
+        case "lost":
+            lost = {"num_failures": 1000, "req_failure_prob": 1, "resp_failure_prob": 1}
+            lost["in_flight_failure_prob"] = 1
+            method = "CoreWorkerService.grpc_client.PushTask"
+            return {"testing_rpc_failure": json.dumps({method: lost})}
+        case _:
+            assert_never(scenario.calls)

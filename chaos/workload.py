@@ -37,6 +37,8 @@ class Work:
         state_bytes: Of a rank, about.
         step_s: What a step takes beside its save.
         folder: Where ranks write their history.
+        is_elastic: Each life has a world size of its own, `world_size` or another. All ranks then
+            train the same weights: what differs is not given to another number of ranks.
         notebook: The actor to which they write it instead, where they share no folder.
     """
 
@@ -48,6 +50,7 @@ class Work:
     step_s: float
     folder: str
     notebook: Any = None
+    is_elastic: bool = False
 
 
 def make_state(state_bytes: int) -> dict[str, Any]:
@@ -61,9 +64,12 @@ def make_state(state_bytes: int) -> dict[str, Any]:
     }
 
 
-def train(state: dict[str, Any], life: int, rank: int, step: int) -> None:
+def train(
+    state: dict[str, Any], life: int, rank: int, step: int, *, is_elastic: bool = False
+) -> None:
     """One step: every byte changes, in place, as a function of who runs it and of what was."""
-    noise = torch.Generator().manual_seed((life << 40) + (rank << 32) + step)
+    seed = (life << 40) + step + (0 if is_elastic else rank << 32)
+    noise = torch.Generator().manual_seed(seed)
     weights = state["weights"]
     if not bool(torch.isfinite(weights[:1])):
         weights.zero_()
@@ -166,7 +172,7 @@ class Rank:
         state: dict[str, Any],
         step: int,
     ) -> None:
-        train(state, self._life, self._rank, step)
+        train(state, self._life, self._rank, step, is_elastic=self._work.is_elastic)
         try:
             dist.all_reduce(torch.ones(1))
         except RuntimeError:

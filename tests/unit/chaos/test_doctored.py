@@ -63,6 +63,13 @@ def incomplete(history: list[Record]) -> list[Record]:
     return without(history, lambda r: r.op == "save" and who.items() <= r.data.items())
 
 
+def early(history: list[Record]) -> list[Record]:
+    """One rank's saves of a step that was called replicated never happened."""
+    level = next(r.data for r in history if r.op == "level" and r.data["level"] == "replicated")
+    who = {"life": level["life"], "rank": 1 - level["rank"], "step": level["step"]}
+    return without(history, lambda r: r.op == "save" and who.items() <= r.data.items())
+
+
 def changed(history: list[Record]) -> list[Record]:
     return spoilt(history, is_restore, digest="another")
 
@@ -117,7 +124,8 @@ def _last_read(history: list[Record]) -> tuple[int, int]:
 DOCTORS: dict[str, Callable[[list[Record]], list[Record]]] = {
     doctor.__name__: doctor
     for doctor in (
-        mixed, incomplete, changed, disagree, older, abandoned, fenced, progress, redundancy, leak
+        mixed, incomplete, early, changed, disagree, older, abandoned, fenced, progress,
+        redundancy, leak,
     )
 }  # fmt: skip
 

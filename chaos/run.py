@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, assert_never
@@ -175,7 +176,7 @@ class Run:
             recover_within_s=options.recover_within_s, repair_within_s=options.repair_within_s,
             has_s3=self._settings is not None,
         )  # fmt: skip
-        self._observer = Observer(job, self._observers)
+        self._world.observer = Observer(job, self._observers)
         self._moments.proxy = self._world.proxy
         self._world.launcher = Launcher(work, self._launchers, self._heard_of, self._is_away)
         self._world.launcher.start()
@@ -223,16 +224,9 @@ class Run:
         self._settings = tiered.S3(
             f"s3://{BUCKET}/runs", every_steps=10, keep=3, read_timeout_s=5.0, max_attempts=3
         )
-        store_bytes, racks = max(128 * MIB, 24 * options.state_bytes), options.scenario.racks
-        world.cluster = LocalCluster(
-            options.hosts,
-            object_store_bytes=store_bytes,
-            labels=[{"rack": f"rack-{n % racks}"} for n in range(options.hosts if racks else 0)],
-            disk_bytes=2 * store_bytes if options.scenario.has_disks else 0,
-            system_config=_system_config(options.scenario),
-            network=world.network,
-        )
-        stack.enter_context(world.cluster)
+        world.new_cluster = partial(_local_cluster, options, world.network)
+        stack.callback(lambda: world.cluster and world.cluster.shutdown())
+        world.start_cluster()
 
     def _variables(self, server: S3Server, proxy: FaultProxy, folder: Path) -> dict[str, str]:
         variables = {**server.environment(), "AWS_ENDPOINT_URL": proxy.endpoint_url}
@@ -258,7 +252,7 @@ class Run:
     def _phases(self) -> dict[str, list[str]]:
         self._say("waiting for the first committed step")
         first = self._until(self._has_committed(0.0), START_TIMEOUT_S)
-        self._observer.start()
+        self._world.observer.start()
         if not first:
             self._say("no step was committed: striking all the same")
         end_s = time.monotonic() + 60 * self._options.minutes
@@ -289,7 +283,7 @@ class Run:
         self._until(self._is_whole(calm_s), options.repair_within_s - (time.time() - calm_s))
         world.launcher.stop(STOP_TIMEOUT_S)
         self._until(_never, 3.0)  # for the last commits, and their copies, to be told of
-        self._observer.stop(STOP_TIMEOUT_S)
+        self._world.observer.stop(STOP_TIMEOUT_S)
         left: dict[str, list[str]] = {}
         try:
             aftermath.inspect(world.job, self._history)
@@ -432,6 +426,19 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _local_cluster(options: Options, network: HostNetwork | None) -> LocalCluster:
+    scenario = options.scenario
+    store_bytes, racks = max(128 * MIB, 24 * options.state_bytes), scenario.racks
+    return LocalCluster(
+        options.hosts,
+        object_store_bytes=store_bytes,
+        labels=[{"rack": f"rack-{n % racks}"} for n in range(options.hosts if racks else 0)],
+        disk_bytes=2 * store_bytes if scenario.has_disks else 0,
+        system_config=_system_config(scenario),
+        network=network,
+    )
 
 
 def _system_config(scenario: Scenario) -> dict[str, object]:

@@ -175,6 +175,9 @@ SCENARIOS: Mapping[str, Scenario] = {
     "pressure": Scenario("disks full, holders without memory", {
         **PRESSURE, "trainer-kill": Kind(1),
     }, has_disks=True),
+    "clusters": Scenario("the cluster is lost with its head, and a new one goes on from S3", {
+        "cluster-lost": Kind(1), "trainers-kill": Kind(1),
+    }, gap_s=20.0),
     "elastic": Scenario("each life with another number of ranks", {
         "trainers-kill": Kind(3), "holder-kill": Kind(1), "host-kill": Kind(1, (1, 10)),
     }, is_elastic=True),

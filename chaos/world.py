@@ -10,6 +10,7 @@ from chaos import session_guard
 from chaos.host_network import HostNetwork
 from chaos.launcher import Launcher
 from chaos.local_cluster import LocalCluster
+from chaos.observer import Observer
 from chaos.recorder import HistoryWriter
 from chaos.s3_proxy import FaultProxy
 from chaos.s3_server import S3Server
@@ -60,6 +61,8 @@ class World:
     job: str
     history: HistoryWriter
     launcher: Launcher = field(init=False)  # its start needs the cluster
+    observer: Observer = field(init=False)
+    new_cluster: Callable[[], LocalCluster] = LocalCluster
     cluster: LocalCluster | None = None
     network: HostNetwork | None = None
     server: S3Server | None = None
@@ -76,6 +79,11 @@ class World:
         """The cluster, when it is this machine's."""
         assert self.cluster is not None, "a fault for hosts of this machine only"
         return self.cluster
+
+    def start_cluster(self) -> None:
+        """Start this machine's cluster; the one before, if any, has been shut down."""
+        self.cluster = self.new_cluster()
+        self.cluster.start()
 
     def racks_of_hosts(self) -> dict[str, list[str]]:
         """The hosts in each failure domain."""

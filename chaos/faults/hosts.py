@@ -43,7 +43,7 @@ def domain_kill(world: World, planned: Planned) -> Aim | None:
     """The same with every host of a failure domain."""
     racks = world.racks_of_hosts()
     free = set(world.free_hosts())
-    whole = {r: hosts for r, hosts in racks.items() if free.issuperset(hosts)}
+    whole = {r: hosts for r, hosts in racks.items() if hosts and free.issuperset(hosts)}
     whole = {r: hosts for r, hosts in whole.items() if len(free) - len(hosts) >= world.least_hosts}
     if len(racks) < 2 or not whole:
         return None

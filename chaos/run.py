@@ -140,7 +140,7 @@ class Run:
             except ProcessesLeftError as error:
                 left["processes"] = [str(error)]
             left.setdefault("processes", [])
-            left["segments"] = sorted(aftermath.segments() - before)
+            left["segments"] = aftermath.segments_left(before)
             if "shards" in left:
                 self._history.note("leaks", **left)
         finally:

@@ -101,7 +101,7 @@ ZOMBIES: Mapping[str, Kind] = {  # away for so long that a newer life has begun 
 }
 DOMAINS: Mapping[str, Kind] = {"domain-kill": Kind(3, (1, 5)), "trainers-kill": Kind(1)}
 PRESSURE: Mapping[str, Kind] = {
-    "disk-full": Kind(2, (3, 12)),
+    "disk-full": Kind(2, (5, 20)),
     "holder-oom": Kind(2, (3, 8)),
     "store-full": Kind(1, (3, 12)),
 }
@@ -174,6 +174,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     }, gap_s=15.0, racks=2),
     "pressure": Scenario("disks full, holders without memory", {
         **PRESSURE, "trainer-kill": Kind(1),
+        "host-kill": Kind(1, (1, 5)),  # the next host's store has no page yet
     }, has_disks=True),
     "clusters": Scenario("the cluster is lost with its head, and a new one goes on from S3", {
         "cluster-lost": Kind(1), "trainers-kill": Kind(1),

@@ -22,7 +22,6 @@ from chaos.recorder import HistoryWriter, file_writer, notebook_writer
 from replication.errors import DeadlineError, FencedError, TieredError
 
 PEERS_TIMEOUT_S = 15.0  # of a collective: so long a hung rank holds up the others
-ABSENT = torch.tensor([-1, -1, -1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ def make_state(state_bytes: int) -> dict[str, Any]:
     return {
         "weights": torch.full((floats,), float("nan")),
         "moments": torch.full((floats // 16, 2), float("nan"), dtype=torch.bfloat16),
-        "stamp": ABSENT.clone(),
+        "stamp": [-1, -1, -1],  # no tensor: those that differ are for as many ranks as saved them
         "loop": {"lr": 0.0, "name": "nobody's"},
     }
 
@@ -76,18 +75,18 @@ def train(
         state["moments"].zero_()
     weights.mul_(0.9).add_(torch.rand(weights.numel(), generator=noise))
     state["moments"].copy_(weights[: state["moments"].numel()].view_as(state["moments"]))
-    state["stamp"].copy_(torch.tensor([life, rank, step]))
+    state["stamp"] = [life, rank, step]
     state["loop"] = {"lr": 1.0 / (step + 1), "name": f"life {life} rank {rank} step {step}"}
 
 
 def digest(state: dict[str, Any]) -> str:
     """A hash of every byte and value of a state."""
     total = hashlib.blake2b(digest_size=16)
-    for name in ("weights", "moments", "stamp"):
+    for name in ("weights", "moments"):
         tensor: torch.Tensor = state[name]
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    total.update(json.dumps(state["loop"], sort_keys=True).encode())
+    total.update(json.dumps([state["stamp"], state["loop"]], sort_keys=True).encode())
     return total.hexdigest()
 
 
@@ -159,7 +158,7 @@ class Rank:
         else:
             history.write(
                 "restore", "ok", name, **who,
-                step=found.step, digest=digest(state), saved_by=state["stamp"].tolist(),
+                step=found.step, digest=digest(state), saved_by=state["stamp"],
                 generation=found.generation, source=found.source, seconds=found.seconds,
                 passed_over=list(found.passed_over),
             )  # fmt: skip

@@ -26,7 +26,7 @@ def smallest_run_that_judged(verdict: str) -> list[Record]:
     folders = [
         path.parent
         for path in RESULTS.glob("*/summary.json")
-        if json.loads(path.read_text())["judged"][verdict]
+        if (told := json.loads(path.read_text()))["judged"][verdict] and not told["violations"]
     ]
     files = [folder / "history.jsonl.gz" for folder in folders]
     return read_history(min(files, key=lambda file: file.stat().st_size))

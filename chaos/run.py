@@ -375,7 +375,11 @@ class Run:
                 self._heard[int(record.data["life"])] = record.time_s
 
     def _has_committed(self, since_s: float) -> Callable[[], bool]:
-        """Whether a save that began since is replicated."""
+        """Whether a save of the newest life that began since is replicated.
+
+        Of one that runs beside it, and was left, more would be asked than is promised: it is fenced
+        when the newest one begins, and that one may be stopped before it has saved anything.
+        """
         fresh: set[tuple[int, int]] = set()
         seen = 0
 
@@ -389,6 +393,7 @@ class Run:
             return any(
                 record.op == "level"
                 and record.data["level"] == "replicated"
+                and record.data["life"] == self._world.launcher.life
                 and (record.data["life"], record.data["step"]) in fresh
                 for record in new
             )

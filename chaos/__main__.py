@@ -90,6 +90,7 @@ def main(
         seed, name, chosen, minutes, hosts, ranks, address, s3_uri, state_bytes=state_mib << 20
     )
     folder = out / f"{name}-{seed}"
+    commit = _commit()  # of the code that runs, whatever is checked out meanwhile
     run = Run(options, plan, lambda line: console.print(line, soft_wrap=True, markup=False))
     outcome = run.outcome
     try:
@@ -103,7 +104,7 @@ def main(
             write_history(folder / "history.jsonl", outcome.records)
     verdict = check(outcome.records)
     told = report.summary(outcome.records, verdict, outcome.left_out)
-    told = {"command": _command(), "commit": _commit(), **told}
+    told = {"command": _command(), "commit": commit, **told}
     (folder / "summary.json").write_text(json.dumps(told, indent=1) + "\n")
     picture.draw(outcome.records, verdict, folder / "timeline.png")
     report.show(console, outcome.records, verdict, outcome.left_out)

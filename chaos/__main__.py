@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import secrets
 import shlex
 import subprocess
@@ -14,10 +15,11 @@ import typer
 from rich.console import Console
 
 from chaos import picture, report
-from chaos.checker import check
+from chaos.checker import Report, check
 from chaos.history import read_history, write_history
 from chaos.run import Options, Run
 from chaos.schedule import SCENARIOS, Kind, Scenario, draw
+from replication.errors import TieredError
 
 NAMES = ", ".join(SCENARIOS)
 
@@ -39,18 +41,24 @@ def main(
         "chaos_out"
     ),
     schedule: Annotated[bool, typer.Option(help="Print the schedule and end.")] = False,
-    judge: Annotated[Path | None, typer.Option(help="Only judge this history.")] = None,
+    judge: Annotated[
+        Path | None, typer.Option(help="Only judge this history.", exists=True, dir_okay=False)
+    ] = None,
 ) -> None:
     """Train on a cluster, break everything, and judge from the history what was promised.
 
-    Ends with status 0 when every promise was kept, 1 when one was broken.
+    Ends with status 0 when every promise was kept, 1 when one was broken, 2 when there was no run,
+    or not to its end.
     """
     console = Console(highlight=False)
     if judge is not None:
-        records = read_history(judge)
-        verdict = check(records)
+        try:
+            records = read_history(judge)
+            verdict = check(records)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--judge") from error
         report.show(console, records, verdict, {})
-        raise typer.Exit(0 if verdict.is_valid else 1)
+        raise typer.Exit(_status(console, verdict))
     name = scenario or ("ray" if address else "mix")
     if name not in SCENARIOS:
         raise typer.BadParameter(f"{name!r} is none of {NAMES}", param_hint="--scenario")
@@ -58,6 +66,10 @@ def main(
         raise typer.BadParameter(
             "only 'ray' and 'none' need nothing but Ray's API", param_hint="--scenario"
         )
+    if s3_uri and not address:
+        raise typer.BadParameter("a local cluster has an S3 of its own", param_hint="--s3-uri")
+    if SCENARIOS[name].needs_root and os.geteuid() != 0:
+        raise typer.BadParameter(f"{name!r} needs root", param_hint="--scenario")
     if not address and ranks >= hosts:
         raise typer.BadParameter(f"{ranks} ranks need more than {hosts} hosts, to lose one of them")
     chosen = SCENARIOS[name]
@@ -78,22 +90,39 @@ def main(
         seed, name, chosen, minutes, hosts, ranks, address, s3_uri, state_bytes=state_mib << 20
     )
     folder = out / f"{name}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+    commit = _commit()  # of the code that runs, whatever is checked out meanwhile
     run = Run(options, plan, lambda line: console.print(line, soft_wrap=True, markup=False))
     outcome = run.outcome
     try:
         run.run()
+    except (TieredError, ConnectionError) as error:
+        console.print(f"{type(error).__name__}: {error}", soft_wrap=True, markup=False)
+        raise typer.Exit(2) from None
     finally:
-        write_history(folder / "history.jsonl", outcome.records)
+        if outcome.records:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_history(folder / "history.jsonl", outcome.records)
     verdict = check(outcome.records)
     told = report.summary(outcome.records, verdict, outcome.left_out)
-    told = {"command": _command(), "commit": _commit(), **told}
+    told = {"command": _command(), "commit": commit, **told}
     (folder / "summary.json").write_text(json.dumps(told, indent=1) + "\n")
     picture.draw(outcome.records, verdict, folder / "timeline.png")
     report.show(console, outcome.records, verdict, outcome.left_out)
-    console.print(f"seed {seed}: {'every promise was kept' if verdict.is_valid else 'BROKEN'}")
     console.print(f"history, summary and timeline are in {folder}", soft_wrap=True)
-    raise typer.Exit(0 if verdict.is_valid else 1)
+    console.print(f"seed {seed}: ", end="")
+    raise typer.Exit(_status(console, verdict))
+
+
+def _status(console: Console, verdict: Report) -> int:
+    """Say in a line what the verdict is; returns the exit status."""
+    if not verdict.is_valid:
+        console.print("BROKEN")
+        return 1
+    if not verdict.judged["progress"]:
+        console.print("nothing broken, but the history ends before the faults do")
+        return 2
+    console.print("every promise was kept")
+    return 0
 
 
 def _command() -> str:

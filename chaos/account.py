@@ -60,6 +60,7 @@ class Harm:
         lost: Hosts whose copies are gone, or damaged, from `from_s` on.
         away: Hosts that did not answer, or not everybody, from `from_s` to `until_s`.
         step: The only one whose copies are damaged; None if all may be.
+        domain: The failure domain that `lost` is all of: it counts as one loss.
     """
 
     id: str
@@ -70,6 +71,7 @@ class Harm:
     away: frozenset[str] = frozenset()
     is_s3: bool = False
     step: int | None = None
+    domain: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,16 @@ class Account:
     inspections: list[Record]
     leaks: list[Record]
     readers: list[Life] = field(default_factory=list)
+    has_s3: bool = False
+
+    def world_of(self, saved: Saved) -> int:
+        """Ranks of the life that saved it."""
+        life = self.lives.get(saved.life)
+        return len(life.hosts) if life is not None and life.hosts else self.world_size
+
+    def missing_ranks(self, saved: Saved) -> list[int]:
+        """Ranks that never tried to save it."""
+        return sorted(set(range(self.world_of(saved))) - self.ranks_of(saved))
 
     def ranks_of(self, saved: Saved) -> set[int]:
         """Ranks that at least tried to save it."""
@@ -177,6 +189,7 @@ def account_of(records: Sequence[Record]) -> Account:
         ended_s=max(r.time_s for r in records),
         inspections=[r for r in records if r.op == "inspect" and r.phase == "ok"],
         leaks=[r for r in records if r.op == "leaks" and r.phase == "ok"],
+        has_s3=bool(setup.get("has_s3", False)),
     )
     for record in records:
         match record.op:
@@ -251,6 +264,7 @@ def _harms(records: Iterable[Record]) -> list[Harm]:
                 away=frozenset(data.get("away", ())),
                 is_s3=bool(data.get("is_s3", False)),
                 step=data.get("step"),
+                domain=data.get("domain", ""),
             )
         elif record.op == "fault" and record.phase == "fail":
             harms.pop(record.id, None)

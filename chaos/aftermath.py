@@ -37,6 +37,16 @@ def segments() -> set[str]:
     return {name for name in names if not any(f"/dev/shm/{name}" in text for text in mapped)}
 
 
+def segments_left(before: set[str]) -> list[str]:
+    """Those that were not there before, and stay: others' come and go at any moment."""
+    deadline_s = time.monotonic() + GONE_WITHIN_S
+    new = segments() - before
+    while new and time.monotonic() < deadline_s:
+        time.sleep(0.5)
+        new &= segments()
+    return sorted(new)
+
+
 def inspect(job: str, history: HistoryWriter) -> None:
     """Read the newest step from outside of a trainer, and every copy of it at its holder."""
     name = history.invoke("inspect")

@@ -5,6 +5,7 @@ timed out may count or not, a life of which nobody heard may have begun. What is
 
     mixed        a life was given shards of different saves, or another rank's, as one step
     incomplete   a step was restored that some rank never saved
+    early        a step was said to be committed before every rank had begun to save it
     changed      what a rank restored is not, by its digest, what that rank saved
     disagree     ranks of one life were told different steps
     older        a restore went back further than the losses since the commit allow
@@ -40,9 +41,12 @@ NOTICED_S = 10.0  # a loss that is no older than this may not be in a status yet
 SETTLED_S = 10.0  # so long after a fault its hosts may still be coming back, or be given up
 S3_SETTLED_S = 60.0  # and so long S3 may still be left alone
 
+LOOKED_FOR = ("trainers", "shards", "processes", "segments")
+
 VERDICTS = (
     "mixed",
     "incomplete",
+    "early",
     "changed",
     "disagree",
     "older",
@@ -103,6 +107,7 @@ def check(records: Sequence[Record]) -> Report:
     order = [*_order(account.lives.values()), *account.readers]
     for life in order:
         _check_contents(account, life, report)
+    _check_commits(account, report)
     _check_age(account, order, report)
     _check_branch(account, order, report)
     _check_fencing(account, order, report)
@@ -140,10 +145,10 @@ def _check_contents(account: Account, life: Life, report: Report) -> None:
     if not contents:
         return
     if len(told) == 1:
-        report.judge("mixed", at_s, _mixed(life))
+        report.judge("mixed", at_s, _mixed(account, life))
     for content in sorted(contents):
-        missing = set(range(account.world_size)) - account.ranks_of(content)
-        text = f"{life} restored {content}, which ranks {sorted(missing)} never saved"
+        missing = account.missing_ranks(content)
+        text = f"{life} restored {content}, which ranks {missing} never saved"
         report.judge("incomplete", at_s, text if missing else "")
     for restore in begun:
         if restore.content is not None:
@@ -157,18 +162,54 @@ def _check_contents(account: Account, life: Life, report: Report) -> None:
             report.judge("changed", at_s, f"{who}, {problem}" if problem else "")
 
 
-def _mixed(life: Life) -> str:
-    """Whether what the ranks of a life got is not one step of one life, each rank its own."""
+def _mixed(account: Account, life: Life) -> str:
+    """Whether what the ranks of a life got is not one step of one life, each rank its own.
+
+    With more ranks than had saved it, rank r gets what rank r mod N of N had saved.
+    """
     contents = {r.content for r in life.begun}
     if len(contents) > 1:
         return f"{life} was given {_list(contents)} as one step"
     for restore in life.begun:
-        if restore.content_rank != restore.rank:
+        if restore.content is None:
+            continue
+        if restore.content_rank != restore.rank % account.world_of(restore.content):
             return f"rank {restore.rank} of {life} got rank {restore.content_rank}'s"
-        if restore.content is not None and restore.content.step != restore.claimed_step:
+        if restore.content.step != restore.claimed_step:
             told = f"rank {restore.rank} of {life} was told step {restore.claimed_step}"
             return f"{told} and got {restore.content}"
     return ""
+
+
+# --- what was called committed --------------------------------------------------------------------
+
+
+def _check_commits(account: Account, report: Report) -> None:
+    """What ranks and the job's status said of a step, against who had begun to save it."""
+    begun_s: dict[Saved, float] = {}  # by every rank
+    for saved in {one for one, _ in account.saves}:
+        ranks = range(account.world_of(saved))
+        tried = [save for r in ranks if (save := account.saves.get((saved, r))) is not None]
+        times = [save.invoked_s for save in tried if not save.was_refused]
+        begun_s[saved] = max(times) if len(times) == len(ranks) else NEVER_S
+    told_s = _first_time(account.saves.values(), "durable")
+    for saved, at_s in _first_time(account.saves.values(), "replicated").items():
+        told_s[saved] = min(at_s, told_s.get(saved, NEVER_S))
+    for saved, at_s in sorted(told_s.items()):
+        text = f"a rank was told that {saved} is replicated before every rank had begun to save it"
+        report.judge("early", at_s, text if begun_s[saved] > at_s + CLOCK_SLACK_S else "")
+    steps: dict[int, float] = {}  # the status does not say whose
+    for saved, at_s in begun_s.items():
+        steps[saved.step] = min(at_s, steps.get(saved.step, NEVER_S))
+    seen_s: dict[int, float] = {}
+    for seen in account.observations:
+        for step in seen.committed:
+            seen_s.setdefault(step, seen.answered_s)
+    for step, at_s in sorted(seen_s.items()):
+        text = (
+            f"the status said that step {step} is committed, before all ranks of any life saved it"
+        )
+        report.judge("early", at_s, text if steps.get(step, NEVER_S) > at_s + CLOCK_SLACK_S else "")
 
 
 # --- how old it was ------------------------------------------------------------------------------
@@ -289,8 +330,24 @@ class _Bounds:
             return None
         until_s = life.answered_s
         harms = [harm for harm in self._account.harms if harm.from_s <= until_s]
-        lost = set[str]().union(*(_hit(harm, saved, begun_s, since_s) for harm in harms))
+        lost = set[str]()
+        for harm in harms:
+            hosts = _hit(harm, saved, begun_s, since_s)
+            is_one = hosts and harm.domain and self._was_spread(harm, begun_s)
+            lost |= {harm.domain} if is_one else hosts
         return lost if len(lost) <= self._account.replicas else None
+
+    def _was_spread(self, harm: Harm, begun_s: float) -> bool:
+        """Whether every host was there from before a save began until a domain was lost.
+
+        Else its copies may all have been made in that domain, for want of another.
+        """
+        others = (h for h in self._account.harms if h is not harm and (h.lost or h.away))
+        return not any(
+            h.from_s <= harm.from_s and h.until_s + SETTLED_S >= begun_s
+            for h in others
+            if h.mechanism not in SILENT
+        )
 
     def _whole_s(self, saved: Saved, begun_s: float, before_s: float) -> float | None:
         """The last time at which it had all its copies, or a newer one had; None for never."""
@@ -388,6 +445,9 @@ def _check_redundancy(account: Account, calm_s: float, report: Report) -> None:
         need = account.replicas + 1
         few = [rank for rank, count in enumerate(copies) if count < need]
         problem = f"ranks {few} of step {step} have {copies} copies, not {need}" if few else ""
+        worlds = {account.world_of(saved) for saved, _ in account.saves if saved.step == step}
+        if worlds and {len(copies), len(record.data["digests"])} - worlds:
+            problem = f"{len(copies)} shards of step {step} were found, saved by {_list(worlds)}"
         report.judge("redundancy", record.time_s, problem)
         for rank, digest in enumerate(record.data["digests"]):
             is_known = digest in digests.get((step, rank), ())
@@ -399,6 +459,9 @@ def _check_leaks(account: Account, report: Report) -> None:
     if not account.leaks:
         report.judge("leak", account.ended_s, "nobody looked for what was left")
     for record in account.leaks:
+        kinds = {*LOOKED_FOR, *(["uploads"] if account.has_s3 else [])}
+        if missing := kinds - record.data.keys():
+            report.judge("leak", record.time_s, f"nobody looked for {_list(missing)} left")
         for kind, found in sorted(record.data.items()):
             text = f"{len(found)} {kind} left: {_list(found[:5])}" if found else ""
             report.judge("leak", record.time_s, text)

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -49,6 +50,9 @@ class Launcher:
         self._choice = random.Random(work.job)
         self._is_over = threading.Event()
         self._wanted = threading.Event()
+        self._may_run = threading.Event()
+        self._is_idle = threading.Event()
+        self._may_run.set()
         self._lock = threading.Lock()
         self._actors: list[Any] = []
         self._left: list[Any] = []
@@ -70,6 +74,24 @@ class Launcher:
         """Start the next life now, without ending the one that runs."""
         self._wanted.set()
 
+    def pause(self, timeout_s: float) -> None:
+        """Give up the life that runs, without ending it, and start none before `resume`.
+
+        Raises:
+            RuntimeError: A life is still being started.
+        """
+        self._is_idle.clear()
+        self._may_run.clear()
+        if not self._is_idle.wait(timeout_s):
+            self._may_run.set()
+            raise RuntimeError("the launcher does not pause")
+
+    def resume(self) -> None:
+        """Start the next life; of those before nothing is left."""
+        with self._lock:
+            self._actors, self._left = [], []
+        self._may_run.set()
+
     def stop(self, timeout_s: float) -> bool:
         """Let the ranks end after their step, and whatever was left; whether all did in time."""
         self._is_over.set()
@@ -82,6 +104,10 @@ class Launcher:
 
     def _run_forever(self) -> None:
         while not self._is_over.is_set():
+            if not self._may_run.is_set():
+                self._is_idle.set()
+                self._may_run.wait(LOOK_S)
+                continue
             self.life += 1
             try:
                 self._run_life(self.life)
@@ -98,11 +124,12 @@ class Launcher:
         meeting_point = f"{hosts[0][1]}:{_port(self._choice)}"
         self.hosts = tuple(node_ids)
         name = self._history.invoke("life", life=life, hosts=node_ids)
-        actors = start_ranks(self._work, life, node_ids, meeting_point)
+        work = replace(self._work, world_size=len(hosts))
+        actors = start_ranks(work, life, node_ids, meeting_point)
         with self._lock:
             self._actors = actors
         reason = self._watch(life, [actor.run.remote() for actor in actors], actors)
-        if reason == "twin":
+        if reason in ("twin", "paused"):
             with self._lock:
                 self._left += actors
         else:
@@ -128,6 +155,8 @@ class Launcher:
                 is_told = True
                 for actor in actors:
                     actor.stop.remote()
+            if not self._may_run.is_set():
+                return "paused"
             if self._wanted.is_set():
                 self._wanted.clear()
                 return "twin"
@@ -153,9 +182,12 @@ class Launcher:
             and node["Resources"].get("CPU", 0) > 0
             and not self._is_away(node["NodeID"])
         )
-        if len(well) < self._work.world_size:
+        size = self._work.world_size
+        if len(well) < size:
             return None
-        return self._choice.sample(well, self._work.world_size)
+        if self._work.is_elastic:
+            size = self._choice.randint(1, min(size + 1, len(well)))
+        return self._choice.sample(well, size)
 
 
 def _kill(actor: Any) -> None:

@@ -70,6 +70,8 @@ class LocalCluster:
         labels: Ray node labels of the first hosts, in order, for example their failure domains.
         system_config: Ray settings over `QUICK_DETECTION`, by their names in `ray_config_def.h`.
         namespace: Ray namespace of the driver.
+        disk_bytes: Give each host a disk (a tmpfs) of this size, for its object store and what that
+            spills; needs root. 0: all share this machine's /dev/shm and temporary folder.
         network: Gives each host a network namespace of its own; started, and closed by its owner
             after this. Without one all hosts share this machine's loopback network.
         with_agents: Have Ray's dashboard agent, which exports metrics, run on each host, as with
@@ -85,6 +87,7 @@ class LocalCluster:
         labels: Sequence[Mapping[str, str]] = (),
         system_config: Mapping[str, Any] | None = None,
         namespace: str | None = None,
+        disk_bytes: int = 0,
         network: HostNetwork | None = None,
         with_agents: bool = False,
     ) -> None:
@@ -97,9 +100,12 @@ class LocalCluster:
         slow_to_start = {"agent_register_timeout_ms": 120_000} if with_agents else {}
         self._system_config = {**QUICK_DETECTION, **slow_to_start, **(system_config or {})}
         self._namespace = namespace
+        self._disk_bytes = disk_bytes
         self._folder = ""
         self._cluster: Any = None  # ray.cluster_utils has no types
         self._nodes: dict[str, Any] = {}
+        self._labels_of: dict[str, Mapping[str, str]] = {}
+        self._disks: dict[str, Path] = {}
         self._started = 0
         self._guard: subprocess.Popen[bytes] | None = None
 
@@ -156,7 +162,7 @@ class LocalCluster:
     def add_host(self, labels: Mapping[str, str] | None = None) -> str:
         """Start one more host; returns its node id once it is part of the cluster."""
         sockets, network = self._sockets(), self._network
-        address = f"127.10.0.{self._started}"
+        address, disk = f"127.10.0.{self._started}", self._make_disk()
         if network is not None:
             address = network.add(self._started)
         where = contextlib.nullcontext() if network is None else network.inside(address)
@@ -167,15 +173,30 @@ class LocalCluster:
                 labels=dict(labels or {}),
                 node_ip_address=address,
                 **sockets,
+                **({"plasma_directory": disk, "object_spilling_directory": disk} if disk else {}),
             )
         node_id = str(node.node_id)
-        self._nodes[node_id] = node
+        self._nodes[node_id], self._labels_of[node_id] = node, dict(labels or {})
+        if disk:
+            self._disks[node_id] = Path(disk)
         return node_id
 
     def logs(self) -> dict[str, list[str]]:
         """The lines that each process of the cluster has logged so far, by its log's name."""
         files = Path(self._folder).glob("ray/session_*/logs/worker-*.err")
         return {file.name: file.read_text(errors="replace").splitlines() for file in files}
+
+    def labels_of(self, node_id: str) -> Mapping[str, str]:
+        """A host's Ray node labels, as they were given."""
+        return self._labels_of[node_id]
+
+    def disk_of(self, node_id: str) -> Path:
+        """A host's disk.
+
+        Raises:
+            KeyError: Hosts have none of their own.
+        """
+        return self._disks[node_id]
 
     def address_of(self, node_id: str) -> str:
         """A host's IP address."""
@@ -253,8 +274,21 @@ class LocalCluster:
         _raylet(self._nodes[node_id]).wait(timeout=5.0)
         self._forget_host(node_id)
 
+    def _make_disk(self) -> str:
+        """Mount the next host's disk, if hosts have their own; `end_session` unmounts it."""
+        if not self._disk_bytes:
+            return ""
+        disk = os.path.join(self._folder, f"disk{self._started}")
+        os.mkdir(disk)
+        size = f"size={self._disk_bytes}"
+        command = ["mount", "-t", "tmpfs", "-o", size, "chaos", disk]
+        subprocess.run(command, check=True, capture_output=True, timeout=10.0)
+        return disk
+
     def _forget_host(self, node_id: str) -> None:
         node = self._nodes.pop(node_id)
+        if (disk := self._disks.pop(node_id, None)) is not None:
+            session_guard.unmount(str(disk))
         self._cluster.worker_nodes.remove(node)
         if self._network is not None:
             self._network.remove(str(node.node_ip_address))

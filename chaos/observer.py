@@ -18,6 +18,7 @@ class Observer:
         self._job = job
         self._history = history
         self._is_over = threading.Event()
+        self.asking = threading.Lock()  # who holds it is not disturbed
         self._thread = threading.Thread(target=self._run, name="observer", daemon=True)
 
     def start(self) -> None:
@@ -33,7 +34,8 @@ class Observer:
         while not self._is_over.wait(PERIOD_S):
             name = self._history.invoke("observe")
             try:
-                status = tiered.status(self._job)
+                with self.asking:
+                    status = tiered.status(self._job)
             except (TieredError, RayError) as error:
                 self._history.write("observe", "unknown", name, error=str(error)[:200])
                 continue

@@ -10,11 +10,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import psutil
 import ray
@@ -37,6 +38,9 @@ from chaos.schedule import Planned, Scenario
 from chaos.workload import Work
 from chaos.world import Aim, World
 from replication.errors import TieredError
+from tiered.cluster import attach
+from tiered.errors import ConfigError
+from tiered.s3 import S3Store
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +49,8 @@ BUCKET = "chaos"
 POLL_S = 0.01
 READ_S = 0.03  # between two looks at what clients have written
 TEND_S = 2.0
-MOMENT_TIMEOUT_S = 8.0  # a moment that does not come: strike at random
+LATE_S = 0.2  # at most
+MOMENT_TIMEOUT_S = 4.0  # a moment that does not come: strike at random
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 90.0
 MISSED_STRIKES = (OSError, RuntimeError, ValueError, RayError, TieredError, psutil.Error,
@@ -135,7 +140,7 @@ class Run:
             except ProcessesLeftError as error:
                 left["processes"] = [str(error)]
             left.setdefault("processes", [])
-            left["segments"] = sorted(aftermath.segments() - before)
+            left["segments"] = aftermath.segments_left(before)
             if "shards" in left:
                 self._history.note("leaks", **left)
         finally:
@@ -154,6 +159,7 @@ class Run:
             job,
             self._history,
             least_hosts=max(options.ranks, options.replicas + 1),
+            racks=options.scenario.racks,
         )
         if options.address:
             self._join_cluster(stack)
@@ -162,14 +168,15 @@ class Run:
         memory = tiered.Memory(every_steps=2, keep=2, replicas=options.replicas, chunk_bytes=MIB)
         work = Work(
             job, options.ranks, memory, self._settings, options.state_bytes, options.step_s,
-            str(folder), self._folder.notebook,
+            str(folder), self._folder.notebook, is_elastic=options.scenario.is_elastic,
         )  # fmt: skip
         self._history.note(
             "setup", seed=options.seed, scenario=options.name, replicas=options.replicas,
             world_size=options.ranks, hosts=options.hosts,
             recover_within_s=options.recover_within_s, repair_within_s=options.repair_within_s,
+            has_s3=self._settings is not None,
         )  # fmt: skip
-        self._observer = Observer(job, self._observers)
+        self._world.observer = Observer(job, self._observers)
         self._moments.proxy = self._world.proxy
         self._world.launcher = Launcher(work, self._launchers, self._heard_of, self._is_away)
         self._world.launcher.start()
@@ -178,7 +185,15 @@ class Run:
         options = self._options
         if options.s3_uri:
             self._settings = tiered.S3(options.s3_uri, every_steps=10)
-        ray.init(address=options.address, log_to_driver=False, logging_level=logging.WARNING)
+            with closing(S3Store(self._settings, self._world.job)) as store:
+                store.check()
+        where = {} if options.address == "auto" else {"RAY_ADDRESS": options.address}
+        try:
+            with _environment(where):
+                attach()
+        except ConfigError:
+            text = f"no Ray cluster answers at {options.address!r}; `ray start --head` starts one"
+            raise ConnectionError(text) from None
         stack.callback(ray.shutdown)
         # On this host, whose loss ends the run anyway.
         node_id = ray.get_runtime_context().get_node_id()
@@ -209,13 +224,9 @@ class Run:
         self._settings = tiered.S3(
             f"s3://{BUCKET}/runs", every_steps=10, keep=3, read_timeout_s=5.0, max_attempts=3
         )
-        world.cluster = LocalCluster(
-            options.hosts,
-            object_store_bytes=max(128 * MIB, 24 * options.state_bytes),
-            system_config=_system_config(options.scenario),
-            network=world.network,
-        )
-        stack.enter_context(world.cluster)
+        world.new_cluster = partial(_local_cluster, options, world.network)
+        stack.callback(lambda: world.cluster and world.cluster.shutdown())
+        world.start_cluster()
 
     def _variables(self, server: S3Server, proxy: FaultProxy, folder: Path) -> dict[str, str]:
         variables = {**server.environment(), "AWS_ENDPOINT_URL": proxy.endpoint_url}
@@ -241,7 +252,7 @@ class Run:
     def _phases(self) -> dict[str, list[str]]:
         self._say("waiting for the first committed step")
         first = self._until(self._has_committed(0.0), START_TIMEOUT_S)
-        self._observer.start()
+        self._world.observer.start()
         if not first:
             self._say("no step was committed: striking all the same")
         end_s = time.monotonic() + 60 * self._options.minutes
@@ -264,7 +275,7 @@ class Run:
         if world.cluster is not None:
             world.replace_dead_hosts()
             for _ in range(options.hosts - len(world.cluster.hosts)):
-                world.cluster.add_host()
+                world.add_host()
         self._history.note("calm")
         calm_s = time.time()
         self._say("no more faults: waiting until all is well")
@@ -272,7 +283,7 @@ class Run:
         self._until(self._is_whole(calm_s), options.repair_within_s - (time.time() - calm_s))
         world.launcher.stop(STOP_TIMEOUT_S)
         self._until(_never, 3.0)  # for the last commits, and their copies, to be told of
-        self._observer.stop(STOP_TIMEOUT_S)
+        self._world.observer.stop(STOP_TIMEOUT_S)
         left: dict[str, list[str]] = {}
         try:
             aftermath.inspect(world.job, self._history)
@@ -299,7 +310,7 @@ class Run:
         name = self._history.invoke(
             "fault", mechanism=planned.mechanism, target=aim.target, moment=planned.moment,
             number=planned.number, lost=sorted(aim.lost), away=sorted(aim.away), is_s3=aim.is_s3,
-            step=aim.step,
+            step=aim.step, domain=aim.domain,
         )  # fmt: skip
         try:
             aim.strike()
@@ -364,7 +375,11 @@ class Run:
                 self._heard[int(record.data["life"])] = record.time_s
 
     def _has_committed(self, since_s: float) -> Callable[[], bool]:
-        """Whether a save that began since is replicated."""
+        """Whether a save of the newest life that began since is replicated.
+
+        Of one that runs beside it, and was left, more would be asked than is promised: it is fenced
+        when the newest one begins, and that one may be stopped before it has saved anything.
+        """
         fresh: set[tuple[int, int]] = set()
         seen = 0
 
@@ -378,6 +393,7 @@ class Run:
             return any(
                 record.op == "level"
                 and record.data["level"] == "replicated"
+                and record.data["life"] == self._world.launcher.life
                 and (record.data["life"], record.data["step"]) in fresh
                 for record in new
             )
@@ -417,9 +433,31 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _local_cluster(options: Options, network: HostNetwork | None) -> LocalCluster:
+    scenario = options.scenario
+    store_bytes, racks = max(128 * MIB, 24 * options.state_bytes), scenario.racks
+    return LocalCluster(
+        options.hosts,
+        object_store_bytes=store_bytes,
+        labels=[{"rack": f"rack-{n % racks}"} for n in range(options.hosts if racks else 0)],
+        disk_bytes=2 * store_bytes if scenario.has_disks else 0,
+        system_config=_system_config(scenario),
+        network=network,
+    )
+
+
 def _system_config(scenario: Scenario) -> dict[str, object]:
-    if not scenario.lost_calls:
-        return {}
-    lost = {"num_failures": 1000, "req_failure_prob": 1, "resp_failure_prob": 1}
-    method = "CoreWorkerService.grpc_client.PushTask"
-    return {"testing_rpc_failure": json.dumps({method: {**lost, "in_flight_failure_prob": 1}})}
+    match scenario.calls:
+        case "":
+            return {}
+        case "late":
+            delay_us = f"0:{int(LATE_S * 1e6)}"
+            method = "CoreWorkerService.grpc_server.PushTask"
+            return {"testing_asio_delay_us": f"{method}={delay_us}"}
+        case "lost":
+            lost = {"num_failures": 1000, "req_failure_prob": 1, "resp_failure_prob": 1}
+            lost["in_flight_failure_prob"] = 1
+            method = "CoreWorkerService.grpc_client.PushTask"
+            return {"testing_rpc_failure": json.dumps({method: lost})}
+        case _:
+            assert_never(scenario.calls)

@@ -93,9 +93,17 @@ RAY: Mapping[str, Kind] = {
 GCS: Mapping[str, Kind] = {"gcs-kill": Kind(1, (0.1, 8))}
 CLOCKS: Mapping[str, Kind] = {"clock-jump": Kind(3, (3, 20))}
 ZOMBIES: Mapping[str, Kind] = {  # away for so long that a newer life has begun when they wake up
-    "trainer-stop": Kind(3, (30, 60)),
+    "trainers-stop": Kind(4, (12, 25)),
+    "trainer-stop": Kind(1, (30, 60)),
     "twin": Kind(2),
     "orphan": Kind(1, (25, 40)),
+    "coordinator-twin": Kind(1.5, (5, 20)),
+}
+DOMAINS: Mapping[str, Kind] = {"domain-kill": Kind(3, (1, 5)), "trainers-kill": Kind(1)}
+PRESSURE: Mapping[str, Kind] = {
+    "disk-full": Kind(2, (5, 20)),
+    "holder-oom": Kind(2, (3, 8)),
+    "store-full": Kind(1, (3, 12)),
 }
 
 
@@ -109,7 +117,10 @@ class Scenario:
         gap_s: Between two faults, on average.
         has_network: Hosts are in network namespaces of their own (needs root).
         gcs_storage: Where the head's GCS keeps its tables, so that it survives its death.
-        lost_calls: Ray itself loses one in a hundred of its messages.
+        calls: What Ray itself does to calls of actors: one in a hundred is lost, or each is late.
+        racks: Failure domains that hosts are spread over.
+        has_disks: Each host has a disk of its own (needs root).
+        is_elastic: Each life has another number of ranks.
     """
 
     about: str
@@ -117,7 +128,15 @@ class Scenario:
     gap_s: float = 6.0
     has_network: bool = False
     gcs_storage: Literal["", "rocksdb", "redis"] = ""
-    lost_calls: bool = False
+    calls: Literal["", "lost", "late"] = ""
+    racks: int = 0
+    has_disks: bool = False
+    is_elastic: bool = False
+
+    @property
+    def needs_root(self) -> bool:
+        """Whether its hosts have namespaces, or disks, of their own."""
+        return self.has_network or self.has_disks
 
 
 SCENARIOS: Mapping[str, Scenario] = {
@@ -147,7 +166,22 @@ SCENARIOS: Mapping[str, Scenario] = {
         **CLOCKS, "trainer-kill": Kind(1), "holder-kill": Kind(1), "coordinator-kill": Kind(1),
     }),
     "zombies": Scenario("trainers that wake up beside a newer life", ZOMBIES, gap_s=12.0),
-    "calls": Scenario("Ray loses calls and answers", PROCESSES, gap_s=10.0, lost_calls=True),
+    "calls": Scenario("Ray loses calls and answers", PROCESSES, gap_s=10.0, calls="lost"),
+    "late": Scenario("Ray delivers calls late, and in another order", PROCESSES, gap_s=10.0,
+                     calls="late"),
+    "domains": Scenario("hosts in two failure domains, of which one dies", {
+        **DOMAINS, "holder-kill": Kind(0.5),
+    }, gap_s=15.0, racks=2),
+    "pressure": Scenario("disks full, holders without memory", {
+        **PRESSURE, "trainer-kill": Kind(1),
+        "host-kill": Kind(1, (1, 5)),  # the next host's store has no page yet
+    }, has_disks=True),
+    "clusters": Scenario("the cluster is lost with its head, and a new one goes on from S3", {
+        "cluster-lost": Kind(1), "trainers-kill": Kind(1),
+    }, gap_s=20.0),
+    "elastic": Scenario("each life with another number of ranks", {
+        "trainers-kill": Kind(3), "holder-kill": Kind(1), "host-kill": Kind(1, (1, 10)),
+    }, is_elastic=True),
     "ray": Scenario("what Ray's API can do to a cluster: for --address", RAY),
     "none": Scenario("no faults", {}),
 }  # fmt: skip

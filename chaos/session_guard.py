@@ -11,8 +11,10 @@ whoever started it is gone, and then ends the session.
 import contextlib
 import os
 import shutil
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
@@ -27,7 +29,7 @@ def session_processes(folder: str) -> list[psutil.Process]:
 
 
 def end_session(folder: str, timeout_s: float = 10.0) -> list[psutil.Process]:
-    """SIGKILL every process of the session until none is left; idempotent.
+    """SIGKILL every process of the session until none is left, and unmount its disks; idempotent.
 
     Args:
         folder: The session's folder, as it was given to Ray.
@@ -43,7 +45,15 @@ def end_session(folder: str, timeout_s: float = 10.0) -> list[psutil.Process]:
         left = [process for process in left if is_running(process)]
         if time.monotonic() >= deadline_s:
             break
+    for line in Path("/proc/mounts").read_text().splitlines():
+        if (mounted := line.split()[1]).startswith(f"{folder}/"):
+            unmount(mounted)
     return left
+
+
+def unmount(folder: str) -> None:
+    """Take a file system away, now or when nobody uses it any more."""
+    subprocess.run(["umount", "-l", folder], check=False, capture_output=True, timeout=10.0)
 
 
 def kill_processes(processes: list[psutil.Process], timeout_s: float) -> None:

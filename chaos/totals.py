@@ -5,11 +5,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from chaos.checker import VERDICTS
+from chaos.checker import VERDICTS, check
+from chaos.history import read_history
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -72,8 +73,21 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def main() -> None:
+def judge_again(folder: Path = RESULTS) -> None:
+    """Write what the checker of today says of each run into its summary."""
+    for name, told in summaries(folder).items():
+        report = check(read_history(folder / name / "history.jsonl.gz"))
+        told["judged"] = report.judged
+        told["violations"] = [str(violation) for violation in report.violations]
+        (folder / name / "summary.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+def main(
+    rejudge: Annotated[bool, typer.Option(help="Judge all runs anew first.")] = False,
+) -> None:
     """Print the tables."""
+    if rejudge:
+        judge_again()
     typer.echo(tables(summaries()), nl=False)
 
 

@@ -22,7 +22,6 @@ from chaos.recorder import HistoryWriter, file_writer, notebook_writer
 from replication.errors import DeadlineError, FencedError, TieredError
 
 PEERS_TIMEOUT_S = 15.0  # of a collective: so long a hung rank holds up the others
-ABSENT = torch.tensor([-1, -1, -1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +36,8 @@ class Work:
         state_bytes: Of a rank, about.
         step_s: What a step takes beside its save.
         folder: Where ranks write their history.
+        is_elastic: Each life has a world size of its own, `world_size` or another. All ranks then
+            train the same weights: what differs is not given to another number of ranks.
         notebook: The actor to which they write it instead, where they share no folder.
     """
 
@@ -48,6 +49,7 @@ class Work:
     step_s: float
     folder: str
     notebook: Any = None
+    is_elastic: bool = False
 
 
 def make_state(state_bytes: int) -> dict[str, Any]:
@@ -56,32 +58,35 @@ def make_state(state_bytes: int) -> dict[str, Any]:
     return {
         "weights": torch.full((floats,), float("nan")),
         "moments": torch.full((floats // 16, 2), float("nan"), dtype=torch.bfloat16),
-        "stamp": ABSENT.clone(),
+        "stamp": [-1, -1, -1],  # no tensor: those that differ are for as many ranks as saved them
         "loop": {"lr": 0.0, "name": "nobody's"},
     }
 
 
-def train(state: dict[str, Any], life: int, rank: int, step: int) -> None:
+def train(
+    state: dict[str, Any], life: int, rank: int, step: int, *, is_elastic: bool = False
+) -> None:
     """One step: every byte changes, in place, as a function of who runs it and of what was."""
-    noise = torch.Generator().manual_seed((life << 40) + (rank << 32) + step)
+    seed = (life << 40) + step + (0 if is_elastic else rank << 32)
+    noise = torch.Generator().manual_seed(seed)
     weights = state["weights"]
     if not bool(torch.isfinite(weights[:1])):
         weights.zero_()
         state["moments"].zero_()
     weights.mul_(0.9).add_(torch.rand(weights.numel(), generator=noise))
     state["moments"].copy_(weights[: state["moments"].numel()].view_as(state["moments"]))
-    state["stamp"].copy_(torch.tensor([life, rank, step]))
+    state["stamp"] = [life, rank, step]
     state["loop"] = {"lr": 1.0 / (step + 1), "name": f"life {life} rank {rank} step {step}"}
 
 
 def digest(state: dict[str, Any]) -> str:
     """A hash of every byte and value of a state."""
     total = hashlib.blake2b(digest_size=16)
-    for name in ("weights", "moments", "stamp"):
+    for name in ("weights", "moments"):
         tensor: torch.Tensor = state[name]
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    total.update(json.dumps(state["loop"], sort_keys=True).encode())
+    total.update(json.dumps([state["stamp"], state["loop"]], sort_keys=True).encode())
     return total.hexdigest()
 
 
@@ -153,7 +158,7 @@ class Rank:
         else:
             history.write(
                 "restore", "ok", name, **who,
-                step=found.step, digest=digest(state), saved_by=state["stamp"].tolist(),
+                step=found.step, digest=digest(state), saved_by=state["stamp"],
                 generation=found.generation, source=found.source, seconds=found.seconds,
                 passed_over=list(found.passed_over),
             )  # fmt: skip
@@ -166,7 +171,7 @@ class Rank:
         state: dict[str, Any],
         step: int,
     ) -> None:
-        train(state, self._life, self._rank, step)
+        train(state, self._life, self._rank, step, is_elastic=self._work.is_elastic)
         try:
             dist.all_reduce(torch.ones(1))
         except RuntimeError:

@@ -10,6 +10,7 @@ from chaos import session_guard
 from chaos.host_network import HostNetwork
 from chaos.launcher import Launcher
 from chaos.local_cluster import LocalCluster
+from chaos.observer import Observer
 from chaos.recorder import HistoryWriter
 from chaos.s3_proxy import FaultProxy
 from chaos.s3_server import S3Server
@@ -30,6 +31,7 @@ class Aim:
         avoided: Hosts that the launcher starts nothing on meanwhile, nor ends anything.
         is_s3: S3 is disturbed until it is mended.
         step: The only one whose copies are damaged; None if all may be.
+        domain: The failure domain that `lost` is all of.
     """
 
     target: str
@@ -40,6 +42,7 @@ class Aim:
     avoided: frozenset[str] = frozenset()
     is_s3: bool = False
     step: int | None = None
+    domain: str = ""
 
 
 @dataclass(slots=True)
@@ -52,11 +55,14 @@ class World:
         avoided: Hosts that the launcher leaves alone.
         is_s3_busy: S3 is disturbed.
         is_gcs_down: The head has no GCS.
+        racks: Failure domains that hosts are spread over; 0 for none.
     """
 
     job: str
     history: HistoryWriter
     launcher: Launcher = field(init=False)  # its start needs the cluster
+    observer: Observer = field(init=False)
+    new_cluster: Callable[[], LocalCluster] = LocalCluster
     cluster: LocalCluster | None = None
     network: HostNetwork | None = None
     server: S3Server | None = None
@@ -66,12 +72,31 @@ class World:
     is_s3_busy: bool = False
     is_gcs_down: bool = False
     least_hosts: int = 2
+    racks: int = 0
 
     @property
     def local(self) -> LocalCluster:
         """The cluster, when it is this machine's."""
         assert self.cluster is not None, "a fault for hosts of this machine only"
         return self.cluster
+
+    def start_cluster(self) -> None:
+        """Start this machine's cluster; the one before, if any, has been shut down."""
+        self.cluster = self.new_cluster()
+        self.cluster.start()
+
+    def racks_of_hosts(self) -> dict[str, list[str]]:
+        """The hosts in each failure domain."""
+        racks: dict[str, list[str]] = {f"rack-{number}": [] for number in range(self.racks)}
+        for host in self.local.hosts if self.racks else ():
+            racks[self.local.labels_of(host)["rack"]].append(host)
+        return racks
+
+    def add_host(self) -> str:
+        """Start one more host, in the rack that has the fewest."""
+        racks = self.racks_of_hosts()
+        rack = min(racks, key=lambda name: len(racks[name]), default=None)
+        return self.local.add_host(None if rack is None else {"rack": rack})
 
     def free_hosts(self) -> list[str]:
         """Hosts that no fault has now, oldest first."""
@@ -98,7 +123,7 @@ class World:
                 lost = [node_id]
                 self.history.invoke("fault", mechanism="given up by Ray", lost=lost, away=[])
                 self.local.kill_host(node_id)
-                self.local.add_host()
+                self.add_host()
 
 
 def _titled(processes: Sequence[psutil.Process], title: str) -> list[psutil.Process]:

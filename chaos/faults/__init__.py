@@ -5,7 +5,18 @@ A mechanism returns None when there is nothing to strike now, and then the fault
 
 from collections.abc import Callable, Mapping
 
-from chaos.faults import clocks, gcs, hosts, links, memory, processes, ray_api, store
+from chaos.faults import (
+    clocks,
+    clusters,
+    gcs,
+    hosts,
+    links,
+    memory,
+    pressure,
+    processes,
+    ray_api,
+    store,
+)
 from chaos.schedule import Planned
 from chaos.world import Aim, World
 
@@ -19,5 +30,7 @@ LOCAL: Mapping[str, Mechanism] = {
     **links.MECHANISMS,
     **gcs.MECHANISMS,
     **clocks.MECHANISMS,
+    **pressure.MECHANISMS,
+    **clusters.MECHANISMS,
 }
 RAY: Mapping[str, Mechanism] = ray_api.MECHANISMS

@@ -10,18 +10,17 @@ from chaos.schedule import Planned
 from chaos.world import Aim, World, pick
 
 
-def _kill_some(world: World, hosts: list[str]) -> Aim:
+def _kill_some(world: World, hosts: list[str], domain: str = "") -> Aim:
     def strike() -> None:
-        for host in hosts:
-            world.local.kill_host(host)
+        world.local.kill_host(*hosts)
 
     def mend() -> None:
         for _ in hosts:
-            world.local.add_host()
+            world.add_host()
 
     names = frozenset(hosts)
     target = ", ".join(host[:8] for host in hosts)
-    return Aim(target, strike, mend, lost=names, away=names)
+    return Aim(target, strike, mend, lost=names, away=names, domain=domain)
 
 
 def host_kill(world: World, planned: Planned) -> Aim | None:
@@ -38,6 +37,18 @@ def hosts_kill(world: World, planned: Planned) -> Aim | None:
     one = pick(hosts, planned.picks[0])
     other = pick([host for host in hosts if host != one], planned.picks[1])
     return _kill_some(world, [one, other])
+
+
+def domain_kill(world: World, planned: Planned) -> Aim | None:
+    """The same with every host of a failure domain."""
+    racks = world.racks_of_hosts()
+    free = set(world.free_hosts())
+    whole = {r: hosts for r, hosts in racks.items() if hosts and free.issuperset(hosts)}
+    whole = {r: hosts for r, hosts in whole.items() if len(free) - len(hosts) >= world.least_hosts}
+    if len(racks) < 2 or not whole:
+        return None
+    rack = pick(sorted(whole), planned.picks[0])
+    return _kill_some(world, whole[rack], rack)
 
 
 def host_stop(world: World, planned: Planned) -> Aim | None:
@@ -85,7 +96,7 @@ def orphan(world: World, planned: Planned) -> Aim | None:
 
     def mend() -> None:
         world.local.end_orphans(host, left)
-        world.local.add_host()
+        world.add_host()
 
     names = frozenset({host})
     return Aim(
@@ -101,6 +112,7 @@ def orphan(world: World, planned: Planned) -> Aim | None:
 MECHANISMS: Mapping[str, Callable[[World, Planned], Aim | None]] = {
     "host-kill": host_kill,
     "hosts-kill": hosts_kill,
+    "domain-kill": domain_kill,
     "host-stop": host_stop,
     "raylet-stop": raylet_stop,
     "orphan": orphan,

@@ -13,6 +13,8 @@ from chaos import session_guard
 from chaos.schedule import Planned
 from chaos.world import Aim, World, pick
 from replication.holder import NAMESPACE, holder_name
+from tiered.cluster import HEAD_RESOURCE
+from tiered.coordinator import Coordinator
 
 STEP_OF_WORK = "a" * 22 + "b"  # of a regular expression that holds the GIL for a second or so
 
@@ -71,12 +73,27 @@ def trainer_stop(world: World, planned: Planned) -> Aim | None:
     return _stopped(f"the trainer on {host[:8]}", trainers[host], avoided=frozenset({host}))
 
 
+def trainers_stop(world: World, planned: Planned) -> Aim | None:
+    """SIGSTOP all ranks, and start the next life at once: they wake up together, beside it."""
+    trainers = _trainers(world)
+    found = [process for processes in trainers.values() for process in processes]
+    if not found:
+        return None
+
+    def strike() -> None:
+        send(found, signal.SIGSTOP)
+        world.launcher.start_twin()
+
+    return Aim(f"{len(found)} trainers", strike, lambda: send(found, signal.SIGCONT))
+
+
 def twin(world: World, planned: Planned) -> Aim | None:
     """Start the next life while this one runs."""
     return Aim(f"life {world.launcher.life + 1} beside the others", world.launcher.start_twin)
 
 
-def _holder(world: World, planned: Planned) -> tuple[str, list[psutil.Process]] | None:
+def find_holder(world: World, planned: Planned) -> tuple[str, list[psutil.Process]] | None:
+    """A holder that may be taken down, and its host."""
     hosts = world.spare_hosts(1)
     if not hosts:
         return None
@@ -87,7 +104,7 @@ def _holder(world: World, planned: Planned) -> tuple[str, list[psutil.Process]] 
 
 def holder_kill(world: World, planned: Planned) -> Aim | None:
     """SIGKILL a holder: its host's copies are gone, the host and its trainer go on."""
-    if (found := _holder(world, planned)) is None:
+    if (found := find_holder(world, planned)) is None:
         return None
     host, holder = found
     return Aim(f"the holder on {host[:8]}", lambda: _kill(holder), lost=frozenset({host}))
@@ -95,7 +112,7 @@ def holder_kill(world: World, planned: Planned) -> Aim | None:
 
 def holder_stop(world: World, planned: Planned) -> Aim | None:
     """SIGSTOP a holder for a while."""
-    if (found := _holder(world, planned)) is None:
+    if (found := find_holder(world, planned)) is None:
         return None
     host, holder = found
     return _stopped(f"the holder on {host[:8]}", holder, away=frozenset({host}))
@@ -114,7 +131,7 @@ def keep_busy(seconds: float) -> Callable[[object], None]:
 
 def holder_busy(world: World, planned: Planned) -> Aim | None:
     """A holder's event loop is held up, and its GIL with it."""
-    if (found := _holder(world, planned)) is None:
+    if (found := find_holder(world, planned)) is None:
         return None
     host = found[0]
 
@@ -137,14 +154,33 @@ def coordinator_stop(world: World, planned: Planned) -> Aim | None:
     return _stopped("the coordinator", found) if found else None
 
 
+def coordinator_twin(world: World, planned: Planned) -> Aim | None:
+    """A second coordinator, as when the cluster believes the first one dead that still runs."""
+    twins = list[Any]()
+
+    def strike() -> None:
+        options = {"num_cpus": 0, "max_concurrency": 1000, "resources": {HEAD_RESOURCE: 0.001}}
+        actor = ray.remote(Coordinator).options(**options).remote()
+        actor.status.remote(world.job)  # from now on it cares for the job, by what it has read
+        twins.append(actor)
+
+    def mend() -> None:
+        for actor in twins:
+            ray.kill(actor)
+
+    return Aim("a second coordinator", strike, mend)
+
+
 MECHANISMS: Mapping[str, Callable[[World, Planned], Aim | None]] = {
     "trainer-kill": trainer_kill,
     "trainers-kill": trainers_kill,
     "trainer-stop": trainer_stop,
+    "trainers-stop": trainers_stop,
     "twin": twin,
     "holder-kill": holder_kill,
     "holder-stop": holder_stop,
     "holder-busy": holder_busy,
     "coordinator-kill": coordinator_kill,
     "coordinator-stop": coordinator_stop,
+    "coordinator-twin": coordinator_twin,
 }

@@ -23,7 +23,7 @@ class Forger:
         self._count = 0
         self.add(
             "setup", "ok", seed=1, replicas=1, world_size=RANKS, hosts=4,
-            recover_within_s=60.0, repair_within_s=60.0,
+            recover_within_s=60.0, repair_within_s=60.0, has_s3=True,
         )  # fmt: skip
 
     def add(self, op: str, phase: Phase, name: str = "", **data: Any) -> str:
@@ -91,7 +91,8 @@ class Forger:
         self.observe([step])
         digests = [digest(life, rank, step) for rank in range(RANKS)]
         self.add("inspect", "ok", step=step, copies=[2] * RANKS, digests=digests)
-        self.add("leaks", "ok", processes=[], segments=[], uploads=[], objects=[])
+        kinds = ("trainers", "shards", "processes", "segments", "uploads")
+        self.add("leaks", "ok", **{kind: [] for kind in kinds})
         return by_time(self.records)
 
 

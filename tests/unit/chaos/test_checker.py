@@ -1,6 +1,7 @@
 """The checker finds each planted violation, and nothing where there is none."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,46 @@ def test_incomplete() -> None:
     assert names(forger.finish(2, 3)) == ["incomplete"]
 
 
+def early(
+    level: str = "replicated", *, is_late: bool = False, is_refused: bool = False
+) -> list[str]:
+    """Rank 0 is told that a step is safe which rank 1 begins to save later, or never does."""
+    forger = Forger()
+    forger.begin(1, None)
+    forger.save(1, 1)
+    forger.save(1, 2, level=None, ranks=1)
+    who = {"life": 1, "rank": 1, "step": 2}
+    name = ""
+    if is_refused:
+        name = forger.add("save", "invoke", **who, digest=digest(1, 1, 2))
+        forger.add("save", "fail", name, **who, is_fenced=True)
+    forger.add("level", "ok", life=1, rank=0, step=2, level=level)
+    forger.wait(1.0)
+    if is_late:
+        forger.add("save", "invoke", **who, digest=digest(1, 1, 2))
+    return names(forger.finish(1, 3))
+
+
+def test_early() -> None:
+    for level in ("replicated", "durable"):
+        assert early(level) == ["early"]
+        assert early(level, is_late=True) == ["early"]
+        assert early(level, is_refused=True) == ["early"]
+    assert early("staged") == []
+
+
+def test_early_in_the_status() -> None:
+    forger = Forger()
+    forger.begin(1, None)
+    forger.save(1, 1)
+    forger.save(1, 2, level=None, ranks=1)
+    forger.observe([1, 2])
+    forger.observe([1, 2])
+    history = forger.finish(1, 3)
+    (violation,) = check(history).violations
+    assert (violation.name, "status said that step 2" in violation.text) == ("early", True)
+
+
 def test_changed() -> None:
     assert names(spoilt(right(), restored(2, 1), digest="other")) == ["changed"]
 
@@ -87,9 +128,29 @@ def test_changed_what_nobody_saved() -> None:
     assert names(history) == ["incomplete", "changed", "changed"]
 
 
+def test_changed_to_what_another_life_had_saved_as_that_step() -> None:
+    """The bytes of an abandoned branch under the name of the one that goes on."""
+    forger = Forger()
+    forger.begin(1, None)
+    forger.save(1, 1)
+    forger.save(1, 2, level=None)
+    forger.begin(2, (1, 1))
+    forger.save(2, 2)
+    forger.begin(3, (2, 2))
+    forger.save(3, 3)
+    history = forger.finish(3, 4)
+    assert names(history) == []
+    assert names(spoilt(history, restored(3, 0), digest=digest(1, 0, 2))) == ["changed"]
+
+
 def test_disagree() -> None:
     other = {"step": 1, "digest": digest(1, 1, 1), "saved_by": [1, 1, 1]}
     assert names(spoilt(right(), restored(2, 1), **other)) == ["disagree"]
+
+
+def test_disagree_one_rank_starts_afresh() -> None:
+    assert names(spoilt(right(), restored(2, 1), step=None)) == ["disagree"]
+    assert names(spoilt(right(), restored(2, 0), step=None)) == ["disagree"]
 
 
 def test_older() -> None:
@@ -249,6 +310,13 @@ def test_redundancy() -> None:
     assert names(without(right(), of("inspect"))) == ["redundancy"]
 
 
+def test_redundancy_of_one_rank_only() -> None:
+    one = {"copies": [2], "digests": [digest(2, 0, 4)]}
+    assert names(spoilt(right(), of("inspect"), **one)) == ["redundancy"]
+    assert names(spoilt(right(), of("inspect"), copies=[2])) == ["redundancy"]
+    assert names(spoilt(right(), of("inspect"), copies=[0, 2])) == ["redundancy"]
+
+
 def test_redundancy_that_did_not_last() -> None:
     forger = Forger()
     forger.begin(1, None)
@@ -259,7 +327,7 @@ def test_redundancy_that_did_not_last() -> None:
     assert names(by_time(forger.records)) == ["redundancy"]
 
 
-@pytest.mark.parametrize("kind", ["processes", "segments", "uploads", "objects"])
+@pytest.mark.parametrize("kind", ["trainers", "shards", "processes", "segments", "uploads"])
 def test_leak(kind: str) -> None:
     (violation,) = check(spoilt(right(), of("leaks"), **{kind: ["this one"]})).violations
     assert (violation.name, violation.text) == ("leak", f"1 {kind} left: this one")
@@ -267,6 +335,14 @@ def test_leak(kind: str) -> None:
 
 def test_leak_that_nobody_looked_for() -> None:
     assert names(without(right(), of("leaks"))) == ["leak"]
+
+
+@pytest.mark.parametrize("kind", ["trainers", "shards", "processes", "segments", "uploads"])
+def test_leak_of_a_kind_that_nobody_looked_for(kind: str) -> None:
+    history = right()
+    data = {k: v for k, v in history[-1].data.items() if k != kind}
+    (violation,) = check([*history[:-1], replace(history[-1], data=data)]).violations
+    assert (violation.name, violation.text) == ("leak", f"nobody looked for {kind} left")
 
 
 def test_a_copy_that_reads_as_something_else_in_the_end() -> None:
@@ -301,6 +377,61 @@ def test_more_losses_than_replicas_may_go_back() -> None:
 
 def test_losses_with_a_repair_in_between_are_not_added_up() -> None:
     assert older_after("host-a", "host-b", "host-c", observed=True) == ["older"]
+
+
+def older_after_a_domain_was_lost(before: str = "") -> list[str]:
+    forger = Forger()
+    forger.begin(1, None)
+    if before:
+        forger.fault("host-kill", lost=[before], away=[before])
+    forger.save(1, 1)
+    forger.save(1, 2)
+    hosts = ["host-a", "host-b"]
+    forger.fault("domain-kill", lost=hosts, away=hosts, domain="rack-1")
+    forger.begin(2, (1, 1))
+    forger.save(2, 2)
+    return names(forger.finish(2, 3))
+
+
+def test_a_whole_domain_is_one_loss_where_copies_could_be_spread() -> None:
+    assert older_after_a_domain_was_lost() == ["older"]
+    assert older_after_a_domain_was_lost(before="host-c") == []
+
+
+def test_a_life_of_another_number_of_ranks_gets_what_its_ranks_share() -> None:
+    """Rank r gets what rank r mod N of N had saved."""
+
+    def history(source: int) -> list[Record]:
+        forger = Forger()
+        forger.begin(1, None)
+        forger.save(1, 1)
+        hosts = ["host-a", "host-b", "host-c"]
+        forger.add("life", "invoke", "life-2", life=2, hosts=hosts)
+        asked = [forger.add("restore", "invoke", life=2, rank=rank) for rank in range(3)]
+        for rank, name in enumerate(asked):
+            got = rank if rank < 2 else source
+            told = {"step": 1, "digest": digest(1, got, 1), "saved_by": [1, got, 1]}
+            forger.add("restore", "ok", name, life=2, rank=rank, **told)
+        forger.save(2, 2, ranks=3)
+        forger.begin(3, (2, 2))
+        return forger.finish(3, 3)
+
+    assert names(history(0)) == []
+    assert names(history(1)) == ["mixed"]
+
+
+def test_a_step_of_three_ranks_is_not_whole_with_two() -> None:
+    forger = Forger()
+    forger.begin(1, None)
+    forger.save(1, 1)
+    forger.begin(2, (1, 1))
+    life = next(i for i, r in enumerate(forger.records) if r.id == "life-2")
+    three = {**forger.records[life].data, "hosts": ["host-a", "host-b", "host-c"]}
+    forger.records[life] = replace(forger.records[life], data=three)
+    forger.save(2, 2, level=None)
+    forger.begin(3, (2, 2))
+    forger.save(3, 3)
+    assert names(forger.finish(3, 4)) == ["incomplete"]
 
 
 def test_a_hidden_damage_counts_until_the_step_is_replaced() -> None:

@@ -26,7 +26,7 @@ def smallest_run_that_judged(verdict: str) -> list[Record]:
     folders = [
         path.parent
         for path in RESULTS.glob("*/summary.json")
-        if json.loads(path.read_text())["judged"][verdict]
+        if (told := json.loads(path.read_text()))["judged"][verdict] and not told["violations"]
     ]
     files = [folder / "history.jsonl.gz" for folder in folders]
     return read_history(min(files, key=lambda file: file.stat().st_size))
@@ -60,6 +60,13 @@ def mixed(history: list[Record]) -> list[Record]:
 def incomplete(history: list[Record]) -> list[Record]:
     life, rank, step = next(r for r in reversed(history) if is_restore(r)).data["saved_by"]
     who = {"life": life, "rank": rank, "step": step}
+    return without(history, lambda r: r.op == "save" and who.items() <= r.data.items())
+
+
+def early(history: list[Record]) -> list[Record]:
+    """One rank's saves of a step that was called replicated never happened."""
+    level = next(r.data for r in history if r.op == "level" and r.data["level"] == "replicated")
+    who = {"life": level["life"], "rank": 1 - level["rank"], "step": level["step"]}
     return without(history, lambda r: r.op == "save" and who.items() <= r.data.items())
 
 
@@ -117,7 +124,8 @@ def _last_read(history: list[Record]) -> tuple[int, int]:
 DOCTORS: dict[str, Callable[[list[Record]], list[Record]]] = {
     doctor.__name__: doctor
     for doctor in (
-        mixed, incomplete, changed, disagree, older, abandoned, fenced, progress, redundancy, leak
+        mixed, incomplete, early, changed, disagree, older, abandoned, fenced, progress,
+        redundancy, leak,
     )
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Defects of the coordinator's shell, each without Ray."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
@@ -47,3 +48,26 @@ def test_a_copy_that_its_holder_reports_as_corrupt_counts_no_more(job: Job) -> N
     assert job.intact(key.version, 0)
     asyncio.run(Coordinator().report_corrupt(HOLDER, [key]))
     assert not job.intact(key.version, 0)
+
+
+def test_who_waits_for_room_has_it_as_soon_as_a_rank_gives_a_step_up(job: Job) -> None:
+    """Found by chaos: a step of which one shard was lost kept its place for two minutes."""
+    memory = Memory(every_steps=1, replicas=0, in_flight=1, backpressure="wait")
+    claim = m.Claim(1, LIFE, 2, JobSettings(memory))
+    job.handle(m.Recalled((claim,), {1: None}), 0.0)
+    job.handle(m.HolderUp(HOLDER, "", ()), 0.0)
+    job.handle(m.Ticked(), 0.0)
+
+    async def scenario() -> None:
+        coordinator = Coordinator()
+        ask = partial(coordinator.admit, "job", 1, timeout_s=30.0, is_forced=False)
+        assert (await ask(step=10)).is_admitted
+        waiting = asyncio.get_running_loop().create_task(ask(step=20))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        answer = await ask(step=20, not_staged=[10])
+        assert (answer.is_admitted, answer.instead_of) == (True, (10,))
+        assert await waiting == answer
+
+    asyncio.run(scenario())

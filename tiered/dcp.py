@@ -39,8 +39,6 @@ from torch.distributed.checkpoint.planner import (
     ReadItem,
     SavePlan,
     SavePlanner,
-    WriteItem,
-    WriteItemType,
 )
 from torch.distributed.checkpoint.storage import StorageReader as DcpStorageReader
 from torch.distributed.checkpoint.storage import StorageWriter as DcpStorageWriter
@@ -54,10 +52,10 @@ from tiered.config import check_step
 from tiered.errors import ConfigError, SaveError, StateError, StepNotFoundError
 from tiered.handle import LEVELS, SaveHandle
 from tiered.messages import Level
+from tiered.planned import state_of
 from tiered.recovered import Recovered
 from tiered.restore import Filled
 from tiered.saved_step import SavedStep
-from tiered.state import TensorPart, TensorParts
 from tiered.step_index import Entry, StepIndex, listed, merged
 from tiered.tensor_reads import Wanted, read_tensors
 from tiered.tree import Array, TensorRef, check_makable, leaves, materialise
@@ -180,7 +178,7 @@ class StorageWriter(DcpStorageWriter):
             SaveError, TieredError: It is not safe in memory.
         """
         if not self._is_staged:
-            self._save(_state_of(planner, self._plan or plan))
+            self._save(state_of(planner, self._plan or plan))
         elif type(planner) is not DefaultSavePlanner:
             raise ConfigError(
                 f"{type(planner).__name__} was not asked what to save, as StorageWriter has staged "
@@ -448,50 +446,6 @@ def _rank_and_world_size() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-# --- what is saved ------------------------------------------------------------------------------
-
-
-def _state_of(planner: SavePlanner, plan: SavePlan) -> dict[str, Any]:
-    """What a planner would write on this rank, before anything was deduplicated."""
-    if type(planner) is DefaultSavePlanner:
-        flat = dict(planner.state_dict)
-    else:
-        flat = _resolved(planner, plan)
-    paths = getattr(planner, "mappings", None) or {}
-    return torch_versions.nested(flat, {key: paths.get(key, (key,)) for key in flat})
-
-
-def _resolved(planner: SavePlanner, plan: SavePlan) -> dict[str, Any]:
-    """A planner's items one by one, for planners that change what they write."""
-    if not getattr(plan, "usable", True):
-        name = type(planner).__name__
-        raise ConfigError(f"{name}: enable_plan_caching saves nothing here; turn it off")
-    flat: dict[str, Any] = {}
-    for item in plan.items:
-        key, value = item.index.fqn, _resolve(planner, item)
-        before = flat.get(key)
-        parts = before.parts if isinstance(before, TensorParts) else (before,)
-        flat[key] = value if before is None else TensorParts((*parts, value))
-    return flat
-
-
-def _resolve(planner: SavePlanner, item: WriteItem) -> Any:
-    if item.type == WriteItemType.BYTE_IO:
-        if isinstance(planner, DefaultSavePlanner):
-            return planner.lookup_object(item.index)
-        raise StateError(
-            item.index.fqn,
-            f"{type(planner).__name__} gives it as pickled bytes only, which are not saved; derive "
-            "the planner from DefaultSavePlanner, whose lookup_object gives the object itself",
-        )
-    tensor: Any = planner.resolve_data(item)
-    data = item.tensor_data
-    assert data is not None
-    if item.type == WriteItemType.TENSOR:
-        return tensor
-    return TensorPart(tensor, tuple(data.chunk.offsets), tuple(data.size))
 
 
 # --- what is read -------------------------------------------------------------------------------

@@ -366,7 +366,7 @@ class _Capture:
                     name, "it is a sum that was not made yet (Partial); redistribute it"
                 )
             offsets, global_shape = place_of(value), tuple(value.shape)
-            value = value.to_local()
+            value = local_part_of(value, name)
         if value.requires_grad or type(value) is not torch.Tensor:
             value = value.detach()
         check_tensor(name, value)
@@ -439,8 +439,23 @@ def _check_name(name: str) -> None:
         raise StateError(name, f"this is no name for a tensor: {error}") from error
 
 
+def local_part_of(value: DTensor, name: str) -> torch.Tensor:
+    """This rank's part; nothing, in as many dimensions, where it is not in the tensor's mesh.
+
+    Raises:
+        StateError: It is not, and the tensor has no dimension to have nothing of.
+    """
+    if value.device_mesh.get_coordinate() is not None:
+        return value.to_local()
+    if not value.shape:
+        raise StateError(name, "it is a number on a mesh that this rank is not in; leave it out")
+    return torch.empty((0, *value.shape[1:]), dtype=value.dtype)
+
+
 def place_of(value: DTensor) -> tuple[int, ...]:
     """Where the local shard starts in the whole tensor."""
+    if value.device_mesh.get_coordinate() is None:
+        return (0,) * len(value.shape)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offsets = compute_local_shape_and_global_offset(

@@ -5,12 +5,13 @@ restored, are for everybody. An application that configures logging decides alon
 """
 
 import logging
+from typing import TextIO
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 PACKAGES = ("tiered", "replication")
 
 
-class _WhereNobodyElseWrites(logging.StreamHandler):
+class _WhereNobodyElseWrites(logging.StreamHandler[TextIO]):
     """Writes to standard error while the root logger has no handler."""
 
     def emit(self, record: logging.LogRecord) -> None:

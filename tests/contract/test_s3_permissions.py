@@ -160,7 +160,6 @@ RIGHTS = {  # without each: what the doctor finds, and how bad it is
     "s3:GetObject": ("read", "problem"),
     "s3:ListBucket": ("list", "problem"),
     "s3:ListBucketMultipartUploads": ("list unfinished uploads", "problem"),
-    "s3:AbortMultipartUpload": ("abort an upload", "problem"),
     "s3:DeleteObject": ("delete", "note"),
 }
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import tiered
 from chaos.local_cluster import LocalCluster
 from chaos.s3_server import S3Server
 from tests.integration.page_setups import SETUPS
@@ -107,6 +108,7 @@ def test_each_block_is_run_or_it_is_said_why_not() -> None:
         assert any(phrase in block.text for block in blocks_of(page, "python")), phrase
 
 
+@pytest.mark.timeout(300)  # half a minute on a quiet machine
 @pytest.mark.parametrize("page", PYTHON_PAGES)
 def test_the_python_of_a_page_runs(page: str, cluster: LocalCluster, tmp_path: Path) -> None:
     program = tmp_path / "page.py"
@@ -117,7 +119,7 @@ def test_the_python_of_a_page_runs(page: str, cluster: LocalCluster, tmp_path: P
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(program)], cwd=tmp_path, env=environment, capture_output=True,
-        text=True, timeout=170, check=False,
+        text=True, timeout=290, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     if page == "README.md":
@@ -125,13 +127,27 @@ def test_the_python_of_a_page_runs(page: str, cluster: LocalCluster, tmp_path: P
         assert {p.name for p in tmp_path.iterdir()} >= {"checkpoint", "model", "dcp", "model.pt"}
 
 
+@pytest.fixture(scope="module")
+def one_job(cluster: LocalCluster) -> None:
+    """Jobs that the pages have left are stopped, and another one has saved a step."""
+    with tiered.Checkpointer("shown", tiered.Memory(every_steps=1), rank=0, world_size=1) as ckpt:
+        ckpt.restore({"step": 0})
+        handle = ckpt.save(0, {"step": 0})
+        assert handle is not None
+        handle.wait("replicated", timeout_s=60)
+    for job in tiered.cluster_status().jobs:
+        if job.name != "shown":
+            tiered.stop(job.name)
+
+
 RUN = [(place, line) for place, line in commands() if not line.startswith(tuple(NOT_RUN))]
 
 
 @pytest.mark.parametrize(("place", "line"), RUN, ids=[line for _, line in RUN])
-def test_a_command_runs(place: str, line: str, cluster: LocalCluster, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_job")
+def test_a_command_runs(place: str, line: str, tmp_path: Path) -> None:
     program, *words = line.split()
-    if program == "tiered":  # a test before this one has left jobs in the cluster
+    if program == "tiered":
         done = CliRunner().invoke(app, words)
         assert done.exit_code in (0, 1), (place, done.output)
         assert done.exception is None or isinstance(done.exception, SystemExit), done.exception

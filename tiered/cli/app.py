@@ -96,8 +96,8 @@ def status(
 
 def _look(job: str | None, *, with_shards: bool = False) -> ClusterStatus:
     found = tiered.cluster_status(job, with_shards=with_shards)
-    if job is not None:
-        only_job(found, job)
+    if job is not None and found.job(job) is None:
+        only_job(tiered.cluster_status(), job)  # says which there are
     return found
 
 

@@ -331,8 +331,6 @@ def check_s3(settings: S3) -> list[Check]:
             ("list", "allow s3:ListBucket", lambda: store.keys("")),
             ("list unfinished uploads", "allow s3:ListBucketMultipartUploads",
              lambda: store.uploads("")),
-            ("abort an upload", "allow s3:AbortMultipartUpload",
-             lambda: store.abort([(key, "no-such-upload")])),
             ("delete", delete, lambda: store.delete([key])),
         )  # fmt: skip
         for what, remedy, act in steps:

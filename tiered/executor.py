@@ -7,6 +7,8 @@ event, too.
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from replication.durable import upload_timeout_s
@@ -27,6 +29,7 @@ T = TypeVar("T")
 VERIFY_TIMEOUT_S = 60.0
 S3_INDEX_TIMEOUT_S = 15.0
 S3_CLAIM_TIMEOUT_S = 1.0  # where memory has a step to resume from
+S3_THREADS = 8
 ORPHANS_AT_ONCE = 5000  # objects and uploads
 
 
@@ -41,7 +44,8 @@ class Executor:
         self._fleet = fleet
         self._ledgers: dict[str, Ledger] = {}
         self._upload_problem = ""
-        self._background: set[asyncio.Task[Any]] = set()
+        # Of its own: a hung S3 must not take the threads in which the cluster's register is asked.
+        self._s3_threads = ThreadPoolExecutor(S3_THREADS, thread_name_prefix="tiered-s3-ledger")
 
     async def seek_owner(self, command: m.SeekOwner) -> m.OwnerSought:
         """Ask the host of a trainer whether that is there; no answer says that it is not."""
@@ -64,7 +68,7 @@ class Executor:
         claimed = await asyncio.to_thread(ledger.claim, claim)
         if not claimed.is_ours or claim.settings.s3 is None:
             return claimed
-        there = self._in_background(ledger.claim_on_s3, claim)
+        there = self._ask_s3(ledger.claim_on_s3, claim)
         has_step = any(map(job.is_in_memory, job.copies))
         done, _ = await asyncio.wait([there], timeout=S3_CLAIM_TIMEOUT_S if has_step else None)
         return there.result() if done else claimed
@@ -72,12 +76,10 @@ class Executor:
     async def list_durable(self, job: Job, settings: JobSettings) -> m.Event:
         """Have S3 listed, within a deadline."""
         try:
-            listing: m.DurableListed = await _within(
-                S3_INDEX_TIMEOUT_S, self.ledger(job).list_durable, settings
-            )
+            listing = self._ask_s3(self.ledger(job).list_durable, settings)
+            return await asyncio.wait_for(listing, S3_INDEX_TIMEOUT_S)
         except TimeoutError:
             return m.DurableListed(problem=f"no answer within {S3_INDEX_TIMEOUT_S:g} s")
-        return listing
 
     async def fence(self, job: Job, command: m.FenceHolders) -> m.Event:
         """Have holders refuse older generations; who does not answer is fenced when it joins."""
@@ -128,9 +130,9 @@ class Executor:
         if version not in job.durable or version in job.manifests:
             return "", False
         settings = job.begin.claim.settings if job.begin is not None else settings_of(job)
-        read = self.ledger(job).manifest
+        manifest = self._ask_s3(self.ledger(job).manifest, version, settings)
         try:
-            job.manifests[version] = await _within(S3_INDEX_TIMEOUT_S, read, version, settings)
+            job.manifests[version] = await asyncio.wait_for(manifest, S3_INDEX_TIMEOUT_S)
         except TimeoutError:
             return f"no answer within {S3_INDEX_TIMEOUT_S:g} s", True
         except DurableStoreError as error:
@@ -147,7 +149,7 @@ class Executor:
         ledger, settings = self.ledger(job), settings_of(job)
         event = await asyncio.to_thread(ledger.record_parent, command.generation, command.parent)
         if settings.s3 is not None:
-            self._in_background(ledger.mirror, settings)
+            self._ask_s3(ledger.mirror, settings)
         return event
 
     async def read_manifests(self, job: Job, versions: tuple[Version, ...]) -> m.Event:
@@ -170,7 +172,7 @@ class Executor:
         size_bytes = 0 if copy is None else copy.plan.size_bytes
         timeout_s = upload_timeout_s(size_bytes, store.settings.bandwidth_bytes_per_s)
         try:
-            await asyncio.to_thread(store.check)  # while S3 is down no holder is bothered
+            await self._ask_s3(store.check)  # while S3 is down no holder is bothered
         except DurableStoreError as error:
             return m.UploadFailed(version, rank, holder, first_line(error))
         try:
@@ -190,7 +192,7 @@ class Executor:
         """Write a step's manifest, which makes it durable."""
         ledger, settings, version = self.ledger(job), settings_of(job), command.version
         try:
-            refused = await asyncio.to_thread(
+            refused = await self._ask_s3(
                 ledger.publish, job.generation, version, command.records, settings
             )
         except DurableStoreError as error:
@@ -207,7 +209,7 @@ class Executor:
     async def delete_durable(self, job: Job, versions: tuple[Version, ...]) -> None:
         """Delete steps from S3, manifests first; what fails is collected as garbage later."""
         try:
-            await asyncio.to_thread(self.ledger(job).delete, versions, settings_of(job))
+            await self._ask_s3(self.ledger(job).delete, versions, settings_of(job))
         except DurableStoreError as error:
             logger.warning("[%s] old steps not deleted from S3: %s", job.name, error)
 
@@ -215,10 +217,10 @@ class Executor:
         """Delete what nobody will finish on S3, the oldest first and not too much at a time."""
         store = self.ledger(job).store(settings_of(job))
         try:
-            found = await asyncio.to_thread(find_garbage, store, job.name, keep=None)
+            found = await self._ask_s3(partial(find_garbage, store, job.name, keep=None))
             if not (now := found.first(ORPHANS_AT_ONCE)).deletions:
                 return
-            await asyncio.to_thread(collect, store, now)
+            await self._ask_s3(collect, store, now)
         except DurableStoreError as error:
             logger.warning("[%s] orphans on S3 not collected: %s", job.name, error)
         else:
@@ -228,21 +230,13 @@ class Executor:
                 len(found.deletions) - len(now.deletions),
             )  # fmt: skip
 
-    def _in_background(self, call: Callable[..., T], *args: Any) -> "asyncio.Task[T]":
-        """Run a blocking call of the ledger in a thread, whether it is waited for or not."""
-        task = asyncio.create_task(asyncio.to_thread(call, *args))
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        return task
+    def _ask_s3(self, call: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
+        """Begin a blocking call that may wait for S3, whether anybody waits for it or not."""
+        return asyncio.get_running_loop().run_in_executor(self._s3_threads, call, *args)
 
     def ledger(self, job: Job) -> Ledger:
         """Where a job's generations and durable steps are written down."""
         return self._ledgers.setdefault(job.name, Ledger(job.name))
-
-
-async def _within(timeout_s: float, call: Any, *args: Any) -> Any:
-    """Run a blocking call in a thread; give up waiting for it after `timeout_s`."""
-    return await asyncio.wait_for(asyncio.to_thread(call, *args), timeout_s)
 
 
 def settings_of(job: Job) -> JobSettings:

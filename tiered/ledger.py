@@ -13,7 +13,7 @@ from replication.errors import FencedError
 from replication.records import ShardRecord, Version
 from tiered import register
 from tiered.config import JobSettings
-from tiered.errors import DurableStoreError
+from tiered.errors import DurableObjectError, DurableStoreError
 from tiered.messages import Claim, DurableListed, GenerationClaimed, ParentRecorded, Recalled
 from tiered.s3 import S3Store
 
@@ -176,7 +176,10 @@ def read_manifest(store: S3Store, job: str, version: Version) -> tuple[ShardReco
         ValueError: It is gone, not the whole manifest of this version, or not what is there.
         DurableStoreError: S3 did not answer.
     """
-    data = store.get(register.manifest_key(version))
+    try:
+        data = store.get(register.manifest_key(version))
+    except DurableObjectError as error:  # something else, and large
+        raise ValueError(error.problem) from error
     if data is None:
         raise ValueError("it is gone")
     records = register.decode_manifest(job, version, data)

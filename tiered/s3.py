@@ -259,7 +259,7 @@ class S3Store(DurableStore):
         with closing(answer["Body"]) as body:
             if answer["ContentLength"] > MAX_OBJECT_BYTES:
                 problem = f"{answer['ContentLength']:,} bytes, which nothing of ours has"
-                raise self.link.error("get", path, problem)
+                raise self._damaged(path, problem)
             return body.read()
 
     def _fill(self, path: str, start: int, into: Sequence[memoryview]) -> None:

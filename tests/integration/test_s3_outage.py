@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,7 @@ from tests.integration.trainers import start_trainers
 pytestmark = pytest.mark.cluster
 
 BATCH = 10  # steps, the first of which is due for S3
+OPENED, CLOSED = "is down and will only be probed", "answers again after"
 NEVER = tiered.S3("s3://tests/outage", every_steps=10**6)
 
 
@@ -53,6 +55,12 @@ def run(actors: list[Any], first: int, for_s: float) -> tuple[int, list[float]]:
     return first, stalls
 
 
+def told(cluster: LocalCluster, said: str) -> Counter[str]:
+    """How often each process of the cluster has logged something."""
+    logs = cluster.logs().items()
+    return Counter({name: sum(said in line for line in lines) for name, lines in logs})
+
+
 @pytest.mark.parametrize(
     ("down_s", "max_attempts"),
     [(8.0, 2), pytest.param(180.0, 5, marks=pytest.mark.slow, id="minutes")],
@@ -65,6 +73,7 @@ def test_a_server_that_is_gone_delays_no_save_and_is_caught_up_with(
     down_s: float,
     max_attempts: int,
 ) -> None:
+    told_before = {said: told(cluster, said) for said in (OPENED, CLOSED)}
     s3 = tiered.S3("s3://tests/gone", every_steps=BATCH, keep=100, max_attempts=max_attempts)
     actors = start_trainers(cluster.hosts[:2], port)
     begin(actors, job, s3=s3)
@@ -79,7 +88,7 @@ def test_a_server_that_is_gone_delays_no_save_and_is_caught_up_with(
         committed = tiered.status(job).committed
     finally:
         s3_server.restart()
-    assert statistics.median(during) < 2 * statistics.median(before) + 0.02
+    assert statistics.median(during) < 3 * statistics.median(before) + 0.1
     assert len(committed) <= EVERY.keep + 2, "one step waits, and one is being flushed"
 
     step, _ = run(actors, step, 0.0)
@@ -88,12 +97,9 @@ def test_a_server_that_is_gone_delays_no_save_and_is_caught_up_with(
     flushed = set(tiered.status(job).durable) - durable - {step - BATCH}
     assert flushed <= missed
     assert len(flushed) <= 2, "the newest wins"
-    opened, closed = (
-        {name: sum(said in line for line in lines) for name, lines in cluster.logs().items()}
-        for said in ("is down and will only be probed", "answers again after")
-    )
+    opened, closed = (told(cluster, said) - earlier for said, earlier in told_before.items())
     assert opened == closed
-    assert max(opened.values()) == 1
+    assert set(opened.values()) == {1}, "one line from each process that has noticed"
     every(actors, "close")
 
 
@@ -132,7 +138,7 @@ def test_memory_asks_nothing_of_s3_and_waits_for_none_of_it(
     with proxy.faulted(Fault("slow", times=None)):  # nobody knows it yet: nothing was asked
         kill_actors(cluster, actors)
         actors, hung_s = next_life(2)
-        assert hung_s < well_s + 3.0, "S3's claim is waited for for a second"
+        assert hung_s < well_s + 10.0, "S3's claim is waited for for a second, not for 30"
         assert_restored(actors, 40)
         save(actors, 41)
         recovered = tiered.recover(job)

@@ -6,7 +6,7 @@ from replication.records import Life, ShardKey, ShardPlan, ShardRecord, Version
 from tests.contract.fake_store import FakeStore
 from tiered import ledger, register
 from tiered.config import S3, JobSettings, Memory
-from tiered.errors import DurableStoreError
+from tiered.errors import DurableObjectError, DurableStoreError
 from tiered.ledger import Ledger
 from tiered.messages import Claim, GenerationClaimed, ParentRecorded
 
@@ -162,3 +162,14 @@ def test_publishing_again_asks_s3_no_more_than_it_must(cluster: Cluster, s3: Fak
     s3.calls.clear()
     book.publish(5, Version(5, 10), [shard(Version(5, 10))], SETTINGS)
     assert [operation for operation, _ in s3.calls] == ["keys", "create"]
+
+
+def test_what_is_no_manifest_is_passed_over_however_large_it_is(
+    cluster: Cluster, s3: FakeStore
+) -> None:
+    def too_large(operation: str, key: str) -> None:
+        raise DurableObjectError("fake", operation, "300,000,000 bytes, which nothing of ours has")
+
+    s3.fault = too_large
+    with pytest.raises(ValueError, match="300,000,000 bytes"):
+        cluster.ledgers[0].manifest(Version(1, 10), SETTINGS)

@@ -392,7 +392,7 @@ def test_the_expected_owner_goes_with_every_call(client: Any, stub: Stubber) -> 
     key = {**at, "Key": "ckpt/job/key"}
     store = store_over(client, expected_bucket_owner=OWNER, storage_class="STANDARD_IA")
 
-    upload = {**key, "Body": ANY, "StorageClass": "STANDARD_IA"}
+    upload = {**key, "Body": ANY, "ChecksumCRC32": ANY, "StorageClass": "STANDARD_IA"}
     stub.add_response("put_object", {}, upload)
     stub.add_response("head_object", {"ContentLength": 0}, key)
     store.upload("key", [])

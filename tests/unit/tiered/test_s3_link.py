@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import boto3
 import pytest
@@ -146,7 +147,12 @@ def test_addressing_and_limits_reach_the_client(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], variable: str | None, style: Any
 ) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(boto3.Session, "client", lambda self, name, **given: seen.update(given))
+
+    def client(self: boto3.Session, name: str, **given: Any) -> MagicMock:
+        seen.update(given)
+        return MagicMock()
+
+    monkeypatch.setattr(boto3.Session, "client", client)
     monkeypatch.setattr(boto3.Session, "__init__", lambda self, **given: seen.update(given))
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)

@@ -77,7 +77,7 @@ class Goodput:
         every_steps: Between two saves.
         stall_s: Of a save, on average.
         restart_s: From a failure to the first step after it, on average, without that step.
-        mtbf_s: Mean time between failures.
+        mtbf_s: Mean time without a restart between two failures: none strikes in a restart.
     """
 
     measured: float
@@ -114,7 +114,7 @@ def evaluate(steps: Sequence[Step], struck_s: Sequence[float], every_steps: int)
         raise ValueError("no failure struck the run; let it take longer, or give a smaller --mtbf")
     restarts = [max(s for s in struck_s if s < first.time_s) for first in lives]
     restart_s = mean(f.time_s - s - step_s for f, s in zip(lives, restarts, strict=True))
-    mtbf_s = wall_s / len(lives)
+    mtbf_s = wall_s / len(lives) - restart_s
     predicted = cadence.goodput(every_steps * step_s, stall_s, mtbf_s, restart_s)
     return Goodput(
         round(useful * step_s / wall_s, 4), round(predicted, 4), len(lives), round(wall_s, 1),

@@ -38,7 +38,7 @@ Fault = Literal["killed", "hung"]
 
 WORKERS, HOSTS, WIDTH = 2, 3, 1000  # a state of 12 MB: weights and two moments
 STRIKE_AT = 25
-IDLE_S = 1.0
+SPARES_S, IDLE_S = 60.0, 1.0
 LIMIT_S = 240.0
 MIB = 1 << 20
 
@@ -188,8 +188,9 @@ def _recover(cluster: LocalCluster, setup: Setup, fault: Fault, name: str) -> Sa
         _wait(lambda: _newest(folder)[1] >= STRIKE_AT, is_over)
         victim = (folder / "host-1").read_text()
         if setup.acts:
-            idle = Idleness(cluster, {(folder / f"host-{rank}").read_text() for rank in range(2)})
-            _wait(idle.lasts, is_over)
+            used = {(folder / f"host-{rank}").read_text() for rank in range(WORKERS)}
+            idle = Idleness(cluster, used)
+            _wait(lambda: idle.lasts() or idle.is_overdue, is_over)
         struck_s = time.time()
         if fault == "killed":
             cluster.kill_host(victim)
@@ -221,6 +222,12 @@ class Idleness:
     def __init__(self, cluster: LocalCluster, used: set[str]) -> None:
         self._cluster, self._used = cluster, used
         self._busy_s, self._since_s = -1.0, time.monotonic()
+        self._deadline_s = self._since_s + SPARES_S
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether it has been waited for long enough: then the recovery is one without spares."""
+        return time.monotonic() > self._deadline_s
 
     def lasts(self) -> bool:
         """Whether that is so."""

@@ -297,9 +297,12 @@ class Run:
     def go(self) -> None:
         (self.folder / "go").touch()
 
-    def steps_run_again(self, rank: int = 0) -> int:
-        """Counted from outside, by what a rank wrote down after each step."""
-        return len(lines(self.folder / f"steps-{rank}")) - self.settings.steps
+    def assert_counted(self, summary: tiered.ray_train.Summary) -> None:
+        """The lost steps are those that rank 0 ran again: by what it wrote down after each."""
+        again = len(lines(self.folder / "steps-0")) - self.settings.steps
+        assert summary.lost_steps is not None
+        # A failure may come between a step's save and the line that it is written down with.
+        assert abs(summary.lost_steps - again) <= summary.failures, f"{summary}, {again} run again"
 
     def assert_exact(self, ranks: int = RANKS, want: torch.Tensor | None = None) -> None:
         want = expected(ranks, self.settings.steps) if want is None else want

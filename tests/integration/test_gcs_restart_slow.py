@@ -57,4 +57,5 @@ def test_a_run_outlives_the_head_s_gcs_and_recovers_from_memory_afterwards(
     run.assert_exact()
     summary = read_summary(result)
     assert summary.failures == 1, "the worker that was killed, and nothing else"
+    run.assert_counted(summary)
     assert summary.recoveries[0].resumed_step in range(28, 40)

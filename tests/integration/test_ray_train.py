@@ -97,6 +97,7 @@ def test_failures_in_a_row_in_the_first_save_while_restoring_and_by_an_error(
     run.assert_exact()
     summary = read_summary(result)
     assert summary.failures == 3
+    run.assert_counted(summary)
     assert [r.resumed_step for r in summary.recoveries] == [None, 0, 8]
     shown = {(life, step) for life, _, step, _ in lines(tmp_path / "given")}
     assert ("3", "8") in shown, "get_checkpoint() gives a step that is in memory only"

@@ -4,7 +4,8 @@
     RunConfig(callbacks=[tiered.ray_train.Callback()], ...)       # beside the trainer
 
     callback.py      `Callback`: holders before the first attempt, silent hosts avoided, the split
-    hung.py          workers on hosts that hang, found sooner than Ray does
+    hung.py          hosts that hang, and workers on them, found sooner than Ray does
+    spares.py        processes that have imported torch before a worker is wanted
     timeline.py      the core: when each part of a recovery was, and what was lost
     pulse.py         what rank 0 tells of the run, where the death of any process leaves it
     run.py           the worker's side: names, storage, pulse

@@ -2,11 +2,14 @@
 
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 import ray
+from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
 
 from tiered.ray_train import spares
 from tiered.ray_train.spares import HOOK, MODULES, Spares, add_hook, import_ahead, missing, places
@@ -77,6 +80,32 @@ def test_a_host_that_cannot_be_asked_is_passed_over(
     spares._start_all({"a:1": 1, "b:1": 1}, "{}")
     assert reached == ["b:1"]
     assert "no warm spares at a:1: no such call" in caplog.text
+
+
+def test_a_raylet_is_asked_in_ray_s_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Raylet(node_manager_pb2_grpc.NodeManagerServiceServicer):
+        def PrestartWorkers(self, request: Any, context: Any) -> Any:
+            requests.append(request)
+            return node_manager_pb2.PrestartWorkersReply()
+
+    requests: list[Any] = []
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    context = SimpleNamespace(get_job_id=lambda: "01000000")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    server = grpc.server(ThreadPoolExecutor(1))
+    node_manager_pb2_grpc.add_NodeManagerServiceServicer_to_server(Raylet(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    runtime_env = '{"env_vars": {"A": "1"}, "working_dir": "gcs://pkg.zip"}'
+    try:
+        spares._start(f"127.0.0.1:{port}", 3, runtime_env)
+    finally:
+        server.stop(None)
+    (request,) = requests
+    assert (request.num_workers, request.job_id, request.language) == (3, b"\1\0\0\0", 0)
+    assert request.keep_alive_duration_secs == spares.KEEP_S
+    assert request.runtime_env_info.serialized_runtime_env == runtime_env, "byte for byte"
+    assert request.runtime_env_info.uris.working_dir_uri == "gcs://pkg.zip"
 
 
 def test_places_are_bounded_by_the_scarcest_resource_and_by_what_is_wanted() -> None:

@@ -149,7 +149,7 @@ class Holder:
         self._receivers = ThreadPoolExecutor(RECEIVERS, thread_name_prefix="tiered-receive")
         self._hashers = ThreadPoolExecutor(HASHERS, thread_name_prefix="tiered-hash")
         self._reports = Reports(observer, NAMESPACE)
-        self._probes = Probes(self._ask, lambda: (self._core.all_buddies, self._core.all_counted))
+        self._probes = Probes(self._peer, lambda: (self._core.all_buddies, self._core.all_counted))
         self._offer_slots: dict[HolderId, asyncio.Semaphore] = {}
         self._peers: dict[HolderId, ActorRef] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -582,9 +582,6 @@ class Holder:
                 self._feed(messages.ChunkNotTaken(offer.to, offer.key, offer.index))
             else:
                 self._feed(messages.ChunkTaken(offer.to, offer.key, offer.index))
-
-    async def _ask(self, peer: HolderId) -> None:
-        await (await self._peer(peer)).hello.remote()
 
     async def _peer(self, holder: HolderId) -> ActorRef:
         if holder not in self._peers:

@@ -8,8 +8,8 @@ new one it has lost everything, so the old one is announced lost first. One that
 
 It also knows which pairs of hosts cannot reach each other though both are reached from here: a
 holder's answer names the buddies that do not answer it (`replication.links`). Such a word is only
-believed while the other one answers, too: else it is that host that is going, not the link. A pair
-is cut as long as one of the two says so.
+believed when both have answered `MISSES` heartbeats in a row: else it is that host that is going,
+or has just come back, and not the link. A pair is cut as long as one of the two says so.
 """
 
 from collections.abc import Iterable
@@ -108,6 +108,7 @@ class _State:
     is_started: bool = False
     is_up: bool = False
     misses: int = 0
+    answers: int = 0  # in a row
 
 
 class Membership:
@@ -167,7 +168,7 @@ class Membership:
                 if state is None or other is None or not state.is_up or not other.is_up:
                     continue
                 link = pair(node_id, peer.node_id)
-                is_sure = link in self.cut or state.misses == other.misses == 0
+                is_sure = link in self.cut or min(state.answers, other.answers) >= MISSES
                 if other.holder == peer and is_sure:
                     cut.add(link)
         if cut == self.cut:
@@ -196,7 +197,7 @@ class Membership:
         state = self._states.get(holder.node_id)
         if state is None:
             return []
-        state.misses = 0
+        state.misses, state.answers = 0, state.answers + 1
         self._cut_off.pop(holder.node_id, None)
         if event.cut_off:
             self._cut_off[holder.node_id] = event.cut_off
@@ -212,7 +213,7 @@ class Membership:
         state = self._states.get(event.node_id)
         if state is None:
             return []
-        state.misses = 0 if event.is_dead else state.misses + 1
+        state.misses, state.answers = 0 if event.is_dead else state.misses + 1, 0
         if event.is_dead:
             state.is_started = False  # start another one when the host is next seen
         if (event.is_dead or state.misses >= MISSES) and state.is_up:

@@ -1,6 +1,8 @@
 """Asking the holders that this one sends to whether they are there; a shell of `replication.links`.
 
 Each peer is asked by itself, one question at a time: one that hangs keeps nobody else waiting.
+Looking a peer up in Ray's GCS has no deadline here, and says nothing about the link to it: while
+the GCS is away nobody is blamed, and no more than one look-up for each peer is waiting.
 """
 
 import asyncio
@@ -9,7 +11,7 @@ from collections.abc import Awaitable, Callable, Collection
 from ray.exceptions import ActorDiedError
 
 from replication.links import PROBE_S, PROBE_TIMEOUT_S, Links
-from replication.records import HolderId
+from replication.records import ActorRef, HolderId
 
 
 class Probes:
@@ -17,16 +19,16 @@ class Probes:
 
     def __init__(
         self,
-        ask: Callable[[HolderId], Awaitable[object]],
+        find: Callable[[HolderId], Awaitable[ActorRef]],
         peers: Callable[[], tuple[Collection[HolderId], Collection[HolderId]]],
     ) -> None:
         """Start with nobody asked.
 
         Args:
-            ask: Returns when a peer has answered.
+            find: Returns the actor of a peer.
             peers: Returns whom shards go to, and every holder that lives.
         """
-        self._ask = ask
+        self._find = find
         self._peers = peers
         self._links = Links()
         self._asked: dict[HolderId, asyncio.Task[None]] = {}
@@ -45,9 +47,10 @@ class Probes:
 
     async def _probe(self, peer: HolderId) -> None:
         try:
-            await asyncio.wait_for(self._ask(peer), PROBE_TIMEOUT_S)
-        except ActorDiedError:
-            pass  # the coordinator hears of that, and it says nothing about the link
+            actor = await self._find(peer)
+            await asyncio.wait_for(actor.hello.remote(), PROBE_TIMEOUT_S)
+        except (ActorDiedError, ValueError):
+            pass  # it is gone: the coordinator hears of that, and it says nothing about the link
         except Exception:  # noqa: BLE001 - whatever it is, the peer did not answer
             self._links.missed(peer)
         else:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tests.sim.limits import FLIP, MINUTE_S, S3_DELAY_S, S3_SLOW_S
+from tests.sim.limits import FLIP, MINUTE_S, S3_DELAY_S, S3_SLOW_S, VERY_LATE_S
 from tests.sim.network import CALM, HEAD, Host, Weather
 from tiered import register
 
@@ -76,7 +76,7 @@ class Faults:
         if world.setup.profile == "links":
             self._gap_s = random.choice((8.0, 16.0, 32.0))
         if world.setup.profile == "zombies":
-            self._weather = Weather(repeat=0.2, fire=0.5, sites=ORDERS)
+            self._weather = Weather(repeat=0.2, fire=0.5, sites=ORDERS, late_s=VERY_LATE_S)
 
     def start(self) -> None:
         """From now on everything may fail."""
@@ -200,7 +200,10 @@ class Faults:
         launcher, random = self.world.launcher, self.world.kernel.random
         if not self.world.oracle.acked:
             return
-        step = random.choice(sorted(self.world.oracle.acked)).step
+        steps = sorted(self.world.oracle.acked)
+        if random.random() < 0.5:  # what is being collected just now
+            steps = steps[-self.world.setup.settings.memory.keep - 1 :]
+        step = random.choice(steps).step
         launcher.asked = (step, None) if random.random() < 0.5 else (None, step)
         launcher.replace()
 

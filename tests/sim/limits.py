@@ -38,6 +38,7 @@ S3_TIMEOUT_S = 5.0
 S3_DELAY_S = 0.2
 S3_SLOW_S = 8.0
 LATE_S = (0.3, 2.0, 8.0)  # a message that is late is late by up to one of these
+VERY_LATE_S = (2.0, 8.0, 25.0)  # so that an order comes when another life has begun
 MINUTE_S = 20.0  # of faults: how long they last
 
 

@@ -13,6 +13,8 @@ from unittest import mock
 
 from replication import messages
 from replication.inventory import Inventory
+from replication.membership import Command as MembershipCommand
+from replication.membership import Membership
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
 from tests.sim.coordinator import Coordinator, Copies
 from tests.sim.holder import Holder, digest
@@ -285,6 +287,27 @@ class KeepsAbandoned(Eviction):
         return replace(super().order(*holders), branch=None)
 
 
+class KeepsSurplus(Repair):
+    """Copies that were made up for stay when the hosts that had them are back."""
+
+    def release(self) -> list[m.Command]:
+        return []
+
+
+class ReleasesAny(Repair):
+    """Which copies too many go depends on what the decider sees: the ones on its last hosts."""
+
+    def _surplus(self, version: Version, rank: int) -> list[HolderId]:
+        return list(self.known.intact(version, rank))[self.known.copies_needed :]
+
+
+class LinksUntold(Membership):
+    """A link is known to be cut at its ends alone."""
+
+    def _note_links(self) -> list[MembershipCommand]:
+        return []
+
+
 class NeverScrubs(Inventory):
     """What nobody reads is never read."""
 
@@ -433,6 +456,12 @@ MUTANTS: dict[str, Mutant] = {
     "gc_keep_list": Mutant(Cores(holder=KeepList, coordinator=SendsKeepList), 100),
     "parent_counts": Mutant(with_part("eviction", ParentCounts), 200),
     "gc_unfenced": Mutant(Cores(inventory=GcUnfenced), None),
+    "gc_unfenced_unconfirmed": Mutant(
+        Cores(inventory=GcUnfenced, coordinator=CollectsUnconfirmed), None
+    ),
+    "links_untold": Mutant(Cores(membership=LinksUntold), 300),
+    "keeps_surplus": Mutant(with_part("repair", KeepsSurplus), None),
+    "releases_any": Mutant(with_part("repair", ReleasesAny), None),
     "commits_while_rebuilding": Mutant(Cores(job=CommitsWhileRebuilding), 50),
     "waits_for_lost_uploads": Mutant(with_part("flushes", lambda _: WaitsForLostUploads()), None),
     "never_reminds": Mutant(Cores(job=NeverReminds), None),

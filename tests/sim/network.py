@@ -40,6 +40,7 @@ class Weather:
         repeat: Probability that a request is served twice.
         fire: Probability that a site of `sites` fires.
         sites: Kinds of call that are delayed for seconds when their site fires.
+        late_s: By up to one of these.
     """
 
     loss: float = 0.0
@@ -47,6 +48,7 @@ class Weather:
     repeat: float = 0.0
     fire: float = 0.0
     sites: frozenset[str] = frozenset()
+    late_s: tuple[float, ...] = LATE_S
 
 
 CALM = Weather()
@@ -150,7 +152,7 @@ class Network:
             return
         delay_s = 0.0005 + 0.0035 * roll() if source is target else 0.001 + 0.019 * roll()
         if call.kind in weather.sites and roll() < weather.fire:
-            delay_s += kernel.random.choice(LATE_S) * roll()
+            delay_s += kernel.random.choice(weather.late_s) * roll()
             if delay_s > NOTICEABLE_S:
                 self.note_trouble(source, target)
         kernel.after(delay_s, then, call, *args)

@@ -5,10 +5,11 @@ import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 from tests.sim.mutants import violations_of
-from tests.sim.world import World, draw_setup
+from tests.sim.world import Setup, World, draw_setup
 
 A_CHUNK = 50
 W, T = TypeVar("W"), TypeVar("T")
@@ -22,13 +23,15 @@ def run_seeds(
     hours: float | None = None,
     *,
     is_elastic: bool = False,
+    is_exact: bool = False,
     jobs: int | None = None,
 ) -> tuple[Findings, Counter[str]]:
     """Run seeds; return those that broke a promise, and what happened in all of them."""
     findings: Findings = []
     totals: Counter[str] = Counter()
     a_chunk = A_CHUNK if hosts is None and hours is None else 1
-    work = [(chunk, hosts, hours, is_elastic) for chunk in _chunks(seeds, a_chunk)]
+    draw = partial(draw_setup, hosts=hosts, hours=hours, is_elastic=is_elastic, is_exact=is_exact)
+    work = [(chunk, draw) for chunk in _chunks(seeds, a_chunk)]
     for found, counts in _map(_run_chunk, work, jobs):
         findings += found
         totals.update(counts)
@@ -60,14 +63,12 @@ def _map(call: Callable[[W], T], work: Sequence[W], jobs: int | None) -> Iterato
         yield from pool.imap(call, work)
 
 
-def _run_chunk(
-    work: tuple[range, int | None, float | None, bool],
-) -> tuple[Findings, Counter[str]]:
-    seeds, hosts, hours, is_elastic = work
+def _run_chunk(work: tuple[range, Callable[[int], Setup]]) -> tuple[Findings, Counter[str]]:
+    seeds, draw = work
     findings: Findings = []
     totals: Counter[str] = Counter()
     for seed in seeds:
-        world = World(seed, draw_setup(seed, hosts, hours, is_elastic=is_elastic))
+        world = World(seed, draw(seed))
         try:
             violations = world.run()
         except Exception as error:  # noqa: BLE001 - a crash of a core, of which seed it must say

@@ -84,9 +84,17 @@ class Setup:
 
 
 def draw_setup(
-    seed: int, hosts: int | None = None, hours: float | None = None, *, is_elastic: bool = False
+    seed: int,
+    hosts: int | None = None,
+    hours: float | None = None,
+    *,
+    is_elastic: bool = False,
+    is_exact: bool = False,
 ) -> Setup:
-    """A small random cluster; or a given one, for so long."""
+    """A small random cluster; or a given one, for so long.
+
+    `is_exact`: holders have just what the job declares, and nothing more.
+    """
     rng = random.Random(seed)
     count = hosts or rng.choice((2, 3, 3, 4, 4, 5))
     replicas = rng.choice([None, *range(min(count, 3))])
@@ -108,13 +116,15 @@ def draw_setup(
     profile = rng.choices(("any", "zombies", "clusters", "crashes", "links"), (76, 8, 8, 4, 4))[0]
     if hours is not None or (profile == "clusters" and settings.s3 is None):
         profile = "any"
+    is_exact = is_exact or profile == "crashes"
+    spare = 0 if is_exact else 2 * memory.keep * copies * chunks
     a_host = -(-ranks // count)  # ranks, when every host is well
     setup = Setup(
         count,
         ranks,
         chunks,
         settings,
-        capacity=need * a_host * (1 if profile == "crashes" else rng.choice((1, 1, 3))),
+        capacity=(need + spare) * a_host * (rng.choice((1, 1, 3)) if spare else 1),
         need=need,
         profile=profile,
         is_patient=rng.random() < 0.1,

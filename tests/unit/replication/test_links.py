@@ -1,6 +1,9 @@
 """Which peers a holder cannot reach: its core, and its shell with peers that hang."""
 
 import asyncio
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -61,13 +64,18 @@ def test_a_peer_that_hangs_is_cut_off_and_keeps_nobody_waiting(
     answers = {A: 0, B: 0}
     is_mended = asyncio.Event()
 
-    async def ask(peer: HolderId) -> None:
+    async def hello(peer: HolderId) -> None:
         if peer == A:
             await is_mended.wait()
         answers[peer] += 1
 
+    async def find(peer: HolderId) -> Any:
+        if peer == C:
+            raise ValueError("nobody has that name")
+        return SimpleNamespace(hello=SimpleNamespace(remote=partial(hello, peer)))
+
     async def run() -> None:
-        asked = Probes(ask, lambda: ({A, B}, {A, B}))
+        asked = Probes(find, lambda: ({A, B, C}, {A, B, C}))
         running = asyncio.create_task(asked.run())
         await _cut_off(asked, {A})
         assert answers[A] == 0

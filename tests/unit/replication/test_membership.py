@@ -111,7 +111,7 @@ CUT, WELL = LinksChanged(frozenset({("a", "b")})), LinksChanged(frozenset())
 def two_up() -> Membership:
     members = Membership()
     members.handle(NodesSeen((Node("a", "", 100), Node("b", "", 100))))
-    for holder in (A, B):
+    for holder in MISSES * (A, B):
         members.handle(Answered(holder))
     return members
 
@@ -128,8 +128,23 @@ def test_a_pair_is_cut_as_long_as_one_of_the_two_says_so() -> None:
 def test_a_host_that_is_silent_to_all_is_lost_and_no_link_blamed() -> None:
     members = two_up()
     members.handle(Missed("b", is_dead=False))
-    assert members.handle(Answered(A, frozenset({B}))) == []
-    assert members.handle(Answered(B)) == [CUT]  # it lives, so it is the link
+    for _ in range(MISSES):
+        assert members.handle(Answered(A, frozenset({B}))) == []
+        said = members.handle(Answered(B))
+    assert said == [CUT]  # it lives, so it is the link
+
+
+def test_a_host_that_hung_is_not_cut_off_while_it_comes_back() -> None:
+    members = two_up()
+    for _ in range(MISSES + 2):
+        members.handle(Missed("b", is_dead=False))
+        members.handle(Answered(A, frozenset({B})))
+    for _ in range(MISSES - 1):
+        members.handle(Answered(B))
+        assert members.handle(Answered(A, frozenset({B}))) == []  # its question is on its way
+    assert members.handle(Answered(A)) == []
+    assert members.handle(Answered(B)) == []
+    assert members.cut == frozenset()
 
 
 def test_a_cut_link_is_one_although_an_end_misses_a_heartbeat_until_that_is_lost() -> None:

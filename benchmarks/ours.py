@@ -203,10 +203,14 @@ class Ours:
         return Memory(observer.anonymous_bytes(processes), observer.shared_bytes(processes))
 
     def idle_memory(self) -> tuple[Memory, int]:
-        """An object store never gives memory back: counted is what it has to hold."""
+        """An object store never gives memory back: counted is what it has to hold.
+
+        That is the steps that are kept, and the memory that `Memory.prepare` has ready.
+        """
         processes = observer.tree(self.pids())
-        size = self.ranks * sum(part.size_bytes for part in self.spec.parts) * (1 + REPLICAS)
-        return Memory(observer.anonymous_bytes(processes), KEEP * size), size
+        state = self.ranks * sum(part.size_bytes for part in self.spec.parts)
+        size = state * (1 + REPLICAS)
+        return Memory(observer.anonymous_bytes(processes), KEEP * size + state), size
 
     def stop(self) -> None:
         """See Contender."""

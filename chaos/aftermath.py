@@ -28,12 +28,13 @@ def segments() -> set[str]:
     """Files in shared memory that no live process has mapped.
 
     Those of a run are nobody's once its processes are gone; others may be at work on this machine.
+    Semaphores are theirs: nothing of a run makes one, and multiprocessing opens its own late.
     """
     mapped = []
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):  # it is gone
             mapped.append(maps.read_text())
-    names = {path.name for path in SHARED_MEMORY.iterdir()}
+    names = {path.name for path in SHARED_MEMORY.iterdir() if not path.name.startswith("sem.")}
     return {name for name in names if not any(f"/dev/shm/{name}" in text for text in mapped)}
 
 

@@ -72,6 +72,7 @@ logger = logging.getLogger(__name__)
 ADMIT_TIMEOUT_S = 5.0
 REPORT_TIMEOUT_S = 10.0
 MAX_METRICS = 64
+MAX_NOT_STAGED = 64  # that the coordinator is told of at a time
 LEFT_ALONE_S = 1.0  # a save that is still not replicated then is slow, or stuck
 
 
@@ -494,7 +495,7 @@ class Checkpointer:
         )
         return cluster.Asked(
             self._coordinator, "admit", self.job, self._generation, step, room_s,
-            is_forced=is_forced, not_staged=sorted(self._not_staged),
+            is_forced=is_forced, not_staged=sorted(self._not_staged)[-MAX_NOT_STAGED:],
             timeout_s=ADMIT_TIMEOUT_S + room_s,
         )  # fmt: skip
 

@@ -245,7 +245,7 @@ def test_each_command_does_what_it_says(cluster: LocalCluster, port: int, tmp_pa
     assert [row[-4:] for row in matrix] == [["yes", "2", "of", "2"]] * 2
     code, text = tiered_command("verify")
     assert (code, text) == (
-        0, "6 copies in memory and 2 steps on S3 were read: all intact\n"
+        0, "8 copies in memory and 2 steps on S3 were read: all intact\n"
     )  # fmt: skip
     code, text = tiered_command("recover", job)
     assert (code, "step 5 (generation 1), 2 ranks" in text) == (0, True)

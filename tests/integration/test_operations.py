@@ -269,6 +269,7 @@ def test_each_command_does_what_it_says(cluster: LocalCluster, port: int, tmp_pa
     cluster.add_host()
     assert tiered_command("explain")[1].startswith("Step 5 (generation 1) would be restored now.")
 
+    until(lambda: [h.state for h in tiered.cluster_status().hosts].count("up") == 3)
     answer = CliRunner().invoke(app, ["down"], input="n\n")
     assert (answer.exit_code, len(actors()) > 1) == (5, True)
     code, text = tiered_command("down", "--yes")

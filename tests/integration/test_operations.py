@@ -270,6 +270,9 @@ def test_each_command_does_what_it_says(cluster: LocalCluster, port: int, tmp_pa
     assert tiered_command("explain")[1].startswith("Step 5 (generation 1) would be restored now.")
 
     until(lambda: [h.state for h in tiered.cluster_status().hosts].count("up") == 3)
+    until(
+        lambda: tiered.cluster_status(job).jobs[0].newest_durable.step == 5
+    )  # drain had it flushed
     answer = CliRunner().invoke(app, ["down"], input="n\n")
     assert (answer.exit_code, len(actors()) > 1) == (5, True)
     code, text = tiered_command("down", "--yes")
@@ -277,7 +280,7 @@ def test_each_command_does_what_it_says(cluster: LocalCluster, port: int, tmp_pa
     until(lambda: not actors())
     assert tiered_command("down", "--yes")[0] == 4
     code, text = tiered_command("recover", job, "--s3", uri)
-    assert (code, "step 4 (generation 1), 2 ranks" in text, "rank 1: S3" in text) == (0, True, True)
+    assert (code, "step 5 (generation 1), 2 ranks" in text, "rank 1: S3" in text) == (0, True, True)
     for trainer in ranks[1:]:
         ray.kill(trainer)
 

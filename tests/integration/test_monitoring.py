@@ -280,6 +280,8 @@ def test_the_page_shows_the_cluster_and_goes_on_by_itself(
     page.until(lambda: "lost" in page.text("#hosts"))
     page.until(lambda: "1 of 2 copies" in page.text("#jobs"))
     assert lost[:8] in page.text("#log")
+    if path := os.environ.get("PAGE_PICTURE"):  # how docs/page.png is made
+        page.picture(Path(path))
     assert page.problems == []
     assert all(url.startswith(web) for url in page.requests)
 

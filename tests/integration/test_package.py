@@ -62,6 +62,7 @@ def test_it_works_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # pip installs a gigabyte
 def test_each_extra_works_in_an_empty_environment(
     wheel: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

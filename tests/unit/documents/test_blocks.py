@@ -1,6 +1,6 @@
 """What README.md and docs/ show can be parsed, and names what exists.
 
-tests/integration/test_documents.py runs the Python blocks; `TOLD` are those that it cannot.
+tests/integration/test_documents.py runs them, and says of the few that it cannot why not.
 """
 
 import ast

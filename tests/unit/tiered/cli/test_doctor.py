@@ -81,9 +81,9 @@ def test_a_store_that_is_too_small_for_the_job_is_found_with_what_it_needs() -> 
     small = replace(GOOD, address="10.0.0.2", store_bytes=8 * GIB)
     (fits,) = judge_room([GOOD], 2 * GIB, None)
     assert fits.level == "ok"
-    (found,) = judge_room([GOOD, small], 2 * GIB, S3("s3://b/p"))
+    (found,) = judge_room([GOOD, small], 2 * GIB, S3("s3://bucket/p"))
     assert found.is_problem
-    need = size(JobSettings(Memory(), S3("s3://b/p")), 2 * GIB, 1.0).store_bytes
+    need = size(JobSettings(Memory(), S3("s3://bucket/p")), 2 * GIB, 1.0).store_bytes
     assert found.remedy.startswith(f"ray start --object-store-memory={need}")
     assert "10.0.0.2 has 8.6 GB" in found.result
     assert "10.0.0.1" in found.result  # 32 GiB is too small as well

@@ -11,7 +11,7 @@ from tests.unit.tiered.test_metrics import picture
 from tiered.errors import ConfigError
 from tiered.journal import Journal
 from tiered.overview import ClusterStatus
-from tiered.web.server import is_loopback, make_app, token_for
+from tiered.web.server import is_loopback, listen, make_app, token_for
 
 TOKEN = "0123456789abcdef"
 
@@ -95,3 +95,12 @@ def test_a_page_for_others_needs_a_token_to_ask_for(monkeypatch: pytest.MonkeyPa
 def test_what_is_loopback() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "10.0.0.1", "example.org", "")))
+
+
+def test_a_port_that_is_taken_and_an_address_that_is_not_here_are_said() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1, port {port}: Address"):
+            listen("127.0.0.1", port)
+    with pytest.raises(ConfigError, match="choose others with --host and --port"):
+        listen("192.0.2.1", 0)

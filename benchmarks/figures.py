@@ -169,7 +169,7 @@ def goals(case: Case, ours: Outcome) -> list[Goal]:
              value(restore(ours.restores)), "x"),
         Goal("restore-buddy", "after the host's death, to TCP", 0.8, True,
              value(buddy_restore(ours.buddy_restores)), "x"),
-        Goal("memory", "peak beyond state, kept copies, and what is prepared for the next save", 2.0,
+        Goal("memory", "peak beyond state, kept copies, and what is ready for the next save", 2.0,
              False, chunks, " chunks a rank"),
     ]  # fmt: skip
 

@@ -372,7 +372,7 @@ class ShardReader:
 
     def _first_intact(self, index: int, of: Callable[[Tier, bool], Reading[T]]) -> T:
         """What is read from the first tier that has a chunk intact; slow ones are hedged."""
-        record, problems = self.sources.record, []
+        record, problems = self.sources.record, list[str]()
         size_bytes = record.plan.chunk_sizes[index]
         waiting = list(self.tiers)
         while waiting:
@@ -386,7 +386,7 @@ class ShardReader:
             )
             if outcome.is_hedged:
                 waiting.pop(0)
-            else:
+            elif not outcome.failed:
                 self._pace.took(size_bytes, time.monotonic() - began_s)
             for attempt in outcome.failed:
                 problems.append(self._passed_over(attempt.source, attempt.error))

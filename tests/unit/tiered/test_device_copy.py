@@ -155,14 +155,14 @@ def test_tensors_of_the_host_take_the_short_way() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu() -> None:
+    host = {**STATE, "a": STATE["a"] + 1, "host": torch.arange(7.0)}
     state = {name: tensor.detach().cuda() for name, tensor in STATE.items()}
-    state["host"] = torch.arange(7.0)
-    slots, expected = slots_for(state, 64)
-    torch.cuda._sleep(50_000_000)  # what training has queued before
+    state["host"] = host["host"]
+    slots, expected = slots_for(state, 64)[0], slots_for(host, 64)[1]
+    tensors = capture(state).tensors
+    torch.cuda._sleep(50_000_000)  # what training has queued before is waited for
     state["a"].add_(1)
-    for index, chunk in enumerate(slots_for(state, 64)[1]):
-        expected[index] = chunk
-    stage_all(DeviceCopier(), slots, capture(state).tensors)
+    stage_all(DeviceCopier(), slots, tensors)
     state["a"].zero_()
     assert [slot.view.tobytes() for slot in slots] == expected

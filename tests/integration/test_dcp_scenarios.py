@@ -98,13 +98,15 @@ def save_placements(rank: int, world_size: int, job: str) -> None:
 
 def load_placements(rank: int, world_size: int, job: str, count: int) -> int:
     checked = 0
-    for mesh, places in meshes(world_size):
-        state = {f"t{n}": zeros(SHAPE, device_mesh=mesh, placements=places) for n in range(count)}
-        load(job, {"tensors": state})
-        for n in range(count):
-            whole = state[f"t{n}"].full_tensor()
-            assert torch.equal(whole, values() + n), (n, places, rank)
-            checked += 1
+    with tiered.Checkpointer(job, MEMORY, None) as ckpt:
+        reader = tiered.StorageReader(ckpt)  # serves all loads
+        for mesh, places in meshes(world_size):
+            names = [f"t{n}" for n in range(count)]
+            state = {name: zeros(SHAPE, device_mesh=mesh, placements=places) for name in names}
+            dcp.load({"tensors": state}, storage_reader=reader)
+            for n, name in enumerate(names):
+                assert torch.equal(state[name].full_tensor(), values() + n), (n, places, rank)
+                checked += 1
     return checked
 
 
@@ -378,7 +380,11 @@ def resume(rank: int, world_size: int, job: str, kind: str, options: str) -> lis
 
 @pytest.mark.parametrize(
     ("kind", "options", "to"),
-    [("fsdp1", "", "fsdp1"), ("fsdp2", "flattened", "fsdp2"), ("ddp", "", "fsdp2")],
+    [
+        ("ddp", "", "fsdp2"),
+        pytest.param("fsdp1", "", "fsdp1", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "flattened", "fsdp2", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_training_goes_on_as_the_first_one(
     ranks: Ranks, job: str, kind: str, options: str, to: str
@@ -424,7 +430,7 @@ def test_full_states_that_only_rank_0_has(ranks: Ranks, job: str) -> None:
 ASYNC = Path(__file__).with_name("dcp_async.py")
 
 
-@pytest.mark.parametrize("ranks_count", [1, 2])
+@pytest.mark.parametrize("ranks_count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_async_saves_from_a_thread_and_from_a_process(
     cluster: LocalCluster, job: str, ranks_count: int
 ) -> None:

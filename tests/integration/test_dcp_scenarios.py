@@ -273,7 +273,7 @@ def test_parts_of_a_step_are_loaded_and_all_that_is_wrong_is_said_at_once(
     assert list(model) == ["model"]
     assert is_same(model["model"], dict(expected["net"]))
     assert list(state["optim"]) == ["state"]
-    first = state["optim"]["state"]["inner.weight"]["exp_avg"]
+    first = state["optim"]["state"]["scale"]["exp_avg"]
     assert torch.equal(first, expected["optimizer"]["state"][0]["exp_avg"])
 
 

@@ -18,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import tiered
 from chaos.local_cluster import LocalCluster
 from tests.integration.parallel import Ranks
+from tests.unit.replication.peers import wait_for
 from tiered.recovered import Recovered
 from tiered.restore import restore_into
 from tiered.saved_step import SavedStep
@@ -25,7 +26,7 @@ from tiered.state import place_of
 
 pytestmark = pytest.mark.cluster
 
-CHUNK_BYTES = 2048
+CHUNK_BYTES = 4096
 MEMORY = tiered.Memory(1, 2, 0, CHUNK_BYTES, prepare=False)
 S3 = tiered.S3("s3://tests/grid", every_steps=1)
 NAMES = ["rows", "columns", "square", "copies", "to_fsdp", "to_dp", "big"]
@@ -34,8 +35,8 @@ ROWS, COLUMNS = 131, 13  # primes: no number of ranks divides them
 
 def whole(name: str) -> torch.Tensor:
     """The same in no two elements of no two tensors."""
-    start = 10_000 * NAMES.index(name)
-    shape = (1024, 16) if name == "big" else (ROWS, COLUMNS)
+    start = 100_000 * NAMES.index(name)
+    shape = (1024, 64) if name == "big" else (ROWS, COLUMNS)
     return torch.arange(shape[0] * shape[1], dtype=torch.float64).reshape(shape) + start
 
 
@@ -119,6 +120,12 @@ def labels(found: Recovered, world_sizes: list[int]) -> set[str]:
     return seen
 
 
+def only_on_s3(job: str) -> list[int]:
+    """Ranks of whose shards no memory has a copy any more."""
+    sources = tiered.recover(job).sources
+    return [rank for rank, places in sources.items() if places == ("S3",)]
+
+
 def check_grid(cluster: LocalCluster, job: str, saved: list[int], loaded: list[int]) -> None:
     jobs = {count: f"{job}-{count}" for count in saved}
     ranks = Ranks(cluster.hosts, max(saved))
@@ -133,10 +140,9 @@ def check_grid(cluster: LocalCluster, job: str, saved: list[int], loaded: list[i
             assert labels(tiered.recover(S3.uri, job=name), loaded) == {"S3"}
         cluster.kill_host(cluster.hosts[1])
         for count, name in jobs.items():
-            found = tiered.recover(name)
-            lost = [rank for rank, places in found.sources.items() if places == ("S3",)]
-            assert lost == list(range(1, count, 3))
-            assert ("S3" in labels(found, loaded)) == bool(lost)
+            lost = list(range(1, count, 3))  # rank r is on host r mod 3
+            wait_for(lambda name=name, lost=lost: only_on_s3(name) == lost, 30.0)
+            assert ("S3" in labels(tiered.recover(name), loaded)) == bool(lost)
     finally:
         for name in jobs.values():
             tiered.forget(name)

@@ -5,7 +5,7 @@ import pickle
 import sys
 import warnings
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Any, NamedTuple
@@ -14,6 +14,10 @@ import msgpack
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DeviceMesh, DTensor, Replicate
+from torch.distributed.tensor import Shard as PlacedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.unit.tiered.fake_shard import Shard, assert_same, read_state, step_of
 from tiered import restore
@@ -263,6 +267,25 @@ def test_several_parts_of_one_tensor_on_one_rank_are_parts_of_the_whole() -> Non
     only_one = [shards[0]]
     with pytest.raises(StateError, match=r"w: no rank has saved the part at \(1, 0\)"):
         read_whole_state(step_of(only_one))
+
+
+@pytest.fixture
+def rank_1_of_4() -> Iterator[None]:
+    """This process, under torch's fake process group, in which ranks talk to nobody."""
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("rank_1_of_4")
+def test_a_rank_has_nothing_of_a_tensor_on_a_mesh_that_it_is_not_in() -> None:
+    elsewhere = DeviceMesh("cpu", [0, 2])
+    tensor = DTensor.from_local(torch.ones(2, 3), elsewhere, [PlacedShard(0)], run_check=False)
+    tree = read_tree(capture({"w": tensor}).tree)
+    assert tree["w"] == TensorRef("w", "float32", (0, 3), (0, 0), (4, 3))
+    number = DTensor.from_local(torch.ones(()), elsewhere, [Replicate()], run_check=False)
+    with pytest.raises(StateError, match="on a mesh that this rank is not in"):
+        capture({"n": number})
 
 
 # --- refusals -----------------------------------------------------------------------------------

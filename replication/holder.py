@@ -149,7 +149,7 @@ class Holder:
         self._receivers = ThreadPoolExecutor(RECEIVERS, thread_name_prefix="tiered-receive")
         self._hashers = ThreadPoolExecutor(HASHERS, thread_name_prefix="tiered-hash")
         self._reports = Reports(observer, NAMESPACE)
-        self._probes = Probes(self._peer, lambda: (self._core.all_buddies, self._core.all_counted))
+        self._probes = Probes(self._peer, self._core.offers.peers)
         self._offer_slots: dict[HolderId, asyncio.Semaphore] = {}
         self._peers: dict[HolderId, ActorRef] = {}
         self._tasks: set[asyncio.Task[None]] = set()

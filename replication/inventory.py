@@ -24,8 +24,7 @@ clock but `now_s`, and keeps no bytes: the shell (`replication.holder`) pins tho
 commands out, feeding each outcome back as an event.
 """
 
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import assert_never
 
 from replication.errors import FencedError, MemoryBudgetError, ShardNotHeldError
@@ -46,7 +45,6 @@ from replication.messages import (
     FenceRaised,
     HashChunk,
     JobForgotten,
-    OfferChunk,
     ReadChunk,
     ReadTwin,
     ReplicationRequested,
@@ -58,30 +56,11 @@ from replication.messages import (
     TwinRead,
     WatermarkRaised,
 )
+from replication.offers import HeldShard, Offers
 from replication.records import ChunkId, HolderId, ShardKey, ShardPlan, ShardRecord, Version
 from replication.scrub import Scrub
 
-OFFER_BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 REMIND_S = 15.0  # a corrupt copy that is still here is reported again
-
-
-@dataclass(slots=True)
-class HeldShard:
-    """One shard here, sealed or still arriving."""
-
-    plan: ShardPlan
-    staged_here: bool
-    blocks: dict[int, int] = field(default_factory=dict)  # which bytes each chunk here is
-    digests: dict[int, bytes] = field(default_factory=dict)
-    quarantined: bool = False
-    extra_peers: set[HolderId] = field(default_factory=set)
-    offered: set[tuple[HolderId, int]] = field(default_factory=set)
-    taken: set[tuple[HolderId, int]] = field(default_factory=set)
-
-    @property
-    def is_sealed(self) -> bool:
-        """Every chunk is here with its checksum, and none was found corrupt."""
-        return not self.quarantined and len(self.digests) == len(self.plan.chunk_sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +83,8 @@ class Inventory:
         self.fences: dict[str, int] = {}
         self.watermarks: dict[str, Version] = {}
         self.dropped: dict[str, set[Version]] = {}
-        self.buddies: dict[str, tuple[HolderId, ...]] = {}
-        self.counted: dict[str, frozenset[HolderId]] = {}
+        self.offers = Offers(holder, self.shards)
         self.reservations: dict[tuple[str, int], Reservation] = {}
-        self._retries: dict[tuple[HolderId, ShardKey, int], tuple[int, float]] = {}
         self._blocks = 0  # so many were ever here
         self._remind_due_s = 0.0
 
@@ -128,16 +105,6 @@ class Inventory:
                 shared_bytes += shard.plan.chunk_sizes[index] if block in seen else 0
                 seen.add(block)
         return shared_bytes
-
-    @property
-    def all_buddies(self) -> set[HolderId]:
-        """Whoever shards of any job go to."""
-        return {peer for peers in self.buddies.values() for peer in peers} - {self.holder}
-
-    @property
-    def all_counted(self) -> frozenset[HolderId]:
-        """Every holder that lives and will stay, as far as is known here."""
-        return frozenset().union(*self.counted.values())
 
     def records(self, job: str | None = None) -> list[ShardRecord]:
         """Every sealed shard, of one job or of all."""
@@ -283,26 +250,15 @@ class Inventory:
             case ChunkFetched():
                 return self._fetched(event, now_s)
             case ChunkTaken():
-                self._retries.pop((event.peer, event.key, event.index), None)
-                if shard := self.shards.get(event.key):
-                    shard.taken.add((event.peer, event.index))
+                self.offers.taken(event)
                 return []
             case ChunkNotTaken():
-                self._schedule_retry(event, now_s)
+                self.offers.not_taken(event, now_s)
                 return []
             case BuddiesChanged():
-                self.buddies[event.job] = event.buddies
-                self.counted[event.job] = event.counted
-                return self._offers(event.job)
+                return self.offers.buddies_changed(event, self.fences.get(event.job, 0))
             case ReplicationRequested():
-                if (shard := self.shards.get(event.key)) is None or not shard.is_sealed:
-                    return []
-                shard.extra_peers.add(event.to)
-                # The peer may have lost what it once took: offer every chunk again.
-                for index in range(len(shard.plan.chunk_sizes)):
-                    shard.taken.discard((event.to, index))
-                    shard.offered.discard((event.to, index))
-                return self._offers(event.key.job, only=event.key)
+                return self.offers.requested(event)
             case FenceRaised():
                 self._raise_fence(event.job, event.generation)
                 return []
@@ -330,7 +286,7 @@ class Inventory:
             case JobForgotten():
                 return self._forget(event.job)
             case Ticked():
-                return [*self._repeat_offers(now_s), *self._remind(now_s), *self._scrub(now_s)]
+                return [*self.offers.repeat(now_s), *self._remind(now_s), *self._scrub(now_s)]
             case _:
                 assert_never(event)
 
@@ -350,7 +306,7 @@ class Inventory:
             return []  # or it is of a copy that was let go meanwhile
         shard.digests[event.index] = event.digest
         self.scrub.intact(event.key, event.index, now_s)
-        commands = [*self._seal(event.key, shard), *self._offers(event.key.job, only=event.key)]
+        commands = [*self._seal(event.key, shard), *self.offers.of_shard(event.key)]
         chunk = ChunkId(event.key, event.index, shard.plan.chunk_sizes[event.index])
         twin = self.twin_of(chunk, event.digest)
         if twin is not None:
@@ -364,7 +320,7 @@ class Inventory:
         shard = self.shards.setdefault(event.key, HeldShard(event.plan, staged_here=False))
         if shard.quarantined:  # replaced, chunk by chunk, by a copy that is verified
             shard = self.shards[event.key] = HeldShard(event.plan, shard.staged_here)
-            self._retries = {k: v for k, v in self._retries.items() if k[1] != event.key}
+            self.offers.forget(event.key)
         if event.index in shard.digests:
             return []
         shard.blocks[event.index] = self._new_block()
@@ -416,15 +372,14 @@ class Inventory:
 
     def _forget(self, job: str) -> list[Command]:
         self.reservations = {k: r for k, r in self.reservations.items() if k[0] != job}
-        self.buddies.pop(job, None)
-        self.counted.pop(job, None)
+        self.offers.forget_job(job)
         self.watermarks.pop(job, None)
         self.dropped.pop(job, None)
         return [self._drop(key) for key in [k for k in self.shards if k.job == job]]
 
     def _drop(self, key: ShardKey) -> Command:
         self.scrub.forget(key, len(self.shards.pop(key).plan.chunk_sizes))
-        self._retries = {k: v for k, v in self._retries.items() if k[1] != key}
+        self.offers.forget(key)
         return DropShard(key)
 
     # -- corrupt copies ----------------------------------------------------------------------
@@ -462,65 +417,3 @@ class Inventory:
             return []
         self._remind_due_s = now_s + REMIND_S
         return [ReportCorrupt(key) for key, s in sorted(self.shards.items()) if s.quarantined]
-
-    # -- offers ------------------------------------------------------------------------------
-
-    def _peers_of(self, key: ShardKey, shard: HeldShard) -> list[HolderId]:
-        peers = self.buddies.get(key.job, ()) if shard.staged_here else ()
-        if shard.extra_peers:
-            peers = (*peers, *sorted(shard.extra_peers))
-        return [peer for peer in dict.fromkeys(peers) if peer != self.holder]
-
-    def _offers(self, job: str, only: ShardKey | None = None) -> list[Command]:
-        """Offer each hashed chunk to each peer that was not offered it yet.
-
-        When buddies change, only shards of the present generation go to the new ones, and of those
-        only such as have too few copies: of older ones the coordinator asks for the copies that are
-        missing. Else each change, and each life of a job that fails again and again, would add a
-        copy.
-        """
-        commands: list[Command] = []
-        fence = self.fences.get(job, 0)
-        mine = (k for k in self.shards if k.job == job and k.version.generation >= fence)
-        keys = [only] if only is not None else sorted(mine)
-        for key in keys:
-            shard = self.shards[key]
-            if shard.quarantined:
-                continue
-            offered = shard.offered
-            is_served = only is None and self._has_copies_enough(key, shard)
-            for peer in shard.extra_peers if is_served else self._peers_of(key, shard):
-                due = [index for index in shard.digests if (peer, index) not in offered]
-                for index in sorted(due):
-                    offered.add((peer, index))
-                    digest = shard.digests[index]
-                    commands.append(OfferChunk(peer, key, shard.plan, index, digest))
-        return commands
-
-    def _has_copies_enough(self, key: ShardKey, shard: HeldShard) -> bool:
-        """Whether as many holders that count have taken all of a shard as it has buddies."""
-        taken = Counter(peer for peer, _ in shard.taken)
-        counted = self.counted.get(key.job, frozenset())
-        whole = [p for p, n in taken.items() if n == len(shard.plan.chunk_sizes) and p in counted]
-        return len(whole) >= len(self.buddies.get(key.job, ()))
-
-    def _schedule_retry(self, event: ChunkNotTaken, now_s: float) -> None:
-        slot = (event.peer, event.key, event.index)
-        tries = self._retries.get(slot, (0, 0.0))[0]
-        pause_s = OFFER_BACKOFF_S[min(tries, len(OFFER_BACKOFF_S) - 1)]
-        self._retries[slot] = (tries + 1, now_s + pause_s)
-
-    def _repeat_offers(self, now_s: float) -> list[Command]:
-        commands: list[Command] = []
-        for slot, (tries, due_s) in sorted(self._retries.items()):
-            peer, key, index = slot
-            shard = self.shards.get(key)
-            is_here = shard is not None and index in shard.digests  # not if it is being replaced
-            if shard is None or not is_here or peer not in set(self._peers_of(key, shard)):
-                del self._retries[slot]  # no longer wanted
-                if shard is not None:
-                    shard.offered.discard((peer, index))
-            elif due_s <= now_s:
-                self._retries[slot] = (tries, float("inf"))  # under way again
-                commands.append(OfferChunk(peer, key, shard.plan, index, shard.digests[index]))
-        return commands

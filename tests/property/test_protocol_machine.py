@@ -23,7 +23,8 @@ from hypothesis.stateful import (
 )
 
 from replication import messages
-from replication.inventory import HeldShard, Inventory
+from replication.inventory import Inventory
+from replication.offers import HeldShard
 from replication.records import ShardKey, ShardPlan, ShardRecord, Version
 from tests.property.protocol.cluster import Cluster, Cores, Setup
 from tests.property.protocol.model import Broken

@@ -11,13 +11,21 @@ import pytest
 
 from tests.sim.mutants import MUTANTS
 from tests.unit.replication import test_inventory_regressions as of_holder
+from tests.unit.tiered import test_job as of_policies
 from tests.unit.tiered import test_job_regressions as of_job
+from tests.unit.tiered import test_repair as of_repair
 
 CAUGHT_BY: dict[str, Callable[[], None]] = {
     "gc_unfenced": of_holder.test_an_order_to_collect_of_an_older_generation_is_refused,
     "waits_for_lost_uploads": of_job.test_an_upload_on_a_lost_holder_is_not_waited_for,
     "never_reminds": of_job.test_orders_are_repeated_because_one_may_have_been_lost,
     "repairs_from_the_first": of_job.test_a_repair_that_failed_is_tried_from_another_copy,
+    "keeps_surplus": (
+        of_repair.test_a_copy_more_than_the_policy_asks_for_is_let_go_of_and_the_writers_stays
+    ),
+    "releases_any": lambda: (
+        of_repair.test_two_coordinators_with_different_views_leave_as_many_as_the_policy_asks_for(1)
+    ),
     "collected_comes_back": of_job.test_what_was_collected_is_not_committed_again,
     "forgets_overtaken": lambda: of_job.test_a_late_rank_of_an_overtaken_life_does_not_take_over(
         is_claimed=False
@@ -52,6 +60,7 @@ def test_a_rare_mutant_fails_its_directed_test(name: str) -> None:
     directed()
     with (
         mock.patch.object(of_job, "Job", cores.job),
+        mock.patch.object(of_policies, "Job", cores.job),
         mock.patch.object(of_job, "FlushQueue", return_value=cores.job("job").flushes),
         mock.patch.object(of_holder, "Inventory", cores.inventory),
         pytest.raises((AssertionError, pytest.fail.Exception)),

@@ -342,7 +342,7 @@ class Holder(Process):
             return
         now_s, network = self.world.kernel.now_s, self.world.network
         if self.host.hung_until_s <= now_s:
-            for peer in sorted(self.links.to_probe(self.core.all_buddies, self.core.all_counted)):
+            for peer in sorted(self.links.to_probe(*self.core.offers.peers())):
                 other = self.world.hosts.get(peer.node_id)
                 if other is None or not other.is_alive or other.hung_until_s > now_s:
                     self.links.missed(peer)

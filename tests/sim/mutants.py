@@ -295,10 +295,12 @@ class KeepsSurplus(Repair):
 
 
 class ReleasesAny(Repair):
-    """Which copies too many go depends on what the decider sees: the ones on its last hosts."""
+    """Which copies too many go depends on how many the decider sees."""
 
     def _surplus(self, version: Version, rank: int) -> list[HolderId]:
-        return list(self.known.intact(version, rank))[self.known.copies_needed :]
+        held, need = list(self.known.intact(version, rank)), self.known.copies_needed
+        start = len(held) % 2
+        return [h for h in held if h not in (2 * held)[start : start + need]]
 
 
 class LinksUntold(Membership):
@@ -456,9 +458,6 @@ MUTANTS: dict[str, Mutant] = {
     "gc_keep_list": Mutant(Cores(holder=KeepList, coordinator=SendsKeepList), 100),
     "parent_counts": Mutant(with_part("eviction", ParentCounts), 200),
     "gc_unfenced": Mutant(Cores(inventory=GcUnfenced), None),
-    "gc_unfenced_unconfirmed": Mutant(
-        Cores(inventory=GcUnfenced, coordinator=CollectsUnconfirmed), None
-    ),
     "links_untold": Mutant(Cores(membership=LinksUntold), 300),
     "keeps_surplus": Mutant(with_part("repair", KeepsSurplus), None),
     "releases_any": Mutant(with_part("repair", ReleasesAny), None),

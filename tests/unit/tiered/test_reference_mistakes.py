@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from replication.errors import TieredError
-from replication.inventory import OFFER_BACKOFF_S
 from replication.membership import MISSES
+from replication.offers import OFFER_BACKOFF_S
 from replication.records import HolderId, Version
 from tests.golden.scene import Scene, committed, replay
 from tiered import messages as m

@@ -225,7 +225,7 @@ class Run:
             f"s3://{BUCKET}/runs", every_steps=10, keep=3, read_timeout_s=5.0, max_attempts=3
         )
         world.new_cluster = partial(_local_cluster, options, world.network)
-        stack.callback(lambda: world.cluster and world.cluster.shutdown())
+        stack.callback(world.end_cluster)
         world.start_cluster()
 
     def _variables(self, server: S3Server, proxy: FaultProxy, folder: Path) -> dict[str, str]:

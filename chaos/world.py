@@ -85,6 +85,11 @@ class World:
         self.cluster = self.new_cluster()
         self.cluster.start()
 
+    def end_cluster(self) -> None:
+        """Shut this machine's cluster down, if one was started."""
+        if self.cluster is not None:
+            self.cluster.shutdown()
+
     def racks_of_hosts(self) -> dict[str, list[str]]:
         """The hosts in each failure domain."""
         racks: dict[str, list[str]] = {f"rack-{number}": [] for number in range(self.racks)}

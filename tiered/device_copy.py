@@ -52,7 +52,7 @@ class Cuda:
 
     def new_stream(self, device: torch.device) -> Any:
         """See Gpu."""
-        return torch.cuda.Stream(device)
+        return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def on(self, stream: Any) -> AbstractContextManager[Any]:
         """See Gpu."""
@@ -60,7 +60,7 @@ class Cuda:
 
     def new_event(self) -> Any:
         """See Gpu."""
-        return torch.cuda.Event()
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def pinned(self, size_bytes: int) -> torch.Tensor:
         """See Gpu."""

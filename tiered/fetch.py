@@ -379,11 +379,11 @@ class ShardReader:
             tier, *waiting = waiting
             patience_s = self._pace.patience_s(size_bytes) if waiting else None
             began_s = time.monotonic()
-            outcome = race(
-                Attempt(tier, of(tier, False)),
-                lambda spare=waiting[:1]: Attempt(spare[0], of(spare[0], True)),
-                patience_s,
-            )
+
+            def hedge(spare: Sequence[Tier] = tuple(waiting[:1])) -> Attempt[Tier, T]:
+                return Attempt(spare[0], of(spare[0], True))
+
+            outcome = race(Attempt(tier, of(tier, False)), hedge, patience_s)
             if outcome.is_hedged:
                 waiting.pop(0)
             elif not outcome.failed:

@@ -1,7 +1,7 @@
 """Two sources for one chunk: when the first is slow, the next one is asked as well.
 
 Rules:
-    1. How long is slow is learnt from what was read before (`Pace`). Before that it is two seconds,
+    1. How long is slow is learnt from what was read before (`Pace`). Before that it is four seconds,
        and the time that the bytes take at a speed that every network has.
     2. One more request at most for a chunk, to the next source, into memory of its own. Who brings
        an intact chunk first wins; the other is cancelled, and of a read into the caller's memory
@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-FIRST_S = 2.0  # before anything was seen: an actor call and a connection are part of it
+FIRST_S = 4.0  # before anything was seen: an actor call and a connection are part of it
 FIRST_BYTES_PER_S = 100e6
 LEAST_S = 1.0  # a host that is busy for a moment is no reason
 TIMES_SLOWER = 4.0  # than the slowest of the last reads

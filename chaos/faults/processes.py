@@ -160,7 +160,7 @@ def coordinator_twin(world: World, planned: Planned) -> Aim | None:
 
     def strike() -> None:
         options = {"num_cpus": 0, "max_concurrency": 1000, "resources": {HEAD_RESOURCE: 0.001}}
-        actor = ray.remote(Coordinator).options(**options).remote()
+        actor: Any = ray.remote(Coordinator).options(**options).remote()
         actor.status.remote(world.job)  # from now on it cares for the job, by what it has read
         twins.append(actor)
 

@@ -1,8 +1,8 @@
 """Two sources for one chunk: when the first is slow, the next one is asked as well.
 
 Rules:
-    1. How long is slow is learnt from what was read before (`Pace`). Before that it is four seconds,
-       and the time that the bytes take at a speed that every network has.
+    1. How long is slow is learnt from what was read before (`Pace`). Before that it is four
+       seconds, and the time that the bytes take at a speed that every network has.
     2. One more request at most for a chunk, to the next source, into memory of its own. Who brings
        an intact chunk first wins; the other is cancelled, and of a read into the caller's memory
        that means: over, before anybody else writes there.

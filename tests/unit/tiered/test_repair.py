@@ -37,7 +37,7 @@ def repairs(commands: list[m.Command]) -> list[m.ReplicateShard]:
 def test_a_bounded_number_is_under_way_and_one_that_is_done_makes_room() -> None:
     job = committed(A, B, C)
     asked = repairs(job.handle(m.HolderDown(B), 1.0))
-    assert [r.key.rank for r in asked] == list(range(REPAIRS_AT_ONCE))
+    assert [r.key.rank for r in asked] == list(range(8))
     assert not repairs(job.handle(m.Ticked(), 2.0))
     job.handle(m.ShardReported(C, shard(0)), 3.0)
     job.handle(m.ShardReported(C, shard(1)), 3.0)
@@ -67,6 +67,12 @@ def test_nothing_is_sent_to_a_host_that_leaves() -> None:
     job = committed(A, B, C, D)
     job.handle(m.HostLeaving("c"), 1.0)
     assert {r.to for r in repairs(job.handle(m.HolderDown(B), 2.0))} == {D}
+    job = committed(A, B, C, D)
+    job.handle(m.HostLeaving("c"), 1.0)
+    job.drop_copy(B, shard(0).key)
+    job.handle(m.ShardReported(D, shard(1)), 1.0)  # it has more than the one that leaves
+    job.buddies[A] = ()
+    assert [r.to for r in repairs(job.repair.repair(2.0))] == [D]
 
 
 def test_a_copy_that_was_made_and_then_found_corrupt_is_made_again() -> None:

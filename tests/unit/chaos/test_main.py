@@ -1,6 +1,8 @@
 """The command: what cannot be done it says in a sentence; the rest is in its status."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,15 @@ from typer.testing import CliRunner, Result
 from chaos.__main__ import main
 from chaos.history import Record, write_history
 from tests.unit.chaos.histories import right, spoilt
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    """The command says what is logged in its process; other tests are in this one."""
+    logger = logging.getLogger("tiered")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def run(*args: str) -> Result:

@@ -32,7 +32,7 @@ COMMAND = re.compile(r"(?:tiered|make|python|kubectl|set|ray) ")
 ELSEWHERE = {  # (page, language) -> why its blocks are not run here
     ("docs/FRAMEWORKS.md", "python"): "files of examples/frameworks: test_ecosystem.py runs each",
     ("docs/KUBERNETES.md", "yaml"): "test_kubernetes.py holds them against KubeRay's schema",
-    ("README.md", "json"): "the policy of docs/S3.md, by a unit test of the documents",
+    ("README.md", "json"): "test_s3_permissions.py: it is a policy of docs/S3.md",
     ("docs/S3.md", "json"): "test_s3_permissions.py: a server enforces these policies",
 }
 NOT_RUN = {  # beginning of a command -> why it is not run here

@@ -249,6 +249,7 @@ class Holder:
             plan: Its layout; the same for every chunk of it.
             index: Which chunk.
             chunk: Zero-copy views; passed as an object reference, so Ray maps and copies nothing.
+                Memory that was prepared, and could not be pinned then, may be longer than that.
 
         Raises:
             FencedError: A newer generation has taken over.
@@ -256,6 +257,7 @@ class Holder:
         """
         self._core.check_write(key, plan)
         if not self._core.has_chunk(key, index):
+            chunk = _first_bytes(chunk, plan.chunk_sizes[index])
             self._chunks.setdefault(key, {})[index] = chunk
         self._feed(messages.ChunkStaged(key, plan, index))
 

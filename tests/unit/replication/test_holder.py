@@ -233,6 +233,19 @@ def test_of_prepared_memory_with_room_to_spare_just_the_chunk_is_kept() -> None:
     asyncio.run(run())
 
 
+def test_of_a_staged_chunk_with_room_to_spare_just_the_chunk_is_kept() -> None:
+    # A buddy refused the whole memory of the front for ever, where a busy holder had not pinned it.
+    async def run() -> None:
+        holder = Holder("node", 100, "observer", Secret(bytes(32)))
+        await holder.stage_chunk(KEY, PLAN, 0, chunk(1, 2, 3, 0, 0))
+        await settled(holder)
+        assert holder._core.record(KEY).digests == (digest(chunk(1, 2, 3)),)
+        (kept,) = await holder.read_chunk(KEY, 0)
+        assert kept.tolist() == [1, 2, 3]
+
+    asyncio.run(run())
+
+
 def test_prepared_memory_that_is_not_known_is_not_staged() -> None:
     async def run() -> None:
         holder = Holder("node", 100, "observer", Secret(bytes(32)))

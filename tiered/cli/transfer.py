@@ -30,8 +30,11 @@ def export(
     shards: one safetensors file a rank, as saved. safetensors: one model as Hugging Face has it.
     dcp: for torch.distributed.checkpoint. torch: for torch.load(weights_only=True).
     """
+    from tiered.export import check_target  # imports torch, which takes seconds
+
     with speaking():
         max_file_bytes = read_size(max_file)
+        check_target(path, format)  # before a cluster or S3 is looked for
         found = tiered.recover(job, s3=s3_of(s3), step=step, before=before)
         chosen: Any = format
         with err.status(f"step {found.step}, {size_text(found.size_bytes)}"):

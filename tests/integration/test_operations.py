@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from typer.testing import CliRunner
 
@@ -46,6 +46,21 @@ def until(condition: Callable[[], Any]) -> Any:
 
 
 SETTINGS = {"memory": tiered.Memory(every_steps=1, replicas=1)}
+STARTED: list[Any] = []  # the trainers
+
+
+@pytest.fixture(autouse=True)
+def no_trainer_outlives_its_test() -> Iterator[None]:
+    """One that did would bring its job back into the cluster that the next test finds empty."""
+    before = len(STARTED)
+    yield
+    mine = STARTED[before:]
+    del STARTED[before:]
+    for trainer in mine:
+        with contextlib.suppress(RayActorError):
+            pid = ray.get(trainer.pid.remote(), timeout=DEADLINE_S)
+            ray.kill(trainer)
+            until(lambda pid=pid: not psutil.pid_exists(pid))
 
 
 def trainers(job: str, hosts: list[str], port: int, **more: Any) -> list[Any]:
@@ -56,6 +71,7 @@ def trainers(job: str, hosts: list[str], port: int, **more: Any) -> list[Any]:
         ).remote(rank, len(hosts), port)
         for rank, host in enumerate(hosts)
     ]
+    STARTED.extend(started)
     ray.get([t.start.remote(job, SETTINGS | more, rank) for rank, t in enumerate(started)])
     return started
 
@@ -63,11 +79,13 @@ def trainers(job: str, hosts: list[str], port: int, **more: Any) -> list[Any]:
 def trainer_of(run: str, host: str) -> Any:
     """A trainer of another run than all others of this driver."""
     kind: Any = ray.remote(Trainer)
-    return kind.options(
+    trainer = kind.options(
         num_cpus=0,
         scheduling_strategy=NodeAffinitySchedulingStrategy(host, soft=False),
         runtime_env={"env_vars": {"TORCHELASTIC_RUN_ID": run}},
     ).remote(0, 1, 0)
+    STARTED.append(trainer)
+    return trainer
 
 
 def start(trainer: Any, job: str) -> int:

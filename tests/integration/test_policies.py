@@ -146,8 +146,9 @@ def test_what_was_on_its_way_with_a_holder_that_died_stops_no_save(
         assert save(trainer, 1)[0] == ""
         os.kill(pid_of_holder(mine), signal.SIGKILL)
         assert "step 1 is still being replicated" in save(trainer, 2)[0]
-    assert save_until_it_works(trainer, 3) < 30  # not for the 120 s of STUCK_S
-    wait(trainer, 3)
+    step = save_until_it_works(trainer, 3)
+    assert step < 30  # not for the 120 s of STUCK_S
+    wait(trainer, step)
 
 
 def test_a_drained_host_may_go_and_nothing_is_lost(

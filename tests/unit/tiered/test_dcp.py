@@ -187,8 +187,14 @@ CLEAN = {"a": torch.zeros(2), "b": torch.zeros(3), "n": {"x": torch.zeros(4), "y
 @pytest.mark.parametrize(
     ("change", "options", "named"),
     [
-        ({"c": torch.zeros(1), "d": {"e": 1, "f": torch.zeros(2)}}, {}, ["c", "d.e", "d.f", "z"]),
-        ({"a": torch.zeros(5), "b": torch.zeros(2, 2)}, {}, ["a: was saved with shape [2]", "b:"]),
+        (
+            {"c": torch.zeros(1), "d": {"e": 1, "f": torch.zeros(2)}}, {},
+            ["c", "d.e", "d.f", "z", "Missing key in checkpoint"],  # as torch's planner has it
+        ),
+        (
+            {"a": torch.zeros(5), "b": torch.zeros(2, 2)}, {},
+            ["a: was saved with shape [2]", "b:", "Size mismatch"],
+        ),
         (
             {"a": torch.zeros(2).half(), "n": {"x": torch.zeros(4).double(), "y": 1}}, {},
             ["a: was saved as torch.float32, and is torch.float16", "n.x:", "cast=True"],

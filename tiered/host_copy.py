@@ -1,8 +1,8 @@
 """A copy of a state in this process' memory, for `dcp.async_save` to save later.
 
-torch has a stager for that (`torch.distributed.checkpoint.staging`). Before torch 2.9 it leaves
-tensors that are on the CPU where they are, so that what is saved is what training has made of them
-by then; since then it fails with a ShardedTensor.
+torch has a stager for that (`torch.distributed.checkpoint.staging`). That of torch 2.6 leaves
+tensors on the CPU where they are, so that what is saved is what training has made of them by then;
+that of torch 2.13 fails with a ShardedTensor.
 """
 
 import copy

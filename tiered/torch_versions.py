@@ -11,7 +11,8 @@ from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 try:
-    from torch.distributed._shard.sharded_tensor.api import Shard, ShardedTensor
+    from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+    from torch.distributed._shard.sharded_tensor.shard import Shard
 
     SHARDED_TENSORS: tuple[type, ...] = (ShardedTensor,)
 except ImportError:  # it is deprecated

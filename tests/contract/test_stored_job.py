@@ -26,6 +26,7 @@ def uri(proxy: FaultProxy, root: str) -> str:
 
 
 def test_a_job_of_the_first_release_is_recovered_from_s3(uri: str, tmp_path: Path) -> None:
+    had_ray = ray.is_initialized()  # another test may have
     found = tiered.recover(uri, job=job.JOB)
     assert (found.step, found.generation, found.world_size) == (40, 1, 2)
     assert found.sources == {0: ("S3",), 1: ("S3",)}
@@ -34,4 +35,4 @@ def test_a_job_of_the_first_release_is_recovered_from_s3(uri: str, tmp_path: Pat
     assert found.state(1)["rank"] == 1
     found.export(tmp_path / "model", "safetensors", key="model")
     assert torch.equal(load_file(tmp_path / "model/model.safetensors")["weight"], job.weight())
-    assert not ray.is_initialized()
+    assert ray.is_initialized() == had_ray

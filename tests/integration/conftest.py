@@ -1,7 +1,8 @@
 import contextlib
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import ray
@@ -9,6 +10,15 @@ import ray
 import tiered
 from chaos.local_cluster import LocalCluster
 from chaos.s3_server import S3Server
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """With `-n`, one process has the clusters, one after the other, and others all other tests."""
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
 @pytest.fixture

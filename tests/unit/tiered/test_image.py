@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replication.records import ShardPlan
+from tests.case_names import name_of
 from tests.unit.tiered.fake_shard import KEY, Shard, raw
 from tiered import image
 from tiered.errors import StateError
@@ -307,7 +308,7 @@ def offsets(*values: Any) -> dict[str, Any]:
         {TREE_NAME: offsets(0, "8")},
         {TREE_NAME: None},
     ],
-    ids=repr,
+    ids=name_of,
 )
 def test_a_hostile_header_is_a_state_error(changes: dict[str, Any]) -> None:
     with pytest.raises(StateError, match="not a shard's image"):

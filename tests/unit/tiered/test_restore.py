@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as ShardOf
 from torch.optim import lr_scheduler
 
+from tests.case_names import name_of
 from tests.unit.tiered.fake_shard import (
     MemoryTier,
     Shard,
@@ -141,7 +142,7 @@ def test_containers_keep_their_identity_and_take_the_saved_order() -> None:
         (np.zeros(1), 3),
         ([], [torch.ones(1), np.ones(2)]),
     ],
-    ids=repr,
+    ids=name_of,
 )
 def test_other_values_are_replaced(present: Any, saved: Any) -> None:
     state = fill({"k": present, "in": [present]}, {"k": saved, "in": [saved]})
@@ -168,7 +169,7 @@ def test_an_array_that_fits_is_filled_in_place() -> None:
         np.frombuffer(bytes(24)),
         np.array([None] * 3),
     ],
-    ids=repr,
+    ids=name_of,
 )
 def test_an_array_that_does_not_fit_is_replaced_never_cast_or_broadcast(present: Any) -> None:
     saved = np.array([0.1, 0.2, 0.3])

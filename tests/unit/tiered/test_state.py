@@ -19,6 +19,7 @@ from torch.distributed.tensor import DeviceMesh, DTensor, Replicate
 from torch.distributed.tensor import Shard as PlacedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from tests.case_names import name_of
 from tests.unit.tiered.fake_shard import Shard, assert_same, read_state, step_of
 from tiered import restore
 from tiered.errors import StateError
@@ -129,7 +130,7 @@ def through(state: dict[Any, Any], **options: Any) -> dict[Any, Any]:
         torch.device("cuda:1"), np.float64(0.1), np.bool_(True), np.int8(-1), np.uint64(2**64 - 1),
         np.float16(1.5), np.complex64(1 + 2j), np.longdouble(1) / 3,
     ],
-    ids=repr,
+    ids=name_of,
 )  # fmt: skip
 def test_a_value_keeps_its_type_and_bits(value: Any) -> None:
     assert_same({"k": value, "n": [(value,)]}, through({"k": value, "n": [(value,)]}))
@@ -173,7 +174,7 @@ def test_an_ordered_dict_comes_back_as_a_dict_in_its_order() -> None:
         np.broadcast_to(np.int16(4), (3, 2)),
         np.frombuffer(b"readonly", dtype=np.uint8),
     ],
-    ids=repr,
+    ids=name_of,
 )
 def test_an_array_keeps_its_type_shape_and_bits(array: np.ndarray[Any, Any]) -> None:
     assert_same({"a": array}, through({"a": array}))
@@ -324,7 +325,7 @@ def test_what_only_pickle_can_hold_is_refused_by_name_with_the_option(
 
 
 @pytest.mark.parametrize(
-    "value", [Point(1, 2), Colour.RED, Settings(0.1), Custom(1), {Point(1, 2)}], ids=repr
+    "value", [Point(1, 2), Colour.RED, Settings(0.1), Custom(1), {Point(1, 2)}], ids=name_of
 )
 def test_pickle_round_trips_only_where_both_sides_allow_it(value: Any) -> None:
     shard = Shard({"a": [value]}, allow_pickle=True)
@@ -386,7 +387,7 @@ def _freed() -> torch.Tensor:
         (lambda: torch.nn.UninitializedParameter(), "lazy"),
         (lambda: torch.nn.UninitializedBuffer(), "lazy"),
     ],
-    ids=str,
+    ids=name_of,
 )
 @pytest.mark.parametrize("allow_pickle", [False, True])
 def test_a_tensor_without_plain_bytes_is_refused_by_name(
@@ -438,7 +439,9 @@ def test_a_state_that_is_no_dict_is_refused(state: Any) -> None:
         capture(state)
 
 
-@pytest.mark.parametrize("key", [(1, 2), Colour.RED, Small.ONE, np.int64(1), frozenset()], ids=repr)
+@pytest.mark.parametrize(
+    "key", [(1, 2), Colour.RED, Small.ONE, np.int64(1), frozenset()], ids=name_of
+)
 def test_a_key_that_would_change_its_type_is_refused(key: Any) -> None:
     for state in ({"a": {"b": {key: 1}}}, {key: 1}):
         with pytest.raises(StateError, match="neither a string nor a number"):

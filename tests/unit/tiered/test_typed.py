@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import tiered
+from tests.case_names import name_of
 from tests.unit.tiered.fake_shard import Shard, read_state, restore_into, step_of
 from tests.unit.tiered.test_dcp import Memory
 from tiered import typed
@@ -85,7 +86,7 @@ def progress(scale: float) -> Progress:
         Inner(Phase.WARMUP), [Phase.DECAY, (Level.LOW,)], {"a": {"b": Inner(Phase.DECAY, 2.0)}},
         {Phase.DECAY, Phase.WARMUP, Inner(Phase.DECAY)}, Counter({Phase.DECAY: 3}),
     ],
-    ids=repr,
+    ids=name_of,
 )  # fmt: skip
 def test_a_value_of_a_registered_type_comes_back_as_itself(value: Any) -> None:
     back = read_state(Shard({"k": value}).reader())["k"]

@@ -66,7 +66,7 @@ def _map(call: Callable[[W], T], work: Sequence[W], jobs: int | None) -> Iterato
 def _begin() -> None:
     """Of a process of the pool, which leaves the processor to whoever waits for an answer."""
     gc.disable()
-    os.nice(10)
+    os.nice(19)  # Ray gives its workers 15
 
 
 def _run_chunk(work: tuple[range, Callable[[int], Setup]]) -> tuple[Findings, Counter[str]]:

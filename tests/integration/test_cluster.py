@@ -86,7 +86,7 @@ def test_state_survives_sigkill_of_its_trainer_right_after_save(
     begin([actor], job)
     levels = save([actor], 7, level=None)[0]  # returns as soon as save() does
     kill_actors(cluster, [actor])
-    assert levels.keys() == {"staged"}
+    assert "staged" in levels  # and perhaps, by now, replicated
 
     recovered = tiered.recover(job)
     assert recovered.step == 7

@@ -14,6 +14,7 @@ from chaos.s3_server import S3Server
 HERE = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """With `-n`, one process has the clusters, one after the other, and others all other tests."""
     for item in items:

@@ -1,8 +1,7 @@
 import contextlib
 import socket
 import uuid
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import ray
@@ -10,16 +9,6 @@ import ray
 import tiered
 from chaos.local_cluster import LocalCluster
 from chaos.s3_server import S3Server
-
-HERE = Path(__file__).parent
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """With `-n`, one process has the clusters, one after the other, and others all other tests."""
-    for item in items:
-        if item.path.is_relative_to(HERE):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
 @pytest.fixture

@@ -411,12 +411,17 @@ class Coordinator:
         await self._monitor.start()
         self._spawn(self._beat_forever())
         self._spawn(
-            self._monitor.run(lambda: self._monitor.record(self._remembered, self._leaving))
+            self._monitor.run(self._record)
         )
         await self._until(lambda: self._fleet.members.is_settled, SETTLE_TIMEOUT_S)
         self._leaving |= await asyncio.to_thread(register.leaving_hosts)
         for name in await asyncio.to_thread(register.known_jobs):
             await self._job(name)
+
+    async def _record(self) -> None:
+        for job in self._remembered:
+            self._find_durable(job)  # or what S3 has would be unknown until somebody looks
+        await self._monitor.record(self._remembered, self._leaving)
 
     async def _beat_forever(self) -> None:
         while True:
@@ -559,6 +564,8 @@ class Coordinator:
                 self._follow(job, self._executor.upload(job, command))
             case m.PublishManifest():
                 self._follow(job, self._executor.publish(job, command))
+            case m.AskDurable():
+                self._follow(job, self._executor.ask_durable(job))
             case m.FenceNewHolder():
                 self._tell(command.holder, "fence", job.name, command.generation)
             case m.SetBuddies():

@@ -29,6 +29,7 @@ T = TypeVar("T")
 VERIFY_TIMEOUT_S = 60.0
 S3_INDEX_TIMEOUT_S = 15.0
 S3_CLAIM_TIMEOUT_S = 1.0  # where memory has a step to resume from
+S3_ASK_TIMEOUT_S = 5.0  # one small request
 S3_THREADS = 8
 ORPHANS_AT_ONCE = 5000  # objects and uploads
 
@@ -201,6 +202,17 @@ class Executor:
             return m.PublishFailed(version, refused, is_final=True)
         logger.info("%s durable on %s", step_tag(job, version), ledger.store(settings))
         return m.ManifestPublished(version, command.records)
+
+    async def ask_durable(self, job: Job) -> m.Event:
+        """Ask S3 whether it answers: one small request."""
+        probe = self._ask_s3(self.ledger(job).store(settings_of(job)).probe)
+        try:
+            await asyncio.wait_for(probe, S3_ASK_TIMEOUT_S)
+        except TimeoutError:
+            return m.DurableAnswered(f"no answer within {S3_ASK_TIMEOUT_S:g} s")
+        except DurableStoreError as error:
+            return m.DurableAnswered(error.problem)
+        return m.DurableAnswered()
 
     async def is_newest(self, job: Job, generation: int) -> bool:
         """Whether the register knows no newer generation of the job."""

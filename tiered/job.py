@@ -95,6 +95,8 @@ class Job(Catalogue):
                 return self.repair.repair(now_s)
             case m.ShardUploaded() | m.UploadFailed() | m.ManifestPublished() | m.PublishFailed():
                 return self._flush_event(event, now_s)
+            case m.DurableAnswered():
+                return self.flushes.handle(event, now_s, self.holders_of)
             case m.SaveAsked():
                 return self._save_asked(event, now_s)
             case m.ShardNotStaged(version):

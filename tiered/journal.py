@@ -150,7 +150,9 @@ class Journal:
                 self._stories.setdefault(job, _Story()).s3_problem = ""
                 return self.note(now_s, "durable", "on S3", job=job, version=said.version)
             case m.UploadFailed() | m.PublishFailed():
-                return self._s3_trouble(job, said, now_s)
+                return self._s3_trouble(job, said.reason, now_s, said.version)
+            case m.DurableAnswered():
+                return self._s3_trouble(job, said.problem, now_s) if said.problem else None
             case m.FlushGivenUp():
                 text = f"not flushed to S3: {said.reason}"
                 return self._warn(now_s, "flush_failed", text, job, said.version)
@@ -165,14 +167,14 @@ class Journal:
                 return self._heard_begin(job, said, now_s)
 
     def _s3_trouble(
-        self, job: str, said: m.UploadFailed | m.PublishFailed, now_s: float
+        self, job: str, problem: str, now_s: float, version: Version | None = None
     ) -> Entry | None:
         """Note why S3 cannot be used, once until a step is durable again."""
         story = self._stories.setdefault(job, _Story())
         if story.s3_problem:
             return None
-        story.s3_problem = said.reason
-        return self._warn(now_s, "s3_trouble", f"not on S3 yet: {said.reason}", job, said.version)
+        story.s3_problem = problem
+        return self._warn(now_s, "s3_trouble", f"not on S3 yet: {problem}", job, version)
 
     def _heard_begin(self, job: str, said: m.Event | m.Command, now_s: float) -> Entry | None:
         """The parts of a begin, each with the time since the one before."""

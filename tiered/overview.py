@@ -11,6 +11,7 @@ from typing import Literal
 from replication.placement import explain_placement
 from replication.records import HolderId, Version
 from tiered.config import JobSettings
+from tiered.flush import SILENT_S
 from tiered.history import is_on_branch
 from tiered.job import Job
 
@@ -316,7 +317,7 @@ def _step(job: Job, version: Version, now_s: float, *, with_shards: bool) -> Ste
         degraded_s=0.0 if degraded is None else now_s - degraded.since_s,
         missing_ranks=missing,
         is_durable=version in job.durable,
-        flush=_flush(job, version),
+        flush=_flush(job, version, now_s),
         is_on_branch=is_on_branch(version, job.parents),
         shards=_shards(job, version, world_size) if with_shards else (),
     )
@@ -357,19 +358,19 @@ def _nodes(holders: Iterable[HolderId]) -> tuple[str, ...]:
     return tuple(holder.node_id for holder in holders)
 
 
-def _flush(job: Job, version: Version) -> str:
+def _flush(job: Job, version: Version, now_s: float) -> str:
     flushes = job.flushes
     if flushes.waiting is not None and flushes.waiting.version == version:
         return "waits for the upload before it"
     if (now := flushes.current) is not None and now.version == version:
         tries = ", trying again" if now.last_problem else ""
-        return f"{len(now.uploaded)} of {len(now.ranks)} shards uploaded{tries}"
+        long = f" in {now_s - now.began_s:.0f} s" if now_s - now.began_s >= SILENT_S else ""
+        return f"{len(now.uploaded)} of {len(now.ranks)} shards uploaded{long}{tries}"
     return flushes.given_up.get(version, "")
 
 
 def _s3_problem(job: Job) -> str:
-    flush = job.flushes.current
-    return (flush.last_problem if flush is not None else "") or job.durable_problem or ""
+    return job.flushes.problem or job.flushes.silence or job.durable_problem or ""
 
 
 def _policy(settings: JobSettings, replicas: int) -> str:

@@ -323,7 +323,7 @@ def check_s3(settings: S3) -> list[Check]:
     checks = []
     with closing(S3Store(settings, root)) as store:
         steps: tuple[tuple[str, str, Any], ...] = (
-            ("reach", "check endpoint, region and credentials", lambda: _reaches(store)),
+            ("reach", "check endpoint, region and credentials", store.probe),
             ("create if absent", "allow s3:PutObject", lambda: store.create(key, b"tiered")),
             ("refuse to create twice", "use a store with conditional PUT (If-None-Match)",
              lambda: _refuses_twice(store, key)),
@@ -349,10 +349,6 @@ def check_s3(settings: S3) -> list[Check]:
                     Check(level, f"{settings.uri}: {what}", result, remedy if is_bad else "")
                 )
     return checks
-
-
-def _reaches(store: S3Store) -> None:
-    store.check(is_urgent=True)
 
 
 def _refuses_twice(store: S3Store, key: str) -> bool:

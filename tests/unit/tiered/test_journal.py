@@ -72,6 +72,14 @@ def test_trouble_with_s3_is_told_once_until_a_step_is_durable_again() -> None:
     assert [e.kind for e in journal.entries()] == ["s3_trouble", "durable", "s3_trouble"]
 
 
+def test_an_s3_that_hangs_is_told_once() -> None:
+    journal = Journal()
+    told(journal, *[m.DurableAnswered("no answer")] * 2, m.DurableAnswered())
+    assert [(e.kind, e.weight, e.text) for e in journal.entries()] == [
+        ("s3_trouble", "warning", "not on S3 yet: no answer")
+    ]
+
+
 def test_commits_never_push_a_failure_out_and_everything_is_bounded() -> None:
     journal = Journal()
     journal.note(1.0, "host_lost", "gone", weight="error")

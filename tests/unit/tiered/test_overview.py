@@ -70,6 +70,34 @@ def test_s3_that_fails_is_said_with_how_far_it_is_behind() -> None:
     assert [f.what for f in seen.findings] == ["nothing is on S3 yet, 10 steps behind: it is down"]
 
 
+def test_why_s3_fails_is_said_until_a_step_is_on_it_again() -> None:
+    job = begun(s3=S3_SETTINGS)
+    commit(job, 10)
+    job.handle(m.UploadFailed(Version(1, 10), 0, A, "it is down"), 12.0)
+    commit(job, 20)  # a newer step takes the place of the one that failed
+    seen = job_overview(job, 20.0)
+    assert seen.s3_problem == "it is down"
+    assert [f.what for f in seen.findings] == ["nothing is on S3 yet, 20 steps behind: it is down"]
+    job.handle(m.ShardUploaded(Version(1, 20), 0, record(20)), 21.0)
+    assert job_overview(job, 21.0).s3_problem == "it is down"
+    job.handle(m.ManifestPublished(Version(1, 20), ()), 22.0)
+    assert job_overview(job, 22.0).findings == ()
+
+
+def test_s3_that_hangs_is_said_before_the_upload_ends() -> None:
+    job = begun(s3=S3_SETTINGS)
+    commit(job, 10)
+    assert m.AskDurable() in job.handle(m.Ticked(), 20.0)
+    job.handle(m.DurableAnswered("no answer within 5 s"), 25.0)
+    seen = job_overview(job, 25.0)
+    assert seen.steps[0].flush == "0 of 1 shards uploaded in 15 s"
+    assert [f.what for f in seen.findings] == [
+        "nothing is on S3 yet, 10 steps behind: no answer within 5 s"
+    ]
+    job.handle(m.DurableAnswered(), 30.0)
+    assert job_overview(job, 30.0).findings == ()  # it was only slow
+
+
 def test_hosts_are_judged() -> None:
     assert host_findings([HOST]) == ()
     states = ("lost", "silent", "starting", "refused")

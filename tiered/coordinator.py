@@ -410,9 +410,7 @@ class Coordinator:
     async def _start(self) -> None:
         await self._monitor.start()
         self._spawn(self._beat_forever())
-        self._spawn(
-            self._monitor.run(self._record)
-        )
+        self._spawn(self._monitor.run(self._record))
         await self._until(lambda: self._fleet.members.is_settled, SETTLE_TIMEOUT_S)
         self._leaving |= await asyncio.to_thread(register.leaving_hosts)
         for name in await asyncio.to_thread(register.known_jobs):

@@ -86,7 +86,7 @@ def status(
             with Live(views.status_view(found), console=out, screen=True) as live:
                 while True:
                     time.sleep(WATCH_S)
-                    found = _look(job)
+                    found = tiered.cluster_status(job)
                     live.update(views.status_view(found))
         else:
             out.print(views.status_view(found))
@@ -95,7 +95,8 @@ def status(
 
 
 def _look(job: str | None, *, with_shards: bool = False) -> ClusterStatus:
-    found = tiered.cluster_status(job, with_shards=with_shards)
+    with err.status("asking the coordinator"):
+        found = tiered.cluster_status(job, with_shards=with_shards)
     if job is not None and found.job(job) is None:
         only_job(tiered.cluster_status(), job)  # says which there are
     return found
@@ -276,7 +277,7 @@ def web(
 
 @app.command()
 def up() -> None:
-    """Start the coordinator and a holder on every host of the running Ray cluster."""
+    """Start the coordinator (again, if it hangs) and a holder on every host of the cluster."""
     with speaking():
         holders = checks.start()
     out.print(f"{holders} hosts hold checkpoints; see `tiered status`", highlight=False)

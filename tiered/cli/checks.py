@@ -85,11 +85,14 @@ def _read_durable(job: str, step: StepStatus) -> list[str]:
 def start() -> int:
     """Start the coordinator, and have it start the holders; returns how many run.
 
+    One that hangs is ended, and started again.
+
     Raises:
         ConfigError: No Ray cluster is running.
         DeadlineError: They did not start in time.
     """
-    cluster.attach()
+    if cluster.end_hung_coordinator():
+        err.print("the coordinator did not answer: it is started again", highlight=False)
     timeout_s = START_TIMEOUT_S + SETTLE_TIMEOUT_S
     holders: int = cluster.ask(cluster.coordinator(), "hello", timeout_s=timeout_s)
     return holders

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from replication.release import RELEASE
-from tiered.cli.doctor import (
+from tiered.cli.judgements import (
     HostFacts,
     judge_access,
     judge_agreement,

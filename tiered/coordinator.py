@@ -419,7 +419,24 @@ class Coordinator:
     async def _record(self) -> None:
         for job in self._remembered:
             self._find_durable(job)  # or what S3 has would be unknown until somebody looks
+        await asyncio.gather(*map(self._look_for_trainer, self._remembered))
         await self._monitor.record(self._remembered, self._leaving)
+
+    async def _look_for_trainer(self, job: Job) -> None:
+        """Whether rank 0's process is there, for who looks at a job that stands still."""
+        generation = job.generation
+        claim = job.claims.get(generation)
+        owner = None if claim is None else claim.owner
+        is_there: bool | None = None
+        if owner is not None and job.begin is None:
+            try:
+                holder = next(h for h in job.holders if h.node_id == owner.node_id)
+                is_there = await self._executor.has_trainer(holder, owner)
+            except StopIteration:
+                is_there = False  # its host is lost
+            except Exception:  # noqa: BLE001 - a holder that does not answer is told of elsewhere
+                is_there = None
+        self._monitor.note_trainer(job.name, generation, is_there)
 
     async def _beat_forever(self) -> None:
         while True:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from replication.durable import upload_timeout_s
 from replication.fleet import HEARTBEAT_TIMEOUT_S, Fleet
-from replication.records import HolderId, ShardKey, Version
+from replication.records import HolderId, Owner, ShardKey, Version
 from tiered import messages as m
 from tiered import register
 from tiered.collection import collect, find_garbage
@@ -52,12 +52,15 @@ class Executor:
         """Ask the host of a trainer whether that is there; no answer says that it is not."""
         is_present = False
         try:
-            is_present = await self._fleet.call(
-                command.holder, "has_trainer", HEARTBEAT_TIMEOUT_S, command.owner
-            )
+            is_present = await self.has_trainer(command.holder, command.owner)
         except Exception as error:  # noqa: BLE001 - a new life waits for nobody
             logger.warning("process %d not looked for: %s", command.owner.pid, first_line(error))
         return m.OwnerSought(command.life, command.owner, is_present)
+
+    async def has_trainer(self, holder: HolderId, owner: Owner) -> bool:
+        """Ask a holder whether a trainer of its host is there; raises whatever goes wrong."""
+        is_present: bool = await self._fleet.call(holder, "has_trainer", HEARTBEAT_TIMEOUT_S, owner)
+        return is_present
 
     async def claim(self, job: Job, claim: m.Claim) -> m.Event:
         """Write a generation down in the register, if it is still free.

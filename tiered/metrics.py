@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tiered.overview import ClusterStatus, HostStatus, JobOverview
+from tiered.overview import ClusterStatus, JobOverview
+from tiered.statuses import HostStatus
 
 PREFIX = "ray_"
 

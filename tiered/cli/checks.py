@@ -9,7 +9,8 @@ from replication.records import ActorRef, ShardKey, Version
 from tiered import cluster, recovery
 from tiered.cli.session import err, out
 from tiered.coordinator import SETTLE_TIMEOUT_S, START_TIMEOUT_S
-from tiered.overview import JobOverview, ShardStatus, StepStatus
+from tiered.overview import JobOverview
+from tiered.statuses import ShardStatus, StepStatus
 
 READ_BYTES_PER_S = 50e6  # slower than this counts as hung
 READ_BASE_S = 30.0

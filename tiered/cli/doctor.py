@@ -37,6 +37,7 @@ from tiered.cli.session import err, out
 from tiered.cluster import COORDINATOR_NAME
 from tiered.config import S3
 from tiered.errors import DurableStoreError
+from tiered.monitor import asks_for_token
 from tiered.s3 import S3Store
 from tiered.s3_errors import code_of
 
@@ -78,7 +79,7 @@ def examine(s3: S3 | None, host_bytes: int | None = None, *, with_network: bool)
         checks += judge_room(facts, host_bytes, s3)
     if (detection_s := _detection_s()) is not None:
         checks.append(judge_detection(detection_s))
-    if (asks := _asks_for_token()) is not None:
+    if (asks := asks_for_token()) is not None:
         checks.append(judge_access(asks_for_token=asks))
     if with_network and len(facts) > 1:
         with err.status("measuring the network"):
@@ -172,12 +173,6 @@ def _detection_s() -> float | None:
     if config is None:
         return None
     return float(config.health_check_period_ms() * config.health_check_failure_threshold() / 1000)
-
-
-def _asks_for_token() -> bool | None:
-    """Whether this cluster asks for a token; there is no public call for it."""
-    mode = getattr(ray._raylet, "get_authentication_mode", None)
-    return None if mode is None else bool(mode() == ray._raylet.AuthenticationMode.TOKEN)
 
 
 def _on(node_id: str) -> dict[str, Any]:

@@ -224,6 +224,7 @@ class Coordinator:
             self._feed(job, m.ShardNotStaged(Version(generation, lost)))
         while True:
             if generation < job.generation:
+                self._monitor.refused(version, job)
                 raise FencedError(job_name, generation, job.generation)
             for command in job.handle(m.SaveAsked(version, is_forced), time.monotonic()):
                 if isinstance(command, m.AnswerSave):

@@ -54,6 +54,7 @@ class Monitor:
     def __init__(self, fleet: Fleet) -> None:
         self.journal = Journal()
         self._trainers: dict[str, tuple[int, bool | None]] = {}
+        self._zombies: set[tuple[str, int]] = set()
         self._fleet = fleet
         self._since_s = time.time()
         self._lost: dict[str, float] = {}
@@ -150,6 +151,18 @@ class Monitor:
     def _has_trainer(self, job: Job) -> bool | None:
         generation, is_there = self._trainers.get(job.name, (0, None))
         return is_there if generation == job.generation else None
+
+    def refused(self, version: Version, job: Job) -> None:
+        """A trainer of a generation that was fenced off wants to save; told once for each."""
+        if (job.name, version.generation) in self._zombies:
+            return
+        self._zombies.add((job.name, version.generation))
+        by = "the job was stopped" if job.is_stopped else f"generation {job.generation} goes on"
+        text = f"a trainer that was fenced off still runs, and may save no more: {by}"
+        note = self.journal.note
+        self._log(
+            note(time.time(), "zombie", text, weight="warning", job=job.name, version=version)
+        )
 
     def forgot(self, job: str) -> None:
         """Somebody had everything of a job let go of."""

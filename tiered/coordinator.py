@@ -7,6 +7,7 @@ parents), the holders' inventories, and one listing of S3.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable
@@ -429,14 +430,13 @@ class Coordinator:
         claim = job.claims.get(generation)
         owner = None if claim is None else claim.owner
         is_there: bool | None = None
-        if owner is not None and job.begin is None:
-            try:
-                holder = next(h for h in job.holders if h.node_id == owner.node_id)
+        if owner is None or job.begin is not None:
+            pass
+        elif (holder := self._fleet.members.holder_on(owner.node_id)) is not None:
+            with contextlib.suppress(Exception):  # a holder that is silent is told of elsewhere
                 is_there = await self._executor.has_trainer(holder, owner)
-            except StopIteration:
-                is_there = False  # its host is lost
-            except Exception:  # noqa: BLE001 - a holder that does not answer is told of elsewhere
-                is_there = None
+        elif owner.node_id not in self._fleet.members.domains:
+            is_there = False  # its host is lost
         self._monitor.note_trainer(job.name, generation, is_there)
 
     async def _beat_forever(self) -> None:

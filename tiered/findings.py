@@ -71,10 +71,6 @@ def host_findings(hosts: Iterable[HostStatus]) -> tuple[Finding, ...]:
             case "lost":
                 remedy = "nothing to do but to add a host if the policy needs one"
                 found.append(Finding("info", f"{who} was lost", remedy))
-            case "up" if host.is_leaving:
-                remedy = "take it away; to keep the machine, start Ray on it anew"
-                what = f"{who} was said to go away: its copies count no more"
-                found.append(Finding("info", what, remedy))
             case "up" if host.capacity_bytes == 0:
                 remedy = "start Ray there with --object-store-memory"
                 found.append(Finding("warning", f"{who} has no object store", remedy))
@@ -83,6 +79,10 @@ def host_findings(hosts: Iterable[HostStatus]) -> tuple[Finding, ...]:
                 remedy = "start Ray with a larger --object-store-memory, or lower Memory(keep=...)"
                 what = f"{who} has {share:.0f} % of its checkpoint memory in use"
                 found.append(Finding("warning", what, remedy))
+        if host.is_leaving and host.state == "up":
+            remedy = "take it away; to keep the machine, start Ray on it anew"
+            what = f"{who} was said to go away: its copies count no more"
+            found.append(Finding("info", what, remedy))
     return sorted_findings(found)
 
 

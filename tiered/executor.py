@@ -178,11 +178,15 @@ class Executor:
         try:
             await self._ask_s3(store.check)  # while S3 is down no holder is bothered
         except DurableStoreError as error:
-            return m.UploadFailed(version, rank, holder, first_line(error))
+            return m.UploadFailed(version, rank, holder, error.problem)
         try:
             record = await self._fleet.call(holder, "upload", timeout_s, *args)
         except Exception as error:  # noqa: BLE001 - the core decides who tries next
             reason, cause = first_line(error), getattr(error, "cause", None) or error
+            if isinstance(cause, TimeoutError):
+                reason = f"host {holder.node_id[:8]} did not upload its shard in {timeout_s:.0f} s"
+            elif isinstance(cause, DurableStoreError):
+                reason = cause.problem
             if isinstance(cause, DurableStoreDownError):
                 store.report(cause.problem)
             elif reason != self._upload_problem:  # once for each, not for each rank

@@ -179,7 +179,10 @@ def _s3_findings(
     behind = 0 if newest is None else newest.step - (0 if durable is None else durable)
     if not problem and behind < S3_LATE * s3.every_steps:
         return []
-    at = "nothing is on S3 yet" if durable is None else f"step {durable} is the newest on S3"
+    if durable is not None:
+        at = f"step {durable} is the newest on S3"
+    else:
+        at = "it is not known what is on S3" if job.durable_problem else "nothing is on S3 yet"
     remedy = (
         "memory saves go on; check the store, and the hosts' way to it and credentials: "
         f"`tiered doctor --s3 {s3.uri}`"

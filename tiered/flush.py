@@ -19,7 +19,7 @@ from replication.records import HolderId, ShardRecord, Version
 from tiered import messages as m
 
 BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
-SILENT_S = 10.0
+SILENT_S, ASK_AGAIN_S = 5.0, 10.0
 REMEMBERED = 64  # given-up steps whose reason is still told
 
 
@@ -58,7 +58,7 @@ class FlushQueue:
         self.publishing: set[Version] = set()  # asked for and not answered, given up or not
         self.problem = ""
         self.silence = ""
-        self._asked_s = -SILENT_S
+        self._asked_s = -ASK_AGAIN_S
 
     @property
     def versions(self) -> tuple[Version, ...]:
@@ -135,7 +135,7 @@ class FlushQueue:
         if self.current is None:
             self.silence = ""
             return []
-        if now_s - max(self.current.moved_s, self._asked_s) < SILENT_S:
+        if now_s - self.current.moved_s < SILENT_S or now_s - self._asked_s < ASK_AGAIN_S:
             return []
         self._asked_s = now_s
         return [m.AskDurable()]

@@ -302,7 +302,8 @@ def recover(
 ) -> None:
     """Say what a restore would read now: the step, and for each rank from where."""
     with speaking():
-        found = tiered.recover(job, s3=s3_of(s3), step=step, before=before)
+        with err.status("looking for the newest whole step"):
+            found = tiered.recover(job, s3=s3_of(s3), step=step, before=before)
         head = f"step {found.step} (generation {found.generation}), {found.world_size} ranks, "
         out.print(head + views.size_text(found.size_bytes), style="bold", highlight=False)
         for rank, places in list(found.sources.items())[: views.RANKS_SHOWN]:
@@ -360,7 +361,7 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing.")] = False,
 ) -> None:
     """Delete what a job has on S3 and nobody needs: orphans, and steps older than those to keep."""
-    with speaking():
+    with speaking(), err.status("asking S3"):
         plan = tiered.collect_garbage(
             job, s3=s3_of(s3), keep=keep, grace_s=3600 * grace_h, dry_run=dry_run
         )

@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -20,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from replication.holder import NAMESPACE
 from tiered import cluster
+from tiered.cli.checks import in_a_hurry
 from tiered.cli.judgements import (
     Check,
     HostFacts,
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 TASK_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 5.0
-S3_TIMEOUT_S = 10.0
 SPEED_BYTES = 64 << 20
 SPEED_TIMEOUT_S = 20.0
 
@@ -95,9 +94,11 @@ def report(checks: Iterable[Check]) -> None:
     found = list(checks)
     for check in found:
         out.print(f"{MARKS[check.level]} ", style=STYLES[check.level], end="")
-        out.print(f"{check.subject}: {check.result}", highlight=False, markup=False)
+        plain: dict[str, bool] = {"highlight": False, "markup": False}
+        plain["soft_wrap"] = not out.is_terminal  # whoever reads it line by line has whole ones
+        out.print(f"{check.subject}: {check.result}", **plain)
         if check.remedy:
-            out.print(f"  → {check.remedy}", style="dim", highlight=False, markup=False)
+            out.print(f"  → {check.remedy}", style="dim", **plain)
     problems = sum(check.is_problem for check in found)
     notes = sum(check.level == "note" for check in found)
     text = f"{len(found)} checks, {problems} problems, {notes} notes"
@@ -118,10 +119,7 @@ def check_s3(settings: S3) -> list[Check]:
         f"the probe stays at {settings.uri}/{root}"
     )
     checks = []
-    hasty = replace(  # one answer is enough, and nobody waits for minutes
-        settings, max_attempts=1, read_timeout_s=min(S3_TIMEOUT_S, settings.read_timeout_s)
-    )
-    with closing(S3Store(hasty, root)) as store:
+    with closing(S3Store(in_a_hurry(settings), root)) as store:
         steps: tuple[tuple[str, str, Any], ...] = (
             ("reach", "check endpoint, region and credentials", lambda: _reaches(store)),
             ("create if absent", "allow s3:PutObject", lambda: store.create(key, b"tiered")),

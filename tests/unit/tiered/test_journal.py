@@ -80,6 +80,19 @@ def test_an_s3_that_hangs_is_told_once() -> None:
     ]
 
 
+def test_steps_that_do_not_reach_s3_are_one_entry_for_a_while() -> None:
+    journal = Journal()
+    for number in range(500):
+        given_up = m.FlushGivenUp(Version(1, 10 * number), f"step {10 * number + 10} is newer")
+        journal.heard("job", given_up, 100.0 + number)
+    assert [(e.at_s, e.step, e.text) for e in journal.entries()] == [
+        (100.0, None,
+         "301 steps (0 to 3000) not flushed to S3; the last: step 3010 is newer"),
+        (401.0, None,
+         "199 steps (3010 to 4990) not flushed to S3; the last: step 5000 is newer"),
+    ]  # fmt: skip
+
+
 def test_commits_never_push_a_failure_out_and_everything_is_bounded() -> None:
     journal = Journal()
     journal.note(1.0, "host_lost", "gone", weight="error")

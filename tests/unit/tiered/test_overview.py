@@ -86,6 +86,14 @@ def test_why_s3_fails_is_said_until_a_step_is_on_it_again() -> None:
     assert job_overview(job, 22.0).findings == ()
 
 
+def test_what_s3_has_may_not_be_known() -> None:
+    job = begun(s3=S3_SETTINGS)
+    commit(job, 10)
+    job.durable_problem = "S3 was not listed yet"
+    (finding,) = job_overview(job, 12.0).findings
+    assert finding.what == ("it is not known what is on S3, 10 steps behind: S3 was not listed yet")
+
+
 def test_s3_that_hangs_is_said_before_the_upload_ends() -> None:
     job = begun(s3=S3_SETTINGS)
     commit(job, 10)

@@ -44,7 +44,7 @@ from tiered.s3_errors import code_of
 if TYPE_CHECKING:
     from replication.records import ActorRef
 
-TASK_TIMEOUT_S = 30.0
+TASK_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 5.0
 SPEED_BYTES = 64 << 20
 SPEED_TIMEOUT_S = 20.0

@@ -34,8 +34,8 @@ from tiered.cli.judgements import (
     merged,
 )
 from tiered.cli.session import err, out
-from tiered.cluster import COORDINATOR_NAME
 from tiered.config import S3
+from tiered.coordinator import COORDINATOR_NAME
 from tiered.errors import DurableStoreError
 from tiered.monitor import asks_for_token
 from tiered.s3 import S3Store
@@ -94,11 +94,12 @@ def report(checks: Iterable[Check]) -> None:
     found = list(checks)
     for check in found:
         out.print(f"{MARKS[check.level]} ", style=STYLES[check.level], end="")
-        plain: dict[str, bool] = {"highlight": False, "markup": False}
-        plain["soft_wrap"] = not out.is_terminal  # whoever reads it line by line has whole ones
-        out.print(f"{check.subject}: {check.result}", **plain)
-        if check.remedy:
-            out.print(f"  → {check.remedy}", style="dim", **plain)
+        lines = [f"{check.subject}: {check.result}"]
+        lines += [f"  → {check.remedy}"] if check.remedy else []
+        for line, style in zip(lines, ("", "dim"), strict=False):
+            # Whoever reads it line by line has whole ones.
+            is_soft = not out.is_terminal
+            out.print(line, style=style, highlight=False, markup=False, soft_wrap=is_soft)
     problems = sum(check.is_problem for check in found)
     notes = sum(check.level == "note" for check in found)
     text = f"{len(found)} checks, {problems} problems, {notes} notes"

@@ -7,6 +7,7 @@ parents), the holders' inventories, and one listing of S3.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable
@@ -224,6 +225,7 @@ class Coordinator:
             self._feed(job, m.ShardNotStaged(Version(generation, lost)))
         while True:
             if generation < job.generation:
+                self._monitor.refused(version, job)
                 raise FencedError(job_name, generation, job.generation)
             for command in job.handle(m.SaveAsked(version, is_forced), time.monotonic()):
                 if isinstance(command, m.AnswerSave):
@@ -410,13 +412,32 @@ class Coordinator:
     async def _start(self) -> None:
         await self._monitor.start()
         self._spawn(self._beat_forever())
-        self._spawn(
-            self._monitor.run(lambda: self._monitor.record(self._remembered, self._leaving))
-        )
+        self._spawn(self._monitor.run(self._record))
         await self._until(lambda: self._fleet.members.is_settled, SETTLE_TIMEOUT_S)
         self._leaving |= await asyncio.to_thread(register.leaving_hosts)
         for name in await asyncio.to_thread(register.known_jobs):
             await self._job(name)
+
+    async def _record(self) -> None:
+        for job in self._remembered:
+            self._find_durable(job)  # or what S3 has would be unknown until somebody looks
+        await asyncio.gather(*map(self._look_for_trainer, self._remembered))
+        await self._monitor.record(self._remembered, self._leaving)
+
+    async def _look_for_trainer(self, job: Job) -> None:
+        """Whether rank 0's process is there, for who looks at a job that stands still."""
+        generation = job.generation
+        claim = job.claims.get(generation)
+        owner = None if claim is None else claim.owner
+        is_there: bool | None = None
+        if owner is None or job.begin is not None:
+            pass
+        elif (holder := self._fleet.members.holder_on(owner.node_id)) is not None:
+            with contextlib.suppress(Exception):  # a holder that is silent is told of elsewhere
+                is_there = await self._executor.has_trainer(holder, owner)
+        elif owner.node_id not in self._fleet.members.domains:
+            is_there = False  # its host is lost
+        self._monitor.note_trainer(job.name, generation, is_there)
 
     async def _beat_forever(self) -> None:
         while True:
@@ -559,6 +580,8 @@ class Coordinator:
                 self._follow(job, self._executor.upload(job, command))
             case m.PublishManifest():
                 self._follow(job, self._executor.publish(job, command))
+            case m.AskDurable():
+                self._follow(job, self._executor.ask_durable(job))
             case m.FenceNewHolder():
                 self._tell(command.holder, "fence", job.name, command.generation)
             case m.SetBuddies():

@@ -95,6 +95,8 @@ class Job(Catalogue):
                 return self.repair.repair(now_s)
             case m.ShardUploaded() | m.UploadFailed() | m.ManifestPublished() | m.PublishFailed():
                 return self._flush_event(event, now_s)
+            case m.DurableAnswered():
+                return self.flushes.handle(event, now_s, self.holders_of)
             case m.SaveAsked():
                 return self._save_asked(event, now_s)
             case m.ShardNotStaged(version):
@@ -279,6 +281,8 @@ class Job(Catalogue):
         copies = min(self.copies_that_commit(version, rank) for rank in self.copies[version])
         is_degraded = copies < 1 + self.replicas
         self.commits[version] = is_degraded
+        if version not in self.found:
+            self.committed_s = now_s
         self.found.discard(version)
         self.admissions.settle(version.step)
         size = sum(s.record.plan.size_bytes for s in self.sources(version))

@@ -322,8 +322,8 @@ class Coordinator(Process):
                     self._tell("drop_step", holder, command.version)
             case m.ReadManifests():
                 self._read_manifests(command.versions)
-            case m.PolicyMissed() | m.PolicyMet() | m.AnswerSave():
-                pass
+            case m.PolicyMissed() | m.PolicyMet() | m.AnswerSave() | m.AskDurable():
+                pass  # nothing is decided by them
             case _:
                 assert_never(command)
 

@@ -16,6 +16,7 @@ from tiered.errors import StateError
 from tiered.step_index import listed
 
 CAST = "StorageReader(..., cast=True) converts it"
+MISSING, SIZES = "Missing key in checkpoint", "Size mismatch"  # DCP's words: programs look for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,9 @@ class Conflicts:
             also = f"; {listed(self.problems)}" if self.problems else ""
             raise StateError(
                 self.missing[0],
-                f"the state has keys that were not saved: {list(self.missing)}; saved but not in "
-                f"the state: {list(self.unexpected)}; leave them out of the state, or pass "
-                f"planner=DefaultLoadPlanner(allow_partial_load=True){also}",
+                f"{MISSING}: the state has keys that were not saved: {list(self.missing)}; saved "
+                f"but not in the state: {list(self.unexpected)}; leave them out of the state, or "
+                f"pass planner=DefaultLoadPlanner(allow_partial_load=True){also}",
             )
         if self.problems:
             raise StateError(next(iter(self.problems)), listed(self.problems))
@@ -80,7 +81,8 @@ def _problem(value: Any, saved: Any, *, may_cast: bool) -> str:
         if not is_tensor:
             return f"was saved as a tensor, and is a {type(value).__name__}"
         if tuple(saved.size) != tuple(value.size()):
-            return f"was saved with shape {list(saved.size)}, and has {list(value.size())}"
+            shapes = f"was saved with shape {list(saved.size)}, and has {list(value.size())}"
+            return f"{shapes} ({SIZES})"
         if not may_cast:
             return of_dtype(saved.properties.dtype, value.dtype)
         return ""

@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.storage import StorageWriter as DcpStorageWrit
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from tiered import conflicts, torch_versions
+from tiered import conflicts, host_copy, torch_versions
 from tiered.boxes import Box, whole
 from tiered.checkpointer import Checkpointer
 from tiered.config import check_step
@@ -58,7 +58,7 @@ from tiered.restore import Filled
 from tiered.saved_step import SavedStep
 from tiered.step_index import Entry, StepIndex, listed, merged
 from tiered.tensor_reads import Wanted, read_tensors
-from tiered.tree import Array, TensorRef, check_makable, leaves, materialise
+from tiered.tree import Array, TensorRef, check_all_makable, leaves, materialise
 
 CheckpointId = str | PathLike[str]
 
@@ -138,7 +138,7 @@ class StorageWriter(DcpStorageWriter):
             TieredError: It could not be saved.
         """
         if not self._is_step_given:
-            return torch_versions.copied(state_dict)
+            return host_copy.copied(state_dict)
         self._save(state_dict)
         self._is_staged = True
         return {}
@@ -342,8 +342,7 @@ class StorageReader(DcpStorageReader):
             for item in plan.items
             if item.type == LoadItemType.BYTE_IO
         }
-        for key in values:
-            check_makable(self._subtree(key), self._paths[key])
+        check_all_makable((self._paths[key], self._subtree(key)) for key in values)
         wanted = [one for _, _, one in tensors]
         wanted += [one for parts in values.values() for one in parts.values()]
         if self._world_size != saved.world_size:

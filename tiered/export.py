@@ -38,7 +38,6 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.serialization import skip_data
 
 from replication.errors import TieredError
@@ -182,7 +181,7 @@ def write_torch(step: WholeStep, path: Path) -> list[Path]:
         with skip_data(materialize_fake_tensors=True):
             torch.save(state, partial)
         try:
-            with skip_data():
+            with FakeTensorMode():
                 torch.load(partial, weights_only=True)
         except Exception as error:
             raise StateError(
@@ -298,7 +297,7 @@ def write_dcp(step: WholeStep, folder: Path) -> list[Path]:
     with _folder(folder) as partial:
         writer = FileSystemWriter(partial, thread_count=1)
         with calling_dcp(f"{folder} cannot be written"):
-            dcp_save({}, storage_writer=writer, planner=_Planner(step), no_dist=True)
+            torch_versions.save_alone(writer, _Planner(step))
         names = sorted(path.name for path in partial.iterdir())
     return [folder / name for name in names]
 
@@ -308,7 +307,7 @@ def calling_dcp(what: str) -> Iterator[None]:
     """DCP's errors as ours: its own is a BaseException around each rank's; and no warning."""
     try:
         with warnings.catch_warnings():
-            # that there is no process group, which no_dist=True has said already
+            # that there is no process group, which was said already
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
     except CheckpointException as error:

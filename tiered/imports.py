@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from tiered import torch_versions
 from tiered.boxes import strides
@@ -288,6 +287,6 @@ def _read_dcp(folder: Path, scratch: Path) -> dict[Any, Any]:
         )
     with calling_dcp(f"{folder} cannot be read"):
         planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        dcp_load(flat, storage_reader=reader, planner=planner, no_dist=True)
+        torch_versions.load_alone(flat, reader, planner)
     paths = metadata.planner_data
     return torch_versions.nested(flat, paths) if paths else flat

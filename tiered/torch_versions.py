@@ -1,14 +1,18 @@
 """Where releases of torch differ, found out by looking; nothing else here asks for a version."""
 
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 try:
     from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+    from torch.distributed._shard.sharded_tensor.shard import Shard
 
     SHARDED_TENSORS: tuple[type, ...] = (ShardedTensor,)
 except ImportError:  # it is deprecated
@@ -40,6 +44,14 @@ def local_parts(value: Any) -> tuple[list[tuple[torch.Tensor, tuple[int, ...]]],
     return parts, shape
 
 
+def copied_sharded(value: Any) -> Any:
+    """A ShardedTensor in memory of its own."""
+    shards = [Shard(part.tensor.clone(), part.metadata) for part in value.local_shards()]
+    return type(value)._init_from_local_shards_and_global_metadata(
+        shards, value.metadata(), process_group=value._process_group
+    )
+
+
 FRAMES = 8  # between `dcp.load` and the storage that it calls
 
 
@@ -66,14 +78,21 @@ def _plans_as_default(planner: DefaultLoadPlanner) -> bool:
     return all(getattr(type(planner), name) is getattr(DefaultLoadPlanner, name) for name in names)
 
 
-def copied(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a state on the CPU, as `dcp.async_save` makes one."""
-    from torch.distributed.checkpoint import staging
+def save_alone(writer: StorageWriter, planner: SavePlanner) -> None:
+    """`dcp.save` of what a planner gives, by this process alone, be it a rank or not."""
+    from torch.distributed.checkpoint import state_dict_saver as saver
 
-    stager: staging.AsyncStager
-    try:
-        stager = staging.DefaultStager(staging.StagingOptions(False, False, False, False))
-    except AttributeError:  # before torch 2.9
-        stager = staging.BlockingAsyncStager()
-    copy: Any = stager.stage(state)
-    return dict(copy)
+    if "no_dist" in inspect.signature(saver.save).parameters:
+        saver.save({}, storage_writer=writer, planner=planner, no_dist=True)
+    else:  # as torch 2.6
+        saver._save_state_dict({}, writer, planner=planner, no_dist=True)
+
+
+def load_alone(state: dict[str, Any], reader: StorageReader, planner: LoadPlanner) -> None:
+    """`dcp.load` by this process alone, be it a rank or not."""
+    from torch.distributed.checkpoint import state_dict_loader as loader
+
+    if "no_dist" in inspect.signature(loader.load).parameters:
+        loader.load(state, storage_reader=reader, planner=planner, no_dist=True)
+    else:  # as torch 2.6
+        loader._load_state_dict(state, reader, planner=planner, no_dist=True)

@@ -5,10 +5,11 @@ nothing: a tree may come from S3, and nothing in it is unpickled unless the user
 """
 
 import io
+import itertools
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -276,13 +277,19 @@ def unmakable(tree: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
             yield from unmakable(value, (*path, index))
 
 
-def check_makable(tree: Any, path: Path = ()) -> None:
+def check_makable(tree: Any) -> None:
     """Refuse a tree that `materialise` could not make values of.
 
     Raises:
         StateError: It holds values of types that are not registered here; names all their keys.
     """
-    if problems := {dotted(where): problem for where, problem in unmakable(tree, path)}:
+    check_all_makable([((), tree)])
+
+
+def check_all_makable(trees: Iterable[tuple[Path, Any]]) -> None:
+    """The same for several parts of a tree, with the path of each; one error for all of them."""
+    found = itertools.chain.from_iterable(unmakable(tree, path) for path, tree in trees)
+    if problems := {dotted(where): problem for where, problem in found}:
         text = "; ".join(f"{where}: {problem}" for where, problem in problems.items())
         raise StateError(next(iter(problems)), text)
 

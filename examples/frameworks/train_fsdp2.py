@@ -8,7 +8,6 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -25,22 +24,7 @@ fully_shard(model, mesh=mesh)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 torch.manual_seed(1 + rank)
 
-
-class Sharded:
-    """The model and its optimizer, each rank's part; the optimizer's from before its first step."""
-
-    def state_dict(self) -> dict:
-        """Names to DTensors."""
-        parts = get_state_dict(model, optimizer)
-        return dict(zip(("model", "optimizer"), parts, strict=True))
-
-    def load_state_dict(self, state: dict) -> None:
-        """Into both of them."""
-        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        set_state_dict(model, optimizer, **parts)
-
-
-state = {"train": Sharded(), "rng": tiered.RngState()}
+state = {"model": model, "optimizer": optimizer, "rng": tiered.RngState()}
 with tiered.Checkpointer(os.environ.get("JOB", "fsdp2"), tiered.Memory(every_steps=5)) as ckpt:
     start = ckpt.restore(state)
     for step in range(start, 30):

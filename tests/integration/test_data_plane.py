@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 
 import pytest
 import ray
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 
 import tiered
 from chaos.local_cluster import LocalCluster
 from replication.holder import NAMESPACE, Traffic, holder_name
+from replication.sink import Sink
 from tests.integration.trainers import MIB, is_same, make_state, start_trainers
 from tiered.coordinator import COORDINATOR_NAME
+from tiered.fetch import HolderTier
 
 pytestmark = pytest.mark.cluster
 
@@ -177,3 +182,43 @@ def test_a_job_may_choose_rays_transport(cluster: LocalCluster, job: str, port: 
     for one, other in zip(before, traffic(cluster.hosts), strict=True):
         assert (other.received["tcp"], other.sent) == (one.received["tcp"], one.sent)
     end(cluster, actors)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_hosts_that_die_in_the_middle_of_a_load(
+    cluster: LocalCluster, job: str, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One costs nothing, as another has a copy; with the last copy the load says what changed."""
+    read_into, lock = HolderTier.read_into, threading.Lock()
+    left = 0  # reads before hosts die
+    deaths = 0  # how many may
+
+    def deadly(tier: HolderTier, index: int, sink: Sink) -> None:
+        nonlocal left, deaths
+        with lock:
+            left -= 1
+            host = tier._holder.node_id
+            if left < 0 < deaths and host in cluster.hosts:
+                deaths -= 1
+                cluster.kill_host(host)
+        read_into(tier, index, sink)
+
+    monkeypatch.setattr(HolderTier, "read_into", deadly)
+    actors = start_trainers(cluster.hosts[-2:], port)
+    begin(actors, job)
+    save(actors, 1)
+    end(cluster, actors)
+    expected, state = make_state(10, STATE_BYTES), make_state(7, STATE_BYTES)
+    left, deaths = 2, 1
+    dcp.load(state, storage_reader=tiered.StorageReader(tiered.recover(job)))
+    assert deaths == 0
+    assert is_same({key: state[key] for key in expected}, expected)
+
+    state = make_state(7, STATE_BYTES)
+    left, deaths = 2, 99
+    with pytest.raises(CheckpointException) as caught:
+        dcp.load(state, storage_reader=tiered.StorageReader(tiered.recover(job)))
+    (problem, _), *_ = caught.value.failures.values()
+    assert isinstance(problem, tiered.StepNotFoundError)
+    assert "may have been overwritten: count, half, weight" in str(problem)
+    assert state["nested"] == make_state(7, STATE_BYTES)["nested"]

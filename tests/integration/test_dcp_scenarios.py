@@ -341,8 +341,9 @@ def training(
 ) -> tuple[dict[str, Any], Callable[[int], list[float]]]:
     net: Any = Model()
     if kind == "fsdp1":
+        mesh = init_device_mesh("cpu", (world_size,))
         net = FullyShardedDataParallel(
-            net, device_mesh=init_device_mesh("cpu", (world_size,)), use_orig_params=True
+            net, device_mesh=mesh, device_id=torch.device("cpu"), use_orig_params=True
         )
     elif kind == "fsdp2":
         fully_shard(net)

@@ -37,7 +37,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 def cluster() -> Iterator[LocalCluster]:
     with pytest.MonkeyPatch.context() as patch:  # the processes here are the head's
         patch.setattr("chaos.local_cluster.HEAD_STORE_BYTES", 800 << 20)
-        with LocalCluster(hosts=1, object_store_bytes=150 << 20) as running:
+        with LocalCluster(hosts=1, cpus_per_host=2, object_store_bytes=150 << 20) as running:
             yield running
 
 
@@ -110,6 +110,28 @@ def test_a_killed_trainer_goes_on_bit_for_bit(
     assert before == undisturbed[: len(before)]
     assert len(before) >= KILL_AT - 1
     assert after == undisturbed[10:]
+
+
+def test_a_killed_worker_of_ray_train_goes_on_bit_for_bit(
+    start: Start, tmp_path: Path, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps that are run twice, before and after the resume, have the same losses."""
+    profile = tiered.ray_train.fast_recovery().environment
+    settings = {**profile, "RAY_TRAIN": "1", "RAY_DEDUP_LOGS": "0", "STORAGE": str(tmp_path)}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    script = str(EXAMPLES / "train_ray.py")
+    process = start([str(KILLED), str(tmp_path / "mark"), str(KILL_AT), script], job)
+    out, problems = process.communicate(timeout=150)
+    assert process.returncode == 0, problems[-6000:]
+    assert "failures: 1, lost steps: 3" in out
+    losses: dict[str, dict[int, str]] = {}
+    for pid, step, loss in re.findall(r"pid=(\d+).*\bstep (\d+) loss (\S+)$", out, re.MULTILINE):
+        losses.setdefault(pid, {})[int(step)] = loss
+    first, second = losses.values()
+    assert list(first) == list(range(KILL_AT - 1))
+    assert min(second) == 11
+    assert [first[step] for step in range(11, 13)] == [second[step] for step in range(11, 13)]
 
 
 class AnonymousMemory:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import enum
+import inspect
 import pickle
 import re
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ from tiered.saved_step import SavedStep
 
 README = Path(__file__).parents[3] / "README.md"
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 
 class Memory:
@@ -186,8 +187,14 @@ CLEAN = {"a": torch.zeros(2), "b": torch.zeros(3), "n": {"x": torch.zeros(4), "y
 @pytest.mark.parametrize(
     ("change", "options", "named"),
     [
-        ({"c": torch.zeros(1), "d": {"e": 1, "f": torch.zeros(2)}}, {}, ["c", "d.e", "d.f", "z"]),
-        ({"a": torch.zeros(5), "b": torch.zeros(2, 2)}, {}, ["a: was saved with shape [2]", "b:"]),
+        (
+            {"c": torch.zeros(1), "d": {"e": 1, "f": torch.zeros(2)}}, {},
+            ["c", "d.e", "d.f", "z", "Missing key in checkpoint"],  # as torch's planner has it
+        ),
+        (
+            {"a": torch.zeros(5), "b": torch.zeros(2, 2)}, {},
+            ["a: was saved with shape [2]", "b:", "Size mismatch"],
+        ),
         (
             {"a": torch.zeros(2).half(), "n": {"x": torch.zeros(4).double(), "y": 1}}, {},
             ["a: was saved as torch.float32, and is torch.float16", "n.x:", "cast=True"],
@@ -312,6 +319,10 @@ def test_a_planner_may_write_several_parts_of_a_tensor(memory: Any) -> None:
     assert_same(state, saved)
 
 
+@pytest.mark.skipif(
+    "enable_plan_caching" not in inspect.signature(DefaultSavePlanner).parameters,
+    reason="this torch caches no plans",
+)
 def test_plan_caching_saves_the_new_values(memory: Any) -> None:
     try:
         for step in range(3):
@@ -335,7 +346,7 @@ def test_the_writer_is_the_stager_and_training_may_go_on(memory: Any) -> None:
     writer = tiered.StorageWriter(memory, 7, until="replicated")
     assert isinstance(writer, AsyncStager)
     state = {"x": torch.ones(3), "n": 1}
-    future = dcp.async_save(state, storage_writer=writer, no_dist=True)
+    future = dcp.async_save(state, storage_writer=writer)
     state["x"].zero_()  # type: ignore[attr-defined]
     future.result(timeout=60)  # type: ignore[union-attr]
     assert writer.handle is not None
@@ -348,16 +359,15 @@ def test_async_save_takes_the_step_from_the_checkpoint_id(memory: Any) -> None:
     writer = tiered.StorageWriter(memory)
     for step in (5, 6):
         state = {"x": torch.full((3,), float(step)), "n": [step]}
-        future = dcp.async_save(
-            state, checkpoint_id=f"run/step-{step}", storage_writer=writer, no_dist=True
-        )
+        future = dcp.async_save(state, checkpoint_id=f"run/step-{step}", storage_writer=writer)
         state["x"].zero_()  # type: ignore[attr-defined]
         state["n"][0] = 0  # type: ignore[index]
         future.result(timeout=60)  # type: ignore[union-attr]
     for step in (5, 6):
         state = {"x": torch.zeros(3), "n": [0]}
         dcp.load(state, storage_reader=tiered.StorageReader(memory, step))
-        assert_same(state, {"x": torch.full((3,), float(step)), "n": [step]})
+        expected = {"x": torch.full((3,), float(step)), "n": [step]}
+        assert_same({key: state[key] for key in expected}, expected)
 
 
 def test_async_save_says_what_it_cannot_do(memory: Any) -> None:
@@ -365,7 +375,6 @@ def test_async_save_says_what_it_cannot_do(memory: Any) -> None:
         {"x": torch.ones(1)},
         storage_writer=tiered.StorageWriter(memory, 1),
         planner=HalfPlanner(),
-        no_dist=True,
     )
     with pytest.raises(BaseException, match="HalfPlanner was not asked"):
         future.result(timeout=60)  # type: ignore[union-attr]
@@ -377,7 +386,7 @@ def test_only_what_is_staged_goes_to_another_process(memory: Any) -> None:
         pickle.dumps(writer)
     writer.stage({"x": torch.ones(1)})
     there = pickle.loads(pickle.dumps(writer))  # noqa: S301
-    dcp.save({}, storage_writer=there, no_dist=True)
+    dcp.save({}, storage_writer=there)
     assert list(memory.steps) == [1]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 from tests.unit.tiered.fake_shard import assert_same
 from tests.unit.tiered.test_export import make_state, whole_of
@@ -16,7 +17,7 @@ from tiered.errors import ConfigError, StateError
 from tiered.export import write_dcp, write_safetensors
 from tiered.imports import format_of, import_step, opened
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 
 def read(path: Path) -> dict[Any, Any]:
@@ -45,7 +46,7 @@ def test_a_file_of_torch_save(tmp_path: Path) -> None:
 
 def test_a_dcp_directory_of_stock_dcp_and_of_our_export(tmp_path: Path) -> None:
     state = make_state()
-    dcp.save(state, checkpoint_id=tmp_path / "stock", no_dist=True)
+    dcp.save(state, checkpoint_id=tmp_path / "stock")
     write_dcp(whole_of(state), tmp_path / "ours")
     for name in ("stock", "ours"):
         found = read(tmp_path / name)
@@ -53,6 +54,19 @@ def test_a_dcp_directory_of_stock_dcp_and_of_our_export(tmp_path: Path) -> None:
         assert_same({n: found["model"][n] for n in state["model"]}, state["model"])
         assert found["epoch"] == 3
         assert found["optimizer"]["param_groups"][0]["lr"] == 0.1
+
+
+def test_the_same_with_a_torch_whose_save_and_load_know_no_no_dist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collective(*_: Any, **__: Any) -> None:
+        raise AssertionError("would wait for other ranks")
+
+    monkeypatch.setattr(state_dict_saver, "save", collective)
+    monkeypatch.setattr(state_dict_loader, "load", collective)
+    write_dcp(whole_of(make_state()), tmp_path / "ours")
+    found, expected = read(tmp_path / "ours")["model"], make_state()["model"]
+    assert_same({name: found[name] for name in expected}, expected)
 
 
 def test_nothing_is_unpickled_but_weights(tmp_path: Path) -> None:

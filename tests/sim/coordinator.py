@@ -342,11 +342,17 @@ class Coordinator(Process):
         """
 
         def confirmed(newest: int) -> None:
-            order = (command.generation, command.below, command.pinned, command.branch)
-            for holder in command.holders if newest == command.generation else ():
-                self._tell("collect", holder, *order)
+            if newest == command.generation:
+                self.order(command)
 
         self._register(self.world.claimed_generation, confirmed)
+
+    def order(self, command: m.CollectBelow) -> None:
+        """Tell holders to collect."""
+        self.world.oracle.ordered(command.generation)
+        order = (command.generation, command.below, command.pinned, command.branch)
+        for holder in command.holders:
+            self._tell("collect", holder, *order)
 
     def _release(self, command: m.ReleaseCopies) -> None:
         """Have copies too many dropped; see `collect`."""
@@ -414,6 +420,10 @@ class Coordinator(Process):
 
         self.world.oracle.asked(claim.generation)
 
+        def create() -> bool:
+            self.world.oracle.claimed(claim.generation)
+            return self.world.register.create(key, data)
+
         def created(is_ours: bool) -> None:
             if not is_ours or claim.settings.s3 is None:
                 self.feed(m.GenerationClaimed(claim.generation, is_ours))
@@ -424,7 +434,7 @@ class Coordinator(Process):
             is_ours = True if isinstance(outcome, DurableStoreError) else outcome
             self.feed(m.GenerationClaimed(claim.generation, is_ours))
 
-        self._register(lambda: self.world.register.create(key, data), created)
+        self._register(create, created)
 
     def _list_durable(self) -> None:
         def listed(outcome: Outcome) -> None:

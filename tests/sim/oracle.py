@@ -9,7 +9,9 @@ promise of docs/PROTOCOL.md at the moment when the system makes it:
                   a host that could be reached, nor than the newest durable one while S3 answers;
                   and nothing is collected that this may need
     I4 single     generations start in order, each once, from a version on the branch
-    I5 fenced     nothing older commits, or is staged, once a newer generation fenced it off
+    I5 fenced     nothing older commits, is staged, or is let go of at an older one's word, once a
+                  newer generation fenced it off; no coordinator orders what the register would
+                  have told it not to
     I6 honest     a commit has as many copies as it says, and as the policy and the hosts allow
     I7 bounded    a holder holds no more bytes than its budget
     same          all ranks of a life get the same answer
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 GRACE_S = 12.0
 STALLED_S = 40.0  # a save, three probes and heartbeats, offers that time out meanwhile
 TOLD_S = 2.0  # a copy sealed later than that may not have been reported yet
+ANSWER_S = 0.05  # what the register said may be older than now
 FOUND_S = GRACE_S + SCRUB_PERIOD_S + 2 * HOLDER_TICK_S  # by then a flipped bit is known
 NEVER_S = float("inf")
 
@@ -61,6 +64,7 @@ class Oracle:
         self.parents: dict[int, Version | None] = {}  # of those that have begun
         self.answers: dict[Life, tuple[int, Version | None]] = {}
         self.asked_s: dict[int, float] = {}
+        self.claimed_s: dict[int, float] = {}
         self.durable: dict[Version, float] = {}
         self.ever_durable: set[Version] = set()
         self.rotten: set[Version] = set()  # on S3, and not what was stored
@@ -162,6 +166,7 @@ class Oracle:
         self.mark = Version(0, 0)
         self.copies.clear()
         self.asked_s.clear()
+        self.claimed_s.clear()
         self._walk()
 
     # -- the branch -----------------------------------------------------------------------------
@@ -317,6 +322,10 @@ class Oracle:
         """A generation was claimed; from now on the answer is being found."""
         self.asked_s.setdefault(generation, self.world.kernel.now_s)
 
+    def claimed(self, generation: int) -> None:
+        """The register has a claim of this generation, whosever."""
+        self.claimed_s.setdefault(generation, self.world.kernel.now_s)
+
     def started(self, generation: int, parent: Version | None, begun: Asked | None) -> None:
         """The register holds a generation's parent; its trainers may start as soon as one knows."""
         world = self.world
@@ -411,6 +420,18 @@ class Oracle:
         """A holder has accepted a write."""
         if key.version.generation < fence_seen:
             self.violated("I5", f"{key} written to {holder} behind fence {fence_seen}")
+
+    def obeyed(self, holder: HolderId, what: str, generation: int, fence_seen: int) -> None:
+        """A holder has carried out an order to let go of something."""
+        if generation < fence_seen:
+            self.violated("I5", f"{holder}: {what} of {generation} behind fence {fence_seen}")
+
+    def ordered(self, generation: int) -> None:
+        """A coordinator tells holders to collect; by then it has asked the register."""
+        known_s = self.world.kernel.now_s - ANSWER_S
+        newest = max((g for g, at_s in self.claimed_s.items() if at_s < known_s), default=0)
+        if newest > generation:
+            self.violated("I5", f"generation {generation} collects, {newest} has been claimed")
 
     def _judge_surplus(self, holder: HolderId, key: ShardKey) -> None:
         """As many others as the policy asks for had a copy, when that could last be known."""

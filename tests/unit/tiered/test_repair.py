@@ -45,6 +45,13 @@ def test_a_bounded_number_is_under_way_and_one_that_is_done_makes_room() -> None
     assert [r.key.rank for r in more] == [REPAIRS_AT_ONCE, REPAIRS_AT_ONCE + 1]
 
 
+def test_a_copy_under_way_is_not_asked_for_once_more_from_or_to_another() -> None:
+    job = committed(A, B, C, D)
+    job.drop_copy(B, shard(0).key)
+    assert [r.key.rank for r in repairs(job.handle(m.Ticked(), 1.0))] == [0]
+    assert not repairs(job.handle(m.Ticked(), 2.0))
+
+
 def test_one_that_takes_too_long_is_asked_for_again() -> None:
     job = committed(A, B, C)
     job.handle(m.HolderDown(B), 1.0)

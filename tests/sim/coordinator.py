@@ -111,6 +111,10 @@ class Coordinator(Process):
 
         self._when_open(report)
 
+    def leave(self, place: str) -> None:
+        """A host will go away."""
+        self._when_open(lambda: self.feed(m.HostLeaving(place)))
+
     def progress(self, versions: list[Version], reply: Reply) -> None:
         """How safe these saves are."""
         self._when_open(lambda: reply({v: self.job.level(v) for v in versions}))
@@ -264,6 +268,8 @@ class Coordinator(Process):
                 self._holder_up(holder, domain)
         for holder in sorted(set(self.job.holders) - set(self.members.up)):
             self.feed(m.HolderDown(holder))
+        for place in sorted(self.world.leaving):
+            self.feed(m.HostLeaving(place))
         if self.members.cut:
             self.feed(m.LinksCut(self.members.cut))
         waiting, self._waiting = self._waiting, []

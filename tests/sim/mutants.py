@@ -303,6 +303,14 @@ class ReleasesAny(Repair):
         return [h for h in held if h not in (2 * held)[start : start + need]]
 
 
+class CountsLeaving(Job):
+    """A copy on a host that will go away counts like any other."""
+
+    @property
+    def staying(self) -> dict[HolderId, str]:
+        return self.holders
+
+
 class LinksUntold(Membership):
     """A link is known to be cut at its ends alone."""
 
@@ -456,6 +464,7 @@ MUTANTS: dict[str, Mutant] = {
     "gc_keep_list": Mutant(Cores(holder=KeepList, coordinator=SendsKeepList), 100),
     "parent_counts": Mutant(with_part("eviction", ParentCounts), 200),
     "gc_unfenced": Mutant(Cores(inventory=GcUnfenced), 50),
+    "counts_leaving": Mutant(Cores(job=CountsLeaving), 400),
     "links_untold": Mutant(Cores(membership=LinksUntold), 300),
     "keeps_surplus": Mutant(with_part("repair", KeepsSurplus), None),
     "releases_any": Mutant(with_part("repair", ReleasesAny), None),

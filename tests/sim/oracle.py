@@ -26,7 +26,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from replication.records import HolderId, Life, ShardKey, Version
-from tests.sim.limits import FLIP, HOLDER_TICK_S, SCRUB_PERIOD_S
+from tests.sim.limits import FLIP, HOLDER_TICK_S, SCRUB_PERIOD_S, STUCK_S
 from tiered import messages as m
 from tiered import register
 from tiered.history import Resolution
@@ -55,6 +55,7 @@ class Oracle:
         self.worlds: dict[Version, int] = {}  # ranks that saved it
         self._latest: dict[int, tuple[int, ...]] = {}  # of each rank
         self.copies: dict[Version, dict[int, dict[HolderId, float]]] = {}
+        self.whole_s: dict[Version, float] = {}  # since when each rank had some copy
         self.lost_s: dict[tuple[HolderId, ShardKey], float] = {}
         self.died_s: dict[HolderId, float] = {}
         self.acked: dict[Version, float] = {}
@@ -118,6 +119,8 @@ class Oracle:
         if is_intact or (was_intact and (holder, key) in self.lost_s):
             copies = self.copies.setdefault(key.version, {}).setdefault(key.rank, {})
             copies.setdefault(holder, self.world.kernel.now_s)
+            if len(self.copies[key.version]) == len(self.ranks_of(key.version)):
+                self.whole_s.setdefault(key.version, self.world.kernel.now_s)
         if is_intact and self.lost_s.pop((holder, key), None) is not None:
             copies[holder] = self.world.kernel.now_s  # another one: it was not there meanwhile
 
@@ -259,9 +262,11 @@ class Oracle:
             self.protected.add(version)
         need = event.copies
         asked, is_fixed = 1 + world.replicas(), world.setup.settings.memory.replicas is not None
-        up = {h.place for h in world.hosts.values() if self._is_steady(h.place)}
-        is_cut = event.is_degraded and world.network.between_s > world.kernel.now_s - FOUND_S
-        is_short = min(asked, len(up)) > need and not is_cut
+        up = {h.place for h in world.staying() if self._is_steady(h.place)}
+        now_s = world.kernel.now_s
+        is_cut = event.is_degraded and world.network.between_s > now_s - FOUND_S
+        is_stuck = event.is_degraded and now_s - self.whole_s.get(version, now_s) >= STUCK_S
+        is_short = min(asked, len(up)) > need and not is_cut and not is_stuck
         if is_short or (not event.is_degraded and need < asked and is_fixed):
             self.violated(
                 "I6", f"{version} commits with {need} copies; {asked} asked, {len(up)} hosts up"
@@ -298,7 +303,7 @@ class Oracle:
     def _is_counted(self, version: Version) -> bool:
         """Whether every rank has its copies as far as anybody knows; one, if it was committed."""
         world, since_s = self.world, self.world.kernel.now_s - FOUND_S
-        need = min(1 + world.replicas(), sum(map(self._is_steady, world.hosts)))
+        need = min(1 + world.replicas(), sum(self._is_steady(h.place) for h in world.staying()))
         if version in self.acked:
             need = 1
         for rank in self.ranks_of(version):

@@ -23,14 +23,13 @@ def run_seeds(
     hours: float | None = None,
     *,
     is_elastic: bool = False,
-    is_exact: bool = False,
     jobs: int | None = None,
 ) -> tuple[Findings, Counter[str]]:
     """Run seeds; return those that broke a promise, and what happened in all of them."""
     findings: Findings = []
     totals: Counter[str] = Counter()
     a_chunk = A_CHUNK if hosts is None and hours is None else 1
-    draw = partial(draw_setup, hosts=hosts, hours=hours, is_elastic=is_elastic, is_exact=is_exact)
+    draw = partial(draw_setup, hosts=hosts, hours=hours, is_elastic=is_elastic)
     work = [(chunk, draw) for chunk in _chunks(seeds, a_chunk)]
     for found, counts in _map(_run_chunk, work, jobs):
         findings += found

@@ -120,8 +120,8 @@ class Job(Catalogue):
             self.is_rebuilding = False
             self.found = {v for v in self.copies if v.generation == self.generation}
             return [*self._rearrange(), *self._review(now_s)]
-        commands = [*self.repair.repair(now_s), *self.repair.note_degraded(now_s)]
-        commands += self._commit_stuck(now_s)
+        commands = self._commit_stuck(now_s)
+        commands += [*self.repair.repair(now_s), *self.repair.note_degraded(now_s)]
         commands += self.flushes.handle(event, now_s, self.holders_of)
         if now_s >= self._remind_due_s and self.claims:
             self._remind_due_s = now_s + REMIND_S

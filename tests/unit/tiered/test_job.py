@@ -43,9 +43,13 @@ def begun(
     return job
 
 
-def begin(job: Job, life: str, memory: Memory, s3: S3 | None = None, ranks: int = 1) -> None:
+def begin(
+    job: Job, life: str, memory: Memory, s3: S3 | None = None, ranks: int = 1,
+    before: int | None = None,
+) -> None:  # fmt: skip
     """A generation whose every step is asked for and answered well."""
-    todo = job.handle(m.BeginAsked(Life(life), 0, ranks, JobSettings(memory, s3)), 0.0)
+    settings = JobSettings(memory, s3)
+    todo = job.handle(m.BeginAsked(Life(life), 0, ranks, settings, before=before), 0.0)
     while todo:
         match todo.pop(0):
             case m.ListDurable():

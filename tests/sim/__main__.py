@@ -18,6 +18,7 @@ def main() -> int:
     parser.add_argument("--hosts", type=int, help="hosts, and as many ranks (default: 2 to 5)")
     parser.add_argument("--hours", type=float, help="virtual hours (default: a few minutes)")
     parser.add_argument("--elastic", action="store_true", help="lives of any number of ranks")
+    parser.add_argument("--exact", action="store_true", help="no more memory than is declared")
     parser.add_argument("--jobs", type=int, help="processes (default: one for each core)")
     parser.add_argument("--quiet", action="store_true", help="no trace of a single seed")
     parser.add_argument("--mutants", nargs="*", metavar="NAME", help="broken cores (default: all)")
@@ -28,10 +29,17 @@ def main() -> int:
     began_s = time.perf_counter()
     if args.seeds > 1:
         findings, totals = run_seeds(
-            seeds, args.hosts, args.hours, is_elastic=args.elastic, jobs=args.jobs
+            seeds,
+            args.hosts,
+            args.hours,
+            is_elastic=args.elastic,
+            is_exact=args.exact,
+            jobs=args.jobs,
         )
     else:
-        setup = draw_setup(args.seed, args.hosts, args.hours, is_elastic=args.elastic)
+        setup = draw_setup(
+            args.seed, args.hosts, args.hours, is_elastic=args.elastic, is_exact=args.exact
+        )
         findings, totals = _run_one(args.seed, setup, is_traced=not args.quiet)
     spent_s = time.perf_counter() - began_s
     for seed, violations in findings:

@@ -23,13 +23,14 @@ def run_seeds(
     hours: float | None = None,
     *,
     is_elastic: bool = False,
+    is_exact: bool = False,
     jobs: int | None = None,
 ) -> tuple[Findings, Counter[str]]:
     """Run seeds; return those that broke a promise, and what happened in all of them."""
     findings: Findings = []
     totals: Counter[str] = Counter()
     a_chunk = A_CHUNK if hosts is None and hours is None else 1
-    draw = partial(draw_setup, hosts=hosts, hours=hours, is_elastic=is_elastic)
+    draw = partial(draw_setup, hosts=hosts, hours=hours, is_elastic=is_elastic, is_exact=is_exact)
     work = [(chunk, draw) for chunk in _chunks(seeds, a_chunk)]
     for found, counts in _map(_run_chunk, work, jobs):
         findings += found
@@ -58,8 +59,14 @@ def _map(call: Callable[[W], T], work: Sequence[W], jobs: int | None) -> Iterato
     if jobs <= 1:
         yield from (call(item) for item in work)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs, gc.disable) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, _begin) as pool:
         yield from pool.imap(call, work)
+
+
+def _begin() -> None:
+    """Of a process of the pool, which leaves the processor to whoever waits for an answer."""
+    gc.disable()
+    os.nice(19)  # Ray gives its workers 15
 
 
 def _run_chunk(work: tuple[range, Callable[[int], Setup]]) -> tuple[Findings, Counter[str]]:

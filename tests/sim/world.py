@@ -89,10 +89,11 @@ def draw_setup(
     hours: float | None = None,
     *,
     is_elastic: bool = False,
+    is_exact: bool = False,
 ) -> Setup:
     """A small random cluster; or a given one, for so long.
 
-    Its holders have just what the job declares, but for some of the small ones.
+    `is_exact`: holders have just what the job declares, and nothing more.
     """
     rng = random.Random(seed)
     count = hosts or rng.choice((2, 3, 3, 4, 4, 5))
@@ -115,9 +116,8 @@ def draw_setup(
     profile = rng.choices(("any", "zombies", "clusters", "crashes", "links"), (76, 8, 8, 4, 4))[0]
     if hours is not None or (profile == "clusters" and settings.s3 is None):
         profile = "any"
-    spare = 2 * memory.keep * copies * chunks
-    if hosts is not None or hours is not None or profile == "crashes" or rng.random() < 0.7:
-        spare = 0
+    is_exact = is_exact or profile == "crashes"
+    spare = 0 if is_exact else 2 * memory.keep * copies * chunks
     a_host = -(-ranks // count)  # ranks, when every host is well
     setup = Setup(
         count,

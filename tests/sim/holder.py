@@ -173,6 +173,7 @@ class Holder(Process):
         """Let go of what is older, or abandoned."""
         job = self.world.job_name
         self.feed(messages.WatermarkRaised(job, generation, below, pinned, branch))
+        self.world.oracle.obeyed(self.id, "collect", generation, self.fence_seen)
 
     def drop_step(self, version: Version) -> None:
         """Let go of a step that was never committed."""
@@ -185,6 +186,7 @@ class Holder(Process):
             self.feed(messages.CopiesReleased(self.world.job_name, generation, keys))
         finally:
             self.world.oracle.releasing = frozenset()
+        self.world.oracle.obeyed(self.id, "release", generation, self.fence_seen)
 
     def verify(self, keys: Sequence[ShardKey]) -> list[ShardKey]:
         """Read every byte of these shards; return those that are missing or corrupt here."""

@@ -19,6 +19,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from os import PathLike
 from typing import Any
 
@@ -336,22 +337,20 @@ class StorageReader(DcpStorageReader):
     def _fill(self, plan: LoadPlan, planner: LoadPlanner, saved: SavedStep) -> Filled:
         index = self._index
         assert index is not None
-        tensors = self._wanted_tensors(plan, planner, index)
-        values = {
-            item.storage_index.fqn: self._wanted_in(item.storage_index.fqn)
-            for item in plan.items
-            if item.type == LoadItemType.BYTE_IO
-        }
-        check_all_makable((self._paths[key], self._subtree(key)) for key in values)
-        wanted = [one for _, _, one in tensors]
-        wanted += [one for parts in values.values() for one in parts.values()]
-        if self._world_size != saved.world_size:
-            paths = [one.path for one in wanted]
-            index.check_replicas(paths, self._world_size, str(saved))
-        try:
+        with closing(saved):
+            tensors = self._wanted_tensors(plan, planner, index)
+            values = {
+                item.storage_index.fqn: self._wanted_in(item.storage_index.fqn)
+                for item in plan.items
+                if item.type == LoadItemType.BYTE_IO
+            }
+            check_all_makable((self._paths[key], self._subtree(key)) for key in values)
+            wanted = [one for _, _, one in tensors]
+            wanted += [one for parts in values.values() for one in parts.values()]
+            if self._world_size != saved.world_size:
+                paths = [one.path for one in wanted]
+                index.check_replicas(paths, self._world_size, str(saved))
             read_tensors(saved, index, wanted, saved.nearest(self._rank))
-        finally:
-            saved.close()
         for item, target, one in tensors:
             if not one.targets:
                 target.detach().copy_(one.tensor)

@@ -114,7 +114,8 @@ def test_a_proof_of_another_connection_is_refused(server: ChunkServer) -> None:
             if len(answers) == 2:
                 assert stranger.receive() == b""
     assert answers[0] != answers[1]
-    assert server.counters.admitted == 1
+    wait_for(lambda: server.counters.admitted)
+    assert (server.counters.admitted, server.counters.turned_away) == (1, 1)
 
 
 def test_a_server_with_another_secret_is_found_out_by_the_client() -> None:

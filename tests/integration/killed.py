@@ -44,6 +44,7 @@ def main() -> None:
     if os.environ.get("RAY_TRAIN") == "1":
         import ray
 
+        told["PYTHONPATH"] = str(Path(__file__).parents[2])  # where the hook is
         hook = "tests.integration.killed.arm"
         ray.init(runtime_env={"env_vars": told, "worker_process_setup_hook": hook})
     else:

@@ -112,6 +112,7 @@ def test_a_killed_trainer_goes_on_bit_for_bit(
     assert after == undisturbed[10:]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_of_ray_train_goes_on_bit_for_bit(
     start: Start, tmp_path: Path, job: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +123,7 @@ def test_a_killed_worker_of_ray_train_goes_on_bit_for_bit(
         monkeypatch.setenv(name, value)
     script = str(EXAMPLES / "train_ray.py")
     process = start([str(KILLED), str(tmp_path / "mark"), str(KILL_AT), script], job)
-    out, problems = process.communicate(timeout=150)
+    out, problems = process.communicate(timeout=240)
     assert process.returncode == 0, problems[-6000:]
     assert "failures: 1, lost steps: 3" in out
     losses: dict[str, dict[int, str]] = {}

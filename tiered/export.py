@@ -254,6 +254,7 @@ class _Planner(DefaultSavePlanner):
         self._tensors = [t for t in step.in_image_order() if isinstance(flat[t.name], torch.Tensor)]
         # in the order of the plan, which the writer keeps
         self._ahead = step.windows(self._tensors)
+        self._written: torch.Tensor | None = None
 
     def create_local_plan(self) -> SavePlan:
         """Called by `dcp.save`. Tensors come in parts of at most `WINDOW_BYTES`."""
@@ -273,7 +274,12 @@ class _Planner(DefaultSavePlanner):
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """Called by the writer, for one item after the other."""
+        """Called by the writer, for one item after the other.
+
+        torch 2.13's writer keeps every tensor of a file until the file's end, and needs none of
+        them once the next one is asked for: the memory of the last one is taken from it. (malloc
+        may keep what is smaller than the 32 MiB from which it asks the kernel.)
+        """
         name = write_item.index.fqn
         if write_item.type == WriteItemType.BYTE_IO:
             value = self._flat[name]
@@ -286,16 +292,20 @@ class _Planner(DefaultSavePlanner):
         assert write_item.tensor_data is not None
         chunk = write_item.tensor_data.chunk
         wanted = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+        if self._written is not None:
+            self._written.untyped_storage().resize_(0)
         tensor, box, values = next(self._ahead)
         if (tensor.name, box) != (name, wanted):  # a writer that asks in another order
             values = self._step.window(self._step.tensors[name], wanted)
-        return values
+        self._written = values.clone()  # as memory that numpy has seen cannot be taken
+        return self._written
 
 
 def write_dcp(step: WholeStep, folder: Path) -> list[Path]:
     """Write a directory as `dcp.save` with its `FileSystemWriter` does."""
     with _folder(folder) as partial:
-        writer = FileSystemWriter(partial, thread_count=1)
+        # Nothing copied ahead: what it has asked for before is written then.
+        writer = FileSystemWriter(partial, thread_count=1, per_thread_copy_ahead=0)
         with calling_dcp(f"{folder} cannot be written"):
             torch_versions.save_alone(writer, _Planner(step))
         names = sorted(path.name for path in partial.iterdir())

@@ -24,7 +24,7 @@ from tiered.state import capture
 
 JOB, VERSION = "large", Version(1, 7)
 LAYERS, LAYER_BYTES = 5, 64 << 20
-LIMIT_BYTES = 192 << 20  # of data beside what a process has that has imported all it needs
+LIMIT_BYTES = 288 << 20  # of data beside what a process has that has imported all it needs
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,13 @@ RESULTS = Path(__file__).parents[3] / "chaos" / "results"
 
 @cache
 def smallest_run_that_judged(verdict: str) -> list[Record]:
-    """Read the shortest history in which the promise could have been broken."""
+    """Read the shortest history of two ranks in which the promise could have been broken."""
     folders = [
         path.parent
         for path in RESULTS.glob("*/summary.json")
-        if (told := json.loads(path.read_text()))["judged"][verdict] and not told["violations"]
+        if (told := json.loads(path.read_text()))["judged"][verdict]
+        and not told["violations"]
+        and told["scenario"] != "elastic"
     ]
     files = [folder / "history.jsonl.gz" for folder in folders]
     return read_history(min(files, key=lambda file: file.stat().st_size))

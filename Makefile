@@ -14,9 +14,8 @@ comma := ,
 demo: $(STAMP)
 	@$(BIN)/python -m examples.demo $(ARGS)
 
-# Two processes, of which one has the tests that start clusters.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -59,14 +59,8 @@ def _map(call: Callable[[W], T], work: Sequence[W], jobs: int | None) -> Iterato
     if jobs <= 1:
         yield from (call(item) for item in work)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs, _begin) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, gc.disable) as pool:
         yield from pool.imap(call, work)
-
-
-def _begin() -> None:
-    """Of a process of the pool, which leaves the processor to whoever waits for an answer."""
-    gc.disable()
-    os.nice(19)  # Ray gives its workers 15
 
 
 def _run_chunk(work: tuple[range, Callable[[int], Setup]]) -> tuple[Findings, Counter[str]]:

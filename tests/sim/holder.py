@@ -177,7 +177,11 @@ class Holder(Process):
 
     def drop_step(self, version: Version) -> None:
         """Let go of a step that was never committed."""
-        self.feed(messages.StepDropped(self.world.job_name, version))
+        self.world.oracle.is_disowned = True
+        try:
+            self.feed(messages.StepDropped(self.world.job_name, version))
+        finally:
+            self.world.oracle.is_disowned = False
 
     def release_copies(self, generation: int, keys: tuple[ShardKey, ...]) -> None:
         """Let go of copies that are not needed here."""

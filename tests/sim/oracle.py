@@ -73,6 +73,7 @@ class Oracle:
         self.releasing: frozenset[ShardKey] = frozenset()  # as copies too many, right now
         self._bounds: dict[int, int | None] = {}
         self._committed_s = 0.0
+        self.is_disowned = False  # a rank lets go of what it was told is not saved
         self.mark = Version(0, 0)  # what is older may be collected
         self.generation = 0  # the newest that has started
         self._tokens = 0
@@ -457,7 +458,13 @@ class Oracle:
             self._raise_mark()  # a step inherited may have got its copies back since
         if version < self.mark:
             return
-        needed = set(self.newest_acked())
+        acked = self.newest_acked()
+        if self.is_disowned and acked and version < acked[0]:
+            # Told so by nobody's answer in time; a later coordinator found it whole, and a newer.
+            self.protected.discard(version)
+            self.lost_s[holder, key] = self.world.kernel.now_s
+            return
+        needed = set(acked)
         keep = self.world.setup.settings.memory.keep
         newest = [v for v in self.protected if v.generation == self.generation]
         parent = self.parents.get(self.generation)

@@ -14,12 +14,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from chaos import picture, report
-from chaos.checker import Report, check
-from chaos.history import read_history, write_history
-from chaos.run import Options, Run
-from chaos.schedule import SCENARIOS, Kind, Scenario, draw
 from replication.errors import TieredError
+
+try:
+    from chaos import picture, report
+    from chaos.checker import Report, check
+    from chaos.history import read_history, write_history
+    from chaos.run import Options, Run
+    from chaos.schedule import SCENARIOS, Kind, Scenario, draw
+except ImportError as error:
+    sys.exit(f"{error.name} is missing; pip install 'tiered[chaos]'")
 
 NAMES = ", ".join(SCENARIOS)
 

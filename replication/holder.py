@@ -23,14 +23,15 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import assert_never
 
 import ray
 
 from replication import messages
+from replication.background import Background
 from replication.buffers import ReceiveBuffers
 from replication.checksum import Digest, digest
 from replication.chunk_server import ChunkServer, ReadChunk
@@ -152,14 +153,15 @@ class Holder:
         self._probes = Probes(self._peer, self._core.offers.peers)
         self._offer_slots: dict[HolderId, asyncio.Semaphore] = {}
         self._peers: dict[HolderId, ActorRef] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background(f"holder {self._core.holder}")
 
     async def hello(self) -> HolderInfo:
         """Answer that this holder is alive; the first call starts its background work."""
-        if not self._tasks:
-            self._spawn(self._tick_forever())
-            self._spawn(self._reports.send_forever(self._core.holder))
-            self._spawn(self._probes.run())
+        start = self._background.start
+        if not self._background.tasks:
+            start(self._tick_forever())
+            start(self._reports.send_forever(self._core.holder))
+            start(self._probes.run())
         core, traffic = self._core, await self.traffic()
         return HolderInfo(
             core.holder, core.capacity_bytes, core.used_bytes, core.shared_bytes,
@@ -512,35 +514,25 @@ class Holder:
         for command in self._core.handle(event, time.monotonic()):
             match command:
                 case messages.HashChunk():
-                    self._spawn(self._hash(command.key, command.index))
+                    self._background.start(self._hash(command.key, command.index))
                 case messages.ReadTwin():
-                    self._spawn(self._compare(command))
+                    self._background.start(self._compare(command))
                 case messages.ShareChunk(key, index, twin):
                     self._chunks[key][index] = self._chunks[twin][index]
                 case messages.OfferChunk():
-                    self._spawn(self._offer(command))
+                    self._background.start(self._offer(command))
                 case messages.ReportShard():
                     self._reports.whole(command.record)
                 case messages.ReportCorrupt():
                     self._reports.corrupt(command.key)
                 case messages.ReadChunk():
-                    self._spawn(self._reread(command.key, command.index))
+                    self._background.start(self._reread(command.key, command.index))
                 case messages.DropShard():
                     self._chunks.pop(command.key, None)
                     self._reports.gone(command.key)
                     self._trim()
                 case _:
                     assert_never(command)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("holder %s: background work failed", self._core.holder, exc_info=error)
 
     async def _hash(self, key: ShardKey, index: int) -> None:
         chunk = self._chunks.get(key, {}).get(index)

@@ -13,6 +13,10 @@ pile up until nothing fits, and without a commit nothing is ever collected. The 
 steps of which nobody was asked: a restarted coordinator finds them, and ranks save so while none
 answers. One of those may have been committed before; the newest is spared, for a holder of what is
 missing may come back.
+
+A step of which every shard is somewhere may wait for its other copies for ever: whoever is to take
+them has no room, and room is only made by a commit. After `STUCK_S` of that it is committed with
+the copies that there are, degraded, if the policy is not strict.
 """
 
 from collections.abc import Collection, Sequence
@@ -49,6 +53,7 @@ class Admissions:
         self._answers: dict[int, Admission] = {}
         self._since_s: dict[int, float] = {}
         self._found_s: dict[int, float] = {}
+        self._whole_s: dict[int, float] = {}
 
     def is_answered(self, step: int) -> bool:
         """Whether some rank was told whether this step is saved."""
@@ -109,6 +114,11 @@ class Admissions:
         """There are shards of a step that is not committed; it may be one that nobody asked for."""
         if step not in self._since_s:
             self._found_s.setdefault(step, now_s)
+
+    def stuck(self, whole: Collection[int], now_s: float) -> list[int]:
+        """Of the steps that are whole and not committed, those that have been so for long."""
+        self._whole_s = {step: self._whole_s.get(step, now_s) for step in whole}
+        return [step for step, since_s in self._whole_s.items() if now_s - since_s >= STUCK_S]
 
     def admit(self, step: int, now_s: float) -> Admission:
         """Admit a step that was saved already (an answer lost with a coordinator)."""

@@ -37,7 +37,7 @@ class Breaker:
     Attributes:
         is_open: Whether calls are held back.
         since_s: When it opened.
-        problem: What opened it.
+        problem: What opened it, or keeps it open: why the last probe failed.
     """
 
     def __init__(self, spread: float = 0.0) -> None:
@@ -88,6 +88,7 @@ class Breaker:
     def failed(self, now_s: float, problem: str, *, was_probe: bool = False) -> None:
         """A call ended without an answer, after all its attempts."""
         if was_probe:
+            self.problem = problem  # it may be another one by now
             self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
             self._pause(now_s)
         elif not self.is_open:

@@ -50,6 +50,7 @@ class Catalogue:
         self.holders: dict[HolderId, str] = {}
         self.copies: dict[Version, dict[int, dict[HolderId, ShardRecord]]] = {}
         self.commits: dict[Version, bool] = {}  # -> is_degraded
+        self.committed_s: float | None = None  # when something was, but for what was found
         self.durable: set[Version] = set()
         self.manifests: dict[Version, tuple[ShardRecord, ...]] = {}
         self.rotten: set[Version] = set()  # on S3, and not what was saved

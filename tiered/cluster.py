@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 HEAD_RESOURCE = "node:__internal_head__"  # as Ray names it
 RETRY_PAUSE_S = 0.2
+ANSWER_TIMEOUT_S = 15.0  # of a coordinator that was started before
 LOCAL_NOTE = Path(tempfile.gettempdir()) / f"tiered-{os.getuid()}" / "local-ray"
 
 
@@ -223,7 +224,7 @@ def coordinator() -> ActorRef:
         options["resources"] = {HEAD_RESOURCE: 0.001}
     actor_class: ActorRef = ray.remote(Coordinator).options(**options)
     actor: ActorRef = actor_class.remote()
-    return _of_this_release(actor)
+    return _of_this_release(actor, START_TIMEOUT_S)
 
 
 def running_coordinator() -> ActorRef:
@@ -231,6 +232,7 @@ def running_coordinator() -> ActorRef:
 
     Raises:
         NoClusterError: No cluster is running, or none with checkpoints in its memory.
+        DeadlineError: The coordinator does not answer; see `end_hung_coordinator`.
     """
     attach()
     try:
@@ -240,17 +242,45 @@ def running_coordinator() -> ActorRef:
             "the running Ray cluster holds no checkpoints; a Checkpointer starts the holders, or "
             "`tiered up`. What is on S3 is read without: s3=tiered.S3(...), or --s3"
         ) from error
-    return _of_this_release(actor)
+    try:
+        return _of_this_release(actor, ANSWER_TIMEOUT_S)
+    except DeadlineError as error:
+        detail = (
+            f"{error.detail}; its process or its host hangs: `tiered up` starts it again, and what "
+            "is in memory and on S3 stays"
+        )
+        raise DeadlineError(
+            f"an answer of the {COORDINATOR_NAME}", error.timeout_s, detail
+        ) from None
 
 
-def _of_this_release(actor: ActorRef) -> ActorRef:
+def end_hung_coordinator() -> bool:
+    """End the coordinator if it does not answer: Ray starts it again, and it rebuilds itself.
+
+    Returns:
+        Whether it was ended.
+
+    Raises:
+        ConfigError: No cluster is running.
+    """
+    try:
+        running_coordinator()
+    except NoClusterError:
+        attach()  # or there is no cluster at all
+    except DeadlineError:
+        ray.kill(ray.get_actor(COORDINATOR_NAME, NAMESPACE), no_restart=False)
+        return True
+    return False
+
+
+def _of_this_release(actor: ActorRef, timeout_s: float) -> ActorRef:
     """Return a coordinator that may be asked more; `ping` is what every release answers.
 
     Raises:
         ReleaseError: It is of another release.
         DeadlineError: It did not answer.
     """
-    release = release_of(ask(actor, "ping", timeout_s=START_TIMEOUT_S))
+    release = release_of(ask(actor, "ping", timeout_s=timeout_s))
     if release != RELEASE:
         raise ReleaseError(f"the {COORDINATOR_NAME} of this cluster", release, RELEASE)
     return actor

@@ -7,11 +7,12 @@ parents), the holders' inventories, and one listing of S3.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterable
-from typing import Any, TypeVar, assert_never
+from collections.abc import Callable, Collection
 
+from replication.background import Background
 from replication.detour import Pair
 from replication.errors import DeadlineError, FencedError, HolderUnavailableError, TieredError
 from replication.fleet import HEARTBEAT_S, HEARTBEAT_TIMEOUT_S, Fleet
@@ -23,6 +24,7 @@ from tiered import register
 from tiered.admission import Admission
 from tiered.cadence import Cadence, Cadences, Pace
 from tiered.config import S3, JobSettings
+from tiered.dispatch import CALL_TIMEOUT_S, Dispatch
 from tiered.errors import DurableStoreError, StepNotFoundError
 from tiered.executor import Executor, first_line, settings_of
 from tiered.history import Resolution
@@ -42,13 +44,10 @@ from tiered.replies import (
 logger = logging.getLogger(__name__)
 
 COORDINATOR_NAME = "coordinator"
-CALL_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 60.0
 SETTLE_TIMEOUT_S = 30.0
 BEGIN_TIMEOUT_S = 150.0
 LOOK_AGAIN_S = 30.0  # at S3, for who wants to see what it has
-
-T = TypeVar("T")
 
 
 class Coordinator:
@@ -68,6 +67,15 @@ class Coordinator:
         )
         self._executor = Executor(self._fleet)
         self._monitor = Monitor(self._fleet)
+        self._background = Background("coordinator")
+        self._dispatch = Dispatch(
+            self._fleet,
+            self._executor,
+            self._monitor,
+            self._background,
+            self._feed,
+            self._answer,
+        )
         self._jobs: dict[str, Job] = {}
         self._cadences: dict[str, Cadences] = {}
         self._leaving: set[str] = set()
@@ -75,7 +83,6 @@ class Coordinator:
         self._looked_s: dict[str, float] = {}
         self._opening = asyncio.Lock()
         self._started: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Event()
         self._answers: dict[tuple[str, Life], asyncio.Future[TieredError | None]] = {}
 
@@ -136,17 +143,8 @@ class Coordinator:
         """
         await self.hello()
         job = await self._known_job(job_name)
-        answer = self._answers.setdefault(
-            (job_name, life), asyncio.get_running_loop().create_future()
-        )
         asked = m.BeginAsked(life, rank, world_size, settings, step, before, owner, takes_over)
-        self._feed(job, asked)
-        try:
-            error = await asyncio.wait_for(asyncio.shield(answer), BEGIN_TIMEOUT_S)
-        except TimeoutError:
-            raise DeadlineError("beginning a generation", BEGIN_TIMEOUT_S) from None
-        if error is not None:
-            raise error
+        await self._answered(job, asked, "beginning a generation")
         # A life may own two claims: the first was overtaken while S3 was silent.
         generation = max(c.generation for c in job.claims.values() if c.life == life)
         if generation < job.generation:
@@ -224,11 +222,12 @@ class Coordinator:
             self._feed(job, m.ShardNotStaged(Version(generation, lost)))
         while True:
             if generation < job.generation:
+                self._monitor.refused(version, job)
                 raise FencedError(job_name, generation, job.generation)
             for command in job.handle(m.SaveAsked(version, is_forced), time.monotonic()):
                 if isinstance(command, m.AnswerSave):
                     return command.admission
-                self._run(job, command)
+                self._dispatch.run(job, command)
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 reason = f"skipped: there was no room within {timeout_s:.0f} s"
@@ -337,16 +336,7 @@ class Coordinator:
         job = await self._known_job(job_name)
         owner = job.claims[job.generation].owner if job.claims else None
         holder = next((h for h in job.holders if owner and h.node_id == owner.node_id), None)
-        answer = self._answers.setdefault(
-            (job_name, life), asyncio.get_running_loop().create_future()
-        )
-        self._feed(job, m.StopAsked(life))
-        try:
-            error = await asyncio.wait_for(asyncio.shield(answer), BEGIN_TIMEOUT_S)
-        except TimeoutError:
-            raise DeadlineError(f"stopping job {job_name!r}", BEGIN_TIMEOUT_S) from None
-        if error is not None:
-            raise error
+        await self._answered(job, m.StopAsked(life), f"stopping job {job_name!r}")
         await self.forget(job_name)
         self._cadences.pop(job_name, None)
         if owner is not None and holder is not None:
@@ -404,19 +394,38 @@ class Coordinator:
     async def _ready(self) -> None:
         """Start the background work, once, and open the jobs that the register knows."""
         if self._started is None:
-            self._started = self._spawn(self._start())
+            self._started = self._background.start(self._start())
         await asyncio.shield(self._started)
 
     async def _start(self) -> None:
         await self._monitor.start()
-        self._spawn(self._beat_forever())
-        self._spawn(
-            self._monitor.run(lambda: self._monitor.record(self._remembered, self._leaving))
-        )
+        self._background.start(self._beat_forever())
+        self._background.start(self._monitor.run(self._record))
         await self._until(lambda: self._fleet.members.is_settled, SETTLE_TIMEOUT_S)
         self._leaving |= await asyncio.to_thread(register.leaving_hosts)
         for name in await asyncio.to_thread(register.known_jobs):
             await self._job(name)
+
+    async def _record(self) -> None:
+        for job in self._remembered:
+            self._find_durable(job)  # or what S3 has would be unknown until somebody looks
+        await asyncio.gather(*map(self._look_for_trainer, self._remembered))
+        await self._monitor.record(self._remembered, self._leaving)
+
+    async def _look_for_trainer(self, job: Job) -> None:
+        """Whether rank 0's process is there, for who looks at a job that stands still."""
+        generation = job.generation
+        claim = job.claims.get(generation)
+        owner = None if claim is None else claim.owner
+        is_there: bool | None = None
+        if owner is None or job.begin is not None:
+            pass
+        elif (holder := self._fleet.members.holder_on(owner.node_id)) is not None:
+            with contextlib.suppress(Exception):  # a holder that is silent is told of elsewhere
+                is_there = await self._executor.has_trainer(holder, owner)
+        elif owner.node_id not in self._fleet.members.domains:
+            is_there = False  # its host is lost
+        self._monitor.note_trainer(job.name, generation, is_there)
 
     async def _beat_forever(self) -> None:
         while True:
@@ -435,7 +444,7 @@ class Coordinator:
     async def _joined(self, holder: HolderId, domain: str) -> None:
         self._monitor.joined(holder)
         for name in self._forgotten.keys() - self._jobs.keys():
-            self._tell(holder, "forget", name)
+            self._dispatch.tell(holder, "forget", name)
         for job in list(self._jobs.values()):
             await self._holder_up(job, holder, domain)
 
@@ -469,7 +478,7 @@ class Coordinator:
             logger.warning("no inventory from holder %s yet: %s", holder, first_line(error))
             await asyncio.sleep(HEARTBEAT_S)
             if holder in self._fleet.members.up:
-                self._spawn(self._holder_up(job, holder, domain))
+                self._background.start(self._holder_up(job, holder, domain))
             return
         mine = tuple(r for r in records if r.key.job == job.name)
         if holder in self._fleet.members.up:
@@ -494,7 +503,7 @@ class Coordinator:
                 self._feed(job, m.LinksCut(cut))
             for holder, domain in self._fleet.members.up.items():  # who came meanwhile
                 if holder not in job.holders:
-                    self._spawn(self._holder_up(job, holder, domain))
+                    self._background.start(self._holder_up(job, holder, domain))
             for holder in set(job.holders) - set(self._fleet.members.up):  # and who went
                 self._feed(job, m.HolderDown(holder))
         return job
@@ -511,7 +520,7 @@ class Coordinator:
             return
         if time.monotonic() - last_s >= LOOK_AGAIN_S:
             self._looked_s[job.name] = time.monotonic()
-            self._follow(job, self._executor.list_durable(job, settings))
+            self._dispatch.follow(job, self._executor.list_durable(job, settings))
 
     async def _known_job(self, name: str) -> Job:
         """A job with the inventory of every live holder, or of those that answer in time.
@@ -526,104 +535,28 @@ class Coordinator:
     def _feed(self, job: Job, event: m.Event) -> None:
         self._monitor.heard(job, event)
         for command in job.handle(event, time.monotonic()):
-            self._run(job, command)
+            self._dispatch.run(job, command)
         self._wake()
 
-    def _run(self, job: Job, command: m.Command) -> None:
-        self._monitor.heard(job, command)
-        match command:
-            case m.AnswerBegin():
-                self._answer(job, command)
-            case m.AnswerSave():
-                pass  # `admit` has returned it
-            case m.StepCommitted() | m.FlushGivenUp() | m.PolicyMissed() | m.PolicyMet():
-                pass  # the monitor has logged it
-            case m.DropStep():
-                for holder in command.holders:
-                    self._tell(holder, "drop_step", job.name, command.version)
-            case m.ReadManifests():
-                self._follow(job, self._executor.read_manifests(job, command.versions))
-            case m.SeekOwner():
-                self._follow(job, self._executor.seek_owner(command))
-            case m.ClaimGeneration():
-                self._follow(job, self._executor.claim(job, command.claim))
-            case m.ListDurable():
-                self._follow(job, self._executor.list_durable(job, command.settings))
-            case m.FenceHolders():
-                self._follow(job, self._executor.fence(job, command))
-            case m.VerifyShards():
-                self._follow(job, self._executor.verify(job, command))
-            case m.RecordParent():
-                self._follow(job, self._executor.record_parent(job, command))
-            case m.UploadShard():
-                self._follow(job, self._executor.upload(job, command))
-            case m.PublishManifest():
-                self._follow(job, self._executor.publish(job, command))
-            case m.FenceNewHolder():
-                self._tell(command.holder, "fence", job.name, command.generation)
-            case m.SetBuddies():
-                mates = (command.buddies, command.counted)
-                self._tell(command.holder, "set_buddies", job.name, *mates)
-            case m.ReplicateShard():
-                self._tell(command.source, "replicate", command.key, command.to)
-            case m.CollectBelow(generation, below, holders, pinned, branch):
-                terms = (below, pinned, branch)
-                self._spawn(self._order(job, generation, holders, "collect", *terms))
-            case m.ReleaseCopies(generation, holder, keys):
-                self._spawn(self._order(job, generation, (holder,), "release_copies", keys))
-            case m.CollectOrphans():
-                self._spawn(self._executor.collect_orphans(job))
-            case m.DeleteDurable():
-                self._spawn(self._executor.delete_durable(job, command.versions))
-            case _:
-                assert_never(command)
+    async def _answered(self, job: Job, asked: m.BeginAsked | m.StopAsked, what: str) -> None:
+        """Ask something of a life, and wait for the one answer that all of it get."""
+        answer = self._answers.setdefault(
+            (job.name, asked.life), asyncio.get_running_loop().create_future()
+        )
+        self._feed(job, asked)
+        try:
+            error = await asyncio.wait_for(asyncio.shield(answer), BEGIN_TIMEOUT_S)
+        except TimeoutError:
+            raise DeadlineError(what, BEGIN_TIMEOUT_S) from None
+        if error is not None:
+            raise error
 
     def _answer(self, job: Job, command: m.AnswerBegin) -> None:
         answer = self._answers.pop((job.name, command.life), None)
         if answer is not None and not answer.done():
             answer.set_result(command.error)
 
-    async def _order(
-        self, job: Job, generation: int, holders: Iterable[HolderId], method: str, *terms: Any
-    ) -> None:
-        """Have something let go of, if the register still knows no newer generation.
-
-        A coordinator that was replaced, and still reaches holders that nobody has fenced yet,
-        would take from them what the new generation resumed from.
-        """
-        if await self._executor.is_newest(job, generation):
-            for holder in holders:
-                self._tell(holder, method, job.name, generation, *terms)
-
     # -- the shell ------------------------------------------------------------------------------
-
-    def _follow(self, job: Job, work: Coroutine[Any, Any, m.Event]) -> None:
-        async def run() -> None:
-            self._feed(job, await work)
-
-        self._spawn(run())
-
-    def _tell(self, holder: HolderId, method: str, *args: Any) -> None:
-        """Send what needs no answer: it is idempotent, and told again when the holder is back."""
-
-        async def send() -> None:
-            try:
-                await self._fleet.call(holder, method, CALL_TIMEOUT_S, *args)
-            except Exception as error:  # noqa: BLE001 - a lost holder is told again when it joins
-                logger.warning("holder %s did not take %s: %s", holder, method, first_line(error))
-
-        self._spawn(send())
-
-    def _spawn(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-        return task
-
-    def _finished(self, task: "asyncio.Task[Any]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("coordinator: background work failed", exc_info=error)
 
     def _wake(self) -> None:
         self._changed.set()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from replication.durable import upload_timeout_s
 from replication.fleet import HEARTBEAT_TIMEOUT_S, Fleet
-from replication.records import HolderId, ShardKey, Version
+from replication.records import HolderId, Owner, ShardKey, Version
 from tiered import messages as m
 from tiered import register
 from tiered.collection import collect, find_garbage
@@ -29,6 +29,7 @@ T = TypeVar("T")
 VERIFY_TIMEOUT_S = 60.0
 S3_INDEX_TIMEOUT_S = 15.0
 S3_CLAIM_TIMEOUT_S = 1.0  # where memory has a step to resume from
+S3_ASK_TIMEOUT_S = 5.0  # one small request
 S3_THREADS = 8
 ORPHANS_AT_ONCE = 5000  # objects and uploads
 
@@ -51,12 +52,15 @@ class Executor:
         """Ask the host of a trainer whether that is there; no answer says that it is not."""
         is_present = False
         try:
-            is_present = await self._fleet.call(
-                command.holder, "has_trainer", HEARTBEAT_TIMEOUT_S, command.owner
-            )
+            is_present = await self.has_trainer(command.holder, command.owner)
         except Exception as error:  # noqa: BLE001 - a new life waits for nobody
             logger.warning("process %d not looked for: %s", command.owner.pid, first_line(error))
         return m.OwnerSought(command.life, command.owner, is_present)
+
+    async def has_trainer(self, holder: HolderId, owner: Owner) -> bool:
+        """Ask a holder whether a trainer of its host is there; raises whatever goes wrong."""
+        is_present: bool = await self._fleet.call(holder, "has_trainer", HEARTBEAT_TIMEOUT_S, owner)
+        return is_present
 
     async def claim(self, job: Job, claim: m.Claim) -> m.Event:
         """Write a generation down in the register, if it is still free.
@@ -174,11 +178,15 @@ class Executor:
         try:
             await self._ask_s3(store.check)  # while S3 is down no holder is bothered
         except DurableStoreError as error:
-            return m.UploadFailed(version, rank, holder, first_line(error))
+            return m.UploadFailed(version, rank, holder, error.problem)
         try:
             record = await self._fleet.call(holder, "upload", timeout_s, *args)
         except Exception as error:  # noqa: BLE001 - the core decides who tries next
             reason, cause = first_line(error), getattr(error, "cause", None) or error
+            if isinstance(cause, TimeoutError):
+                reason = f"host {holder.node_id[:8]} did not upload its shard in {timeout_s:.0f} s"
+            elif isinstance(cause, DurableStoreError):
+                reason = cause.problem
             if isinstance(cause, DurableStoreDownError):
                 store.report(cause.problem)
             elif reason != self._upload_problem:  # once for each, not for each rank
@@ -201,6 +209,17 @@ class Executor:
             return m.PublishFailed(version, refused, is_final=True)
         logger.info("%s durable on %s", step_tag(job, version), ledger.store(settings))
         return m.ManifestPublished(version, command.records)
+
+    async def ask_durable(self, job: Job) -> m.Event:
+        """Ask S3 whether it answers: one small request."""
+        probe = self._ask_s3(self.ledger(job).store(settings_of(job)).probe)
+        try:
+            await asyncio.wait_for(probe, S3_ASK_TIMEOUT_S)
+        except TimeoutError:
+            return m.DurableAnswered(f"no answer within {S3_ASK_TIMEOUT_S:g} s")
+        except DurableStoreError as error:
+            return m.DurableAnswered(error.problem)
+        return m.DurableAnswered()
 
     async def is_newest(self, job: Job, generation: int) -> bool:
         """Whether the register knows no newer generation of the job."""

@@ -5,6 +5,10 @@ has it; when one fails, another copy's holder is asked. When all are there, the 
 published, and only then is the step durable. At most one step is under way and one waits: while
 S3 is slow or down, a newer step takes the place of the waiting one, and of the one under way once
 that has failed, so the backlog is bounded.
+
+Why S3 cannot be used is remembered until a step is durable again, whatever becomes of the one that
+has failed. An upload may also hang for minutes before its deadline is over. So when no shard has
+arrived for SILENT_S, S3 is asked whether it answers at all. What it says decides nothing.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,6 +19,7 @@ from replication.records import HolderId, ShardRecord, Version
 from tiered import messages as m
 
 BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+SILENT_S, ASK_AGAIN_S = 5.0, 10.0
 REMEMBERED = 64  # given-up steps whose reason is still told
 
 
@@ -33,17 +38,27 @@ class Flush:
     due_s: dict[int, float] = field(default_factory=dict)
     is_publishing: bool = False
     publish_due_s: float = 0.0
+    began_s: float = 0.0
+    moved_s: float = 0.0  # when the last shard arrived
     last_problem: str = ""
 
 
 class FlushQueue:
-    """The flush under way and the one that waits. Not thread-safe."""
+    """The flush under way and the one that waits. Not thread-safe.
+
+    Attributes:
+        problem: Why the last upload or manifest failed; empty once a step was durable after it.
+        silence: Why S3, asked while nothing arrives, does not answer; empty when it does.
+    """
 
     def __init__(self) -> None:
         self.current: Flush | None = None
         self.waiting: Flush | None = None
         self.given_up: dict[Version, str] = {}
         self.publishing: set[Version] = set()  # asked for and not answered, given up or not
+        self.problem = ""
+        self.silence = ""
+        self._asked_s = -ASK_AGAIN_S
 
     @property
     def versions(self) -> tuple[Version, ...]:
@@ -70,11 +85,13 @@ class FlushQueue:
         flush = self.current
         if isinstance(event, m.ManifestPublished | m.PublishFailed):
             self.publishing.discard(event.version)
+        self._note(event)
         match event:
             case m.ShardUploaded():
                 if flush is not None and flush.version == event.version:
                     flush.under_way.pop(event.rank, None)
                     flush.uploaded[event.rank] = event.record
+                    flush.moved_s = now_s
             case m.UploadFailed():
                 if flush is not None and flush.version == event.version:
                     flush.under_way.pop(event.rank, None)
@@ -93,11 +110,35 @@ class FlushQueue:
                     if event.is_final:
                         self.current = None
                         return [self._give_up(flush, event.reason)]
+            case m.DurableAnswered():
+                return []
             case m.Ticked():
-                pass
+                return [*self.review(now_s, holders_of), *self._ask(now_s)]
             case _:
                 assert_never(event)
         return self.review(now_s, holders_of)
+
+    def _note(self, event: m.FlushEvent | m.Ticked) -> None:
+        """Remember why S3 cannot be used, or that it can."""
+        match event:
+            case m.UploadFailed() | m.PublishFailed(is_final=False):
+                self.problem = event.reason
+            case m.ManifestPublished():
+                self.problem = self.silence = ""
+            case m.ShardUploaded():
+                self.silence = ""
+            case m.DurableAnswered():
+                self.silence = event.problem
+
+    def _ask(self, now_s: float) -> list[m.Command]:
+        """Have S3 asked whether it answers, if nothing has arrived there for a while."""
+        if self.current is None:
+            self.silence = ""
+            return []
+        if now_s - self.current.moved_s < SILENT_S or now_s - self._asked_s < ASK_AGAIN_S:
+            return []
+        self._asked_s = now_s
+        return [m.AskDurable()]
 
     def review(self, now_s: float, holders_of: HoldersOf) -> list[m.Command]:
         """Start what can be started."""
@@ -107,6 +148,8 @@ class FlushQueue:
             self.current = None
         if self.current is None:
             self.current, self.waiting = self.waiting, None
+            if self.current is not None:
+                self.current.began_s = self.current.moved_s = now_s
         flush = self.current
         if flush is None or flush.is_publishing:
             return commands

@@ -9,7 +9,7 @@ Rules:
     1. A step is committed when every rank's shard is whole on its own host and on as many others
        as the policy asks for, by the holders' own word, with the same checksum everywhere. With
        fewer hosts alive than that, or hosts that cannot reach enough others, what there is counts,
-       and the step is marked degraded.
+       and the step is marked degraded; also where the other copies do not come for long.
     2. What is known (`tiered.catalogue`) is a cache, rebuilt after the coordinator's death from the
        register, the holders' inventories and S3's listing.
     3. What holders were told is told again now and then, and to whoever comes: a message may have
@@ -95,6 +95,8 @@ class Job(Catalogue):
                 return self.repair.repair(now_s)
             case m.ShardUploaded() | m.UploadFailed() | m.ManifestPublished() | m.PublishFailed():
                 return self._flush_event(event, now_s)
+            case m.DurableAnswered():
+                return self.flushes.handle(event, now_s, self.holders_of)
             case m.SaveAsked():
                 return self._save_asked(event, now_s)
             case m.ShardNotStaged(version):
@@ -120,7 +122,8 @@ class Job(Catalogue):
             self.is_rebuilding = False
             self.found = {v for v in self.copies if v.generation == self.generation}
             return [*self._rearrange(), *self._review(now_s)]
-        commands = [*self.repair.repair(now_s), *self.repair.note_degraded(now_s)]
+        commands = self._commit_stuck(now_s)
+        commands += [*self.repair.repair(now_s), *self.repair.note_degraded(now_s)]
         commands += self.flushes.handle(event, now_s, self.holders_of)
         if now_s >= self._remind_due_s and self.claims:
             self._remind_due_s = now_s + REMIND_S
@@ -276,9 +279,14 @@ class Job(Catalogue):
         return commands
 
     def _commit(self, version: Version, now_s: float) -> list[m.Command]:
-        copies = min(self.copies_that_commit(version, rank) for rank in self.copies[version])
+        copies = min(
+            min(self.copies_that_commit(version, rank), len(self.intact(version, rank)))
+            for rank in self.copies[version]
+        )
         is_degraded = copies < 1 + self.replicas
         self.commits[version] = is_degraded
+        if version not in self.found:
+            self.committed_s = now_s
         self.found.discard(version)
         self.admissions.settle(version.step)
         size = sum(s.record.plan.size_bytes for s in self.sources(version))
@@ -288,6 +296,16 @@ class Job(Catalogue):
             ranks = range(len(self.copies[version]))
             commands += self.flushes.add(version, ranks, now_s, self.holders_of)
         return commands
+
+    def _commit_stuck(self, now_s: float) -> list[m.Command]:
+        """Commit a step whose copies have not come for long: see `tiered.admission`."""
+        current, settings = self.generation, self.settings
+        newest = max((v for v in self.commits if v.generation == current), default=Version(0, 0))
+        mine = [v for v in self.copies if v.generation == current and v > newest]
+        stuck = self.admissions.stuck([v.step for v in mine if self.is_whole(v)], now_s)
+        if not stuck or settings is None or settings.memory.strict:
+            return []
+        return [*self._commit(Version(current, max(stuck)), now_s), *self._collect()]
 
     def _flush_event(self, event: m.FlushEvent, now_s: float) -> list[m.Command]:
         commands: list[m.Command] = []

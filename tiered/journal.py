@@ -65,6 +65,7 @@ class _Story:
     seconds: float = 0.0
     size_bytes: int = 0
     s3_problem: str = ""
+    unflushed: tuple[Entry, tuple[int, ...]] | None = None  # an entry that grows, and its steps
 
 
 class Journal:
@@ -150,10 +151,11 @@ class Journal:
                 self._stories.setdefault(job, _Story()).s3_problem = ""
                 return self.note(now_s, "durable", "on S3", job=job, version=said.version)
             case m.UploadFailed() | m.PublishFailed():
-                return self._s3_trouble(job, said, now_s)
+                return self._s3_trouble(job, said.reason, now_s, said.version)
+            case m.DurableAnswered():
+                return self._s3_trouble(job, said.problem, now_s) if said.problem else None
             case m.FlushGivenUp():
-                text = f"not flushed to S3: {said.reason}"
-                return self._warn(now_s, "flush_failed", text, job, said.version)
+                return self._flush_failed(job, said, now_s)
             case m.LinksCut():
                 pairs = ", ".join(f"{a[:8]} and {b[:8]}" for a, b in sorted(said.pairs))
                 text = f"hosts that cannot reach each other: {pairs or 'none any more'}"
@@ -165,14 +167,32 @@ class Journal:
                 return self._heard_begin(job, said, now_s)
 
     def _s3_trouble(
-        self, job: str, said: m.UploadFailed | m.PublishFailed, now_s: float
+        self, job: str, problem: str, now_s: float, version: Version | None = None
     ) -> Entry | None:
         """Note why S3 cannot be used, once until a step is durable again."""
         story = self._stories.setdefault(job, _Story())
         if story.s3_problem:
             return None
-        story.s3_problem = said.reason
-        return self._warn(now_s, "s3_trouble", f"not on S3 yet: {said.reason}", job, said.version)
+        story.s3_problem = problem
+        return self._warn(now_s, "s3_trouble", f"not on S3 yet: {problem}", job, version)
+
+    def _flush_failed(self, job: str, said: m.FlushGivenUp, now_s: float) -> Entry | None:
+        """Note a step that will not be on S3. While S3 is away they are many: one entry grows."""
+        story, step = self._stories.setdefault(job, _Story()), said.version.step
+        entry, steps = story.unflushed or (None, ())
+        if entry is None or now_s - entry.at_s > GROWS_FOR_S or entry not in self._notable:
+            text = f"not flushed to S3: {said.reason}"
+            new = self._warn(now_s, "flush_failed", text, job, said.version)
+            story.unflushed = new, (step,)
+            return new
+        steps = (*steps, step)
+        first, last = min(steps), max(steps)
+        text = f"{len(steps)} steps ({first} to {last}) not flushed to S3; the last: {said.reason}"
+        grown = replace(entry, text=text, step=None, took_s=now_s - entry.at_s)
+        self._notable[self._notable.index(entry)] = grown
+        story.unflushed = grown, steps
+        self.is_changed = True
+        return None
 
     def _heard_begin(self, job: str, said: m.Event | m.Command, now_s: float) -> Entry | None:
         """The parts of a begin, each with the time since the one before."""

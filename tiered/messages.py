@@ -251,6 +251,13 @@ class PublishFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class DurableAnswered:
+    """S3 was asked whether it answers, and did, or did not (`problem`)."""
+
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ManifestsRead:
     """What the manifests of older steps say; one that is of no use is left out."""
 
@@ -295,6 +302,7 @@ Event = (
     | UploadFailed
     | ManifestPublished
     | PublishFailed
+    | DurableAnswered
     | SaveAsked
     | ShardNotStaged
     | ManifestsRead
@@ -453,6 +461,11 @@ class PublishManifest:
 
 
 @dataclass(frozen=True, slots=True)
+class AskDurable:
+    """Ask S3 whether it answers at all: an upload hangs. Answer with DurableAnswered."""
+
+
+@dataclass(frozen=True, slots=True)
 class FlushGivenUp:
     """A step will not become durable; log why."""
 
@@ -511,7 +524,7 @@ class PolicyMet:
     after_s: float
 
 
-FlushEvent = ShardUploaded | UploadFailed | ManifestPublished | PublishFailed
+FlushEvent = ShardUploaded | UploadFailed | ManifestPublished | PublishFailed | DurableAnswered
 Command = (
     SeekOwner
     | ClaimGeneration
@@ -528,6 +541,7 @@ Command = (
     | FenceNewHolder
     | UploadShard
     | PublishManifest
+    | AskDurable
     | FlushGivenUp
     | DeleteDurable
     | CollectOrphans

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tiered.overview import ClusterStatus, HostStatus, JobOverview
+from tiered.overview import ClusterStatus, JobOverview
+from tiered.statuses import HostStatus
 
 PREFIX = "ray_"
 
@@ -43,6 +44,7 @@ class Sample:
 
 _HOST = ("host",)
 CLUSTER_METRICS = (
+    Metric("tiered_seen_timestamp_seconds", "gauge", "When the coordinator last looked.", ()),
     Metric("tiered_hosts", "gauge", "Hosts by the state of their holder.", ("state",)),
     Metric("tiered_memory_used_bytes", "gauge", "Checkpoint memory in use on a host.", _HOST),
     Metric("tiered_memory_capacity_bytes", "gauge", "Checkpoint memory of a host.", _HOST),
@@ -74,6 +76,7 @@ METRICS = (*CLUSTER_METRICS, *TRAINER_METRICS)
 
 def samples(status: ClusterStatus) -> Iterator[Sample]:
     """The values of `CLUSTER_METRICS` in one picture."""
+    yield Sample("tiered_seen_timestamp_seconds", status.taken_s)
     states = [host.state for host in status.hosts]
     for state in ("up", "silent", "starting", "refused", "lost"):
         yield Sample("tiered_hosts", states.count(state), {"state": state})

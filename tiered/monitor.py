@@ -18,18 +18,30 @@ from replication.records import HolderId, Version
 from replication.release import RELEASE
 from tiered import messages as m
 from tiered import register
+from tiered.findings import host_findings
 from tiered.job import Job
 from tiered.journal import ROUTINE_KINDS, Entry, Journal
 from tiered.metrics import samples
-from tiered.overview import ClusterStatus, HostState, HostStatus, host_findings, job_overview
+from tiered.overview import ClusterStatus, job_overview
 from tiered.ray_metrics import ClusterMetrics
+from tiered.statuses import HostState, HostStatus
 
 logger = logging.getLogger(__name__)
 
 RECORD_S = 5.0
 LOST_FOR_S = 3600.0  # a lost host is shown for so long
 LOST_AT_MOST = 64
+OPEN = (
+    "Ray asks for no token: whoever reaches its ports may run code on every host and read every "
+    "checkpoint; set RAY_AUTH_MODE=token (SECURITY.md)"
+)
 _LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO}
+
+
+def asks_for_token() -> bool | None:
+    """Whether this Ray cluster asks for a token; None if unknown, as no public call tells."""
+    mode = getattr(ray._raylet, "get_authentication_mode", None)
+    return None if mode is None else bool(mode() == ray._raylet.AuthenticationMode.TOKEN)
 
 
 class Monitor:
@@ -41,6 +53,8 @@ class Monitor:
 
     def __init__(self, fleet: Fleet) -> None:
         self.journal = Journal()
+        self._trainers: dict[str, tuple[int, bool | None]] = {}
+        self._zombies: set[tuple[str, int]] = set()
         self._fleet = fleet
         self._since_s = time.time()
         self._lost: dict[str, float] = {}
@@ -60,6 +74,8 @@ class Monitor:
             )
         else:
             self._log(self.journal.note(time.time(), "coordinator", f"started, release {RELEASE}"))
+            if asks_for_token() is False:
+                self._log(self.journal.note(time.time(), "open", OPEN, weight="warning"))
 
     async def keep(self) -> None:
         """Write the journal to the GCS if it has changed."""
@@ -128,6 +144,26 @@ class Monitor:
         args = (job, generation, version, rank, size_bytes, source, seconds)
         self.journal.restored(*args, time.time())
 
+    def note_trainer(self, job: str, generation: int, is_there: bool | None) -> None:
+        """Rank 0's process of a generation was looked for; None: nobody could say."""
+        self._trainers[job] = generation, is_there
+
+    def _has_trainer(self, job: Job) -> bool | None:
+        generation, is_there = self._trainers.get(job.name, (0, None))
+        return is_there if generation == job.generation else None
+
+    def refused(self, version: Version, job: Job) -> None:
+        """A trainer of a generation that was fenced off wants to save; told once for each."""
+        if (job.name, version.generation) in self._zombies:
+            return
+        self._zombies.add((job.name, version.generation))
+        by = "the job was stopped" if job.is_stopped else f"generation {job.generation} goes on"
+        text = f"a trainer that was fenced off still runs, and may save no more: {by}"
+        note = self.journal.note
+        self._log(
+            note(time.time(), "zombie", text, weight="warning", job=job.name, version=version)
+        )
+
     def forgot(self, job: str) -> None:
         """Somebody had everything of a job let go of."""
         text = "everything in memory was let go of, as somebody asked"
@@ -161,13 +197,20 @@ class Monitor:
     ) -> ClusterStatus:
         """Everything at this moment, from what is known; asks nobody."""
         hosts = tuple(sorted(self._hosts(frozenset(leaving)), key=lambda h: (h.address, h.node_id)))
-        now_s = time.monotonic()
+        now_s, wall_s = time.monotonic(), time.time()
+        seen = (
+            job_overview(
+                job, now_s, with_shards=with_shards, wall_s=wall_s,
+                has_trainer=self._has_trainer(job),
+            )
+            for job in jobs
+        )  # fmt: skip
         return ClusterStatus(
             release=RELEASE,
-            taken_s=time.time(),
+            taken_s=wall_s,
             coordinator_since_s=self._since_s,
             hosts=hosts,
-            jobs=tuple(job_overview(job, now_s, with_shards=with_shards) for job in jobs),
+            jobs=tuple(seen),
             findings=host_findings(hosts),
             events=tuple((j, kind, n) for (j, kind), n in sorted(self.journal.counts.items())),
         )

@@ -12,7 +12,8 @@ from replication.records import Life, Version
 from tiered import cluster, collection, register
 from tiered.catalogue import STOP
 from tiered.config import S3, check_job_name
-from tiered.coordinator import BEGIN_TIMEOUT_S, CALL_TIMEOUT_S, SETTLE_TIMEOUT_S
+from tiered.coordinator import BEGIN_TIMEOUT_S, SETTLE_TIMEOUT_S
+from tiered.dispatch import CALL_TIMEOUT_S
 from tiered.errors import ConfigError, StepNotFoundError
 from tiered.fetch import ShardReader, tiers_of
 from tiered.garbage import GRACE_S, GarbagePlan

@@ -85,6 +85,14 @@ class S3Store(DurableStore):
         """See `DurableStore.check`; `is_urgent`: do not go by what was known, ask."""
         self.link.check(self._base, is_urgent=is_urgent)
 
+    def probe(self) -> None:
+        """Raise unless the store answers one small request, whatever was known of it.
+
+        Raises:
+            DurableStoreError: It does not, or is known to be down and not asked now.
+        """
+        self.link.probe(self._base)
+
     def create(self, key: str, data: bytes) -> bool:
         """See `DurableStore.create`.
 

@@ -197,16 +197,20 @@ class Link:
         with self._lock:
             is_open = self._breaker.is_open
         if is_open:
-            settings = self.settings
-            args = request_args(settings)
-            self.ask(
-                "probe",
-                prefix,
-                lambda client: client.list_objects_v2(
-                    Bucket=settings.bucket, Prefix=prefix, MaxKeys=1, **args
-                ),
-                is_urgent=is_urgent,
-            )
+            self.probe(prefix, is_urgent=is_urgent)
+
+    def probe(self, prefix: str, *, is_urgent: bool = False) -> None:
+        """Raise unless the store answers one cheap request; `is_urgent` as for `ask`."""
+        settings = self.settings
+        args = request_args(settings)
+        self.ask(
+            "probe",
+            prefix,
+            lambda client: client.list_objects_v2(
+                Bucket=settings.bucket, Prefix=prefix, MaxKeys=1, **args
+            ),
+            is_urgent=is_urgent,
+        )
 
     def report(self, problem: str | None) -> None:
         """Take into account how a call of another process went: why the store was down, or None."""

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 from replication.errors import DeadlineError
@@ -36,6 +37,7 @@ class Watcher:
         self._generation = 0
         self._handles: dict[int, SaveHandle] = {}
         self._changed = threading.Condition()
+        self._silent_since_s: float | None = None
         self._is_closing = False
         self._thread: threading.Thread | None = None
 
@@ -105,13 +107,28 @@ class Watcher:
                     self._coordinator, "progress", self._job, generation, known, POLL_S / 5,
                     timeout_s=POLL_S,
                 )  # fmt: skip
-            except DeadlineError as error:
-                logger.warning("%s no news of saves: %s", self._tag(), error)
+            except DeadlineError:
+                self._note_silence(is_silent=True)
                 continue
+            self._note_silence(is_silent=False)
             known.update(news.progress)
             self._note_degraded(news.degraded)  # first: who waits for the rest may look at it
             self._tell(news.progress, pending)
             self._on_news()
+
+    def _note_silence(self, *, is_silent: bool) -> None:
+        """Say once that the coordinator does not answer, and once that it does again."""
+        if is_silent and self._silent_since_s is None:
+            self._silent_since_s = time.monotonic()
+            logger.warning(
+                "%s the coordinator does not answer: training and saves go on, and steps are "
+                "committed when it does; if it lasts, see `tiered doctor`",
+                self._tag(),
+            )
+        elif not is_silent and self._silent_since_s is not None:
+            silent_s = time.monotonic() - self._silent_since_s
+            logger.warning("%s the coordinator answers again after %.0f s", self._tag(), silent_s)
+            self._silent_since_s = None
 
     def _tell(self, news: Progress, pending: Mapping[int, SaveHandle]) -> None:
         for step, (level, problem) in sorted(news.items()):

@@ -354,6 +354,12 @@ def test_a_flush_through_hours_without_s3_stays_small_and_catches_up(
             case m.FlushGivenUp(version=version):
                 given_up.append(version.step)
                 return []
+            case m.AskDurable():
+                try:
+                    store.probe()
+                    outcome = m.DurableAnswered()
+                except DurableStoreError as error:
+                    outcome = m.DurableAnswered(error.problem)
             case _:
                 raise AssertionError(command)
         return queue.handle(outcome, now_s, lambda version, rank: (holder,))

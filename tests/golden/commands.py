@@ -50,6 +50,8 @@ def of_job(job: Job, command: m.Command) -> Iterator[str]:
             yield f"upload {v(version)}/r{rank} from {write_holder(holder)}"
         case m.PublishManifest(version):
             yield f"publish {v(version)}"
+        case m.AskDurable():
+            yield "ask S3 whether it answers"
         case m.FlushGivenUp(version, reason):
             yield f"flush given up {v(version)}: {reason}"
         case m.DeleteDurable(versions):

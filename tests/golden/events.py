@@ -205,6 +205,7 @@ OF_JOB: dict[str, Callable[[Words], m.Event]] = {
     "publish-failed": lambda w: m.PublishFailed(
         read_version(w.names[0]), w.one("why"), w.has("final")
     ),
+    "s3-answered": lambda w: m.DurableAnswered(w.one("problem")),
     "manifests": lambda w: m.ManifestsRead({read_version(v): _records(w, v) for v in w.names}),
     "cut": lambda w: m.LinksCut(frozenset(tuple(text.split("-")) for text in w.names)),
     "tick": lambda w: m.Ticked(),

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import uvicorn
@@ -127,6 +128,10 @@ def exported(texts: list[str]) -> dict[str, list[tuple[dict[str, str], float]]]:
     return found
 
 
+def coordinators(cluster: LocalCluster) -> list[psutil.Process]:
+    return [p for p in cluster.head_processes() if "Coordinator" in " ".join(p.cmdline())]
+
+
 def names() -> set[str]:
     """Of every series that the documents promise."""
     tail = {"histogram": "_bucket"}
@@ -160,6 +165,24 @@ def test_rays_own_export_has_every_metric_with_its_value(training: Training) -> 
     assert 1 <= stalls <= 2 * training.step  # the last of the killed ones were not handed on
     assert sum(values("restore_seconds_count", **job)) == 2
     assert {have["source"] for have, _ in found["ray_tiered_restore_seconds_count"]}
+
+
+def test_a_coordinator_that_hangs_is_seen_by_its_clock_standing_still(
+    cluster: LocalCluster, training: Training
+) -> None:
+    def seen_s() -> float:
+        found = exported([read(f"http://{place}/metrics") for place in exports()])
+        values = [v for _, v in found.get("ray_tiered_seen_timestamp_seconds", ())]
+        return max(values, default=0.0)
+
+    until(lambda: time.time() - seen_s() < 15.0)
+    (process,) = coordinators(cluster)
+    process.suspend()
+    try:
+        until(lambda: 15.0 < time.time() - seen_s() < 600.0)  # still exported, and old
+    finally:
+        process.resume()
+    until(lambda: time.time() - seen_s() < 15.0)
 
 
 def test_the_page_serves_the_same_values(training: Training, web: str) -> None:
@@ -273,6 +296,15 @@ def test_the_page_shows_the_cluster_and_goes_on_by_itself(
     page.until(lambda: f"Copies of step {step + 1}" in page.text("#jobs"))
     page.until(lambda: page.run("document.querySelectorAll('#flow polyline').length") == 1)
     assert re.search(r"[1-9][\d.]* [kM]?B/s at the top", page.text("#rate"))
+
+    (process,) = coordinators(cluster)
+    process.suspend()
+    try:
+        page.until(lambda: "no answer for" in page.text("#head"))
+        assert training.name in page.text("#jobs")  # what was there last
+    finally:
+        process.resume()
+    page.until(lambda: "all is protected" in page.text("#head"))
 
     lost = cluster.hosts[1]
     cluster.kill_host(lost)

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -25,8 +26,9 @@ from chaos.local_cluster import LocalCluster
 from replication.holder import NAMESPACE
 from tests.integration.trainers import Trainer
 from tiered.cli.app import app
-from tiered.cluster import COORDINATOR_NAME, coordinator, end_actors
+from tiered.cluster import coordinator, end_actors
 
+ROOT = Path(__file__).parents[2]
 DEADLINE_S = 60.0
 
 
@@ -141,8 +143,17 @@ def test_the_story_of_a_lost_host_is_told_by_the_command_line_alone(
     assert status["jobs"][0]["restores"] == [1, 1]
     assert "lost" in {host["state"] for host in status["hosts"]}
 
-    # The journal outlives the coordinator.
-    ray.kill(ray.get_actor(COORDINATOR_NAME, NAMESPACE), no_restart=False)
+    # A coordinator that hangs is said, and started again; the journal outlives it.
+    (process,) = (p for p in cluster.head_processes() if "Coordinator" in " ".join(p.cmdline()))
+    process.suspend()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tiered.cluster.ANSWER_TIMEOUT_S", 2.0)
+        code, text = tiered_command("status")
+        assert (code, "`tiered up` starts it again" in text) == (4, True)
+        code, text = tiered_command("doctor", "--no-network")
+        assert (code, "✗ coordinator: no answer in 5 s" in text) == (1, True)
+        code, text = tiered_command("up")
+        assert (code, "it is started again" in text) == (0, True)
     again = until(lambda: [e for e in tiered.events(job) if e.text == "started again"])
     assert again
     assert "host_lost" in {e.kind for e in tiered.events(job)}
@@ -174,8 +185,11 @@ def test_a_name_in_use_is_refused_until_its_trainer_hangs_or_dies(
         assert start(second, job) == 3
     finally:
         os.kill(pid, signal.SIGCONT)
-    with pytest.raises(tiered.FencedError):
-        save(first, 3)
+    for _ in range(2):
+        with pytest.raises(tiered.FencedError):
+            save(first, 3)
+    zombies = [e for e in tiered.events(job) if e.kind == "zombie"]
+    assert [(e.generation, e.step) for e in zombies] == [(1, 3)]
     save(second, 3)
     third = trainer_of("third", hosts[2])
     with pytest.raises(tiered.NameInUseError, match="torchrun job second"):
@@ -216,16 +230,101 @@ def test_stop_ends_one_job_and_leaves_the_other_alone(cluster: LocalCluster) -> 
 
 
 def test_the_doctor_finds_no_problem_in_a_cluster_and_a_store_that_work(
-    cluster: LocalCluster,
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray.get(coordinator().ping.remote())
     code, text = tiered_command("doctor", "--s3", "s3://tests/doctor")
     assert code == 0, text
     assert "refuse to create twice: works" in text
+    assert "coordinator: answers in 0." in text
     assert "0 problems" in text
-    code, text = tiered_command("doctor", "--no-network", "--s3", "s3://no-such-bucket/x")
+
+    # The same cluster for a job that is too large, without its store, and by a clock that is off.
+    now = SimpleNamespace(time=lambda: time.time() + 5.0, monotonic=time.monotonic)
+    monkeypatch.setattr("tiered.cli.doctor.time", now)
+    code, text = tiered_command(
+        "doctor", "--no-network", "--s3", "s3://no-such-bucket/x", "--per-host", "1GB"
+    )
     assert code == 1
-    assert "s3://no-such-bucket/x: reach" in text
+    for found in (
+        r"! memory on every host: object store 209\.7 MB, of which 167\.8 MB .*; the host has .*",
+        r"✗ clock on every host: -5\.\d s off",
+        r"✗ room for the job: 1\.0 GB a host and save need .*; 127\.10\.0\.\d+ has 209\.7 MB, .*",
+        r"✗ s3://no-such-bucket/x: reach: NoSuchBucket .*",
+    ):
+        assert re.search(rf"^{found}\n  → \S", text, re.MULTILINE), (found, text)
+    assert "3 problems" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives hosts networks of their own: needs root")
+def test_the_doctor_names_hosts_that_cannot_connect() -> None:
+    program = """
+from typer.testing import CliRunner
+from chaos.host_network import HostNetwork
+from chaos.local_cluster import LocalCluster
+from tiered.cli.app import app
+
+network = HostNetwork()
+network.start()
+try:
+    with LocalCluster(hosts=2, object_store_bytes=100 << 20, network=network) as cluster:
+        one, other = map(cluster.address_of, cluster.hosts)
+        network.drop(one, other)
+        done = CliRunner().invoke(app, ["doctor"])
+        print(done.output.replace(one, "ONE").replace(other, "OTHER"), done.exit_code)
+finally:
+    network.close()
+"""
+    text = in_a_process_of_its_own([sys.executable, "-c", program])
+    for way in ("ONE to OTHER", "OTHER to ONE"):
+        found = rf"^✗ network {way}: no connection: .*\n  → open the ports"
+        assert re.search(found, text, re.MULTILINE), text
+    assert text.endswith(" 1\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small /dev/shm for itself: needs root")
+def test_the_doctor_finds_what_is_wrong_with_a_machine(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("p")  # short: paths of sockets have 107 characters
+    program = """
+import ray
+from typer.testing import CliRunner
+from tiered.cli.app import app
+
+ray.init(num_cpus=1, object_store_memory=150 << 20, include_dashboard=False)
+for words in (["up"], ["events"], ["doctor"]):
+    done = CliRunner().invoke(app, words)
+    print(done.output, done.exit_code)
+"""
+    mount = 'mount -t tmpfs -o size=100m tmpfs /dev/shm && ulimit -n 4096 && exec "$@"'
+    command = ["unshare", "--mount", "bash", "-c", mount, "bash", sys.executable, "-c", program]
+    more = {"RAY_AUTH_MODE": "disabled", "TMPDIR": str(tmp_path), "RAY_TMPDIR": str(tmp_path)}
+    text = in_a_process_of_its_own(command, **more)
+    assert re.search(r"open +Ray asks for no token: whoever reaches its ports", text)
+    for found in (
+        r"! hosts: 1, so no copy on another host",
+        r"✗ memory on \S+: object store 157.3 MB, .*; /dev/shm has only 104.9 MB, so it .* disk",
+        r"! open files on \S+: at most 4096 a process",
+        r"! memory on \S+: the object store's is not preallocated: .*",
+        r"! loss of a host: \d+ s without an answer .*",
+        r"! access: whoever reaches Ray's ports may run code .*",
+    ):
+        assert re.search(rf"^{found}\n  → \S", text, re.MULTILINE), (found, text)
+    assert text.endswith(" 1\n")
+
+
+def in_a_process_of_its_own(command: list[str], **more: str) -> str:
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT), **more}
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN") if more else ("RAY_ADDRESS",):
+        environment.pop(name, None)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 def test_each_command_does_what_it_says(cluster: LocalCluster, port: int, tmp_path: Path) -> None:

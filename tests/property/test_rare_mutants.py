@@ -16,7 +16,6 @@ from tests.unit.tiered import test_job_regressions as of_job
 from tests.unit.tiered import test_repair as of_repair
 
 CAUGHT_BY: dict[str, Callable[[], None]] = {
-    "gc_unfenced": of_holder.test_an_order_to_collect_of_an_older_generation_is_refused,
     "waits_for_lost_uploads": of_job.test_an_upload_on_a_lost_holder_is_not_waited_for,
     "never_reminds": of_job.test_orders_are_repeated_because_one_may_have_been_lost,
     "repairs_from_the_first": of_job.test_a_repair_that_failed_is_tried_from_another_copy,
@@ -51,7 +50,7 @@ CAUGHT_BY: dict[str, Callable[[], None]] = {
     "keeps_quarantined": of_holder.test_a_corrupt_copy_is_replaced_by_a_verified_one,
 }
 # Broken around the cores, in the simulator's own shells.
-SHELLS = {"collects_unconfirmed", "unread_is_bad", "silence_is_final", "shares_unread"}
+SHELLS = {"unread_is_bad", "silence_is_final", "shares_unread"}
 
 
 @pytest.mark.parametrize("name", CAUGHT_BY)

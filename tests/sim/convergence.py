@@ -80,7 +80,7 @@ class Convergence:
         parent = oracle.parents.get(oracle.generation)
         needed = [v for v in oracle.newest_acked() if now_s - oracle.acked[v] >= slack_s]
         needed = [v for v in needed if all(oracle.has_copy(v, r) for r in oracle.ranks_of(v))]
-        need = 1 + min(world.replicas(), sum(h.is_alive for h in world.hosts.values()) - 1)
+        need = 1 + min(world.replicas(), len(world.staying()) - 1)
         newest = max([*needed[:1], *([parent] if parent is not None else [])], default=None)
         if newest is None or newest < oracle.mark:  # holders may not take back what they collected
             return []
@@ -92,13 +92,16 @@ class Convergence:
         return problems
 
     def _held_copies(self, version: Version, rank: int) -> list[str]:
-        """Hosts with a copy that is what was saved."""
+        """Hosts with a copy that is what was saved, but for those that will go away."""
+        staying = {host.place for host in self.world.staying()}
         key = ShardKey(self.world.job_name, version, rank)
         content = dict(enumerate(self.world.oracle.saved.get(key, ())))
         return sorted(
             holder.id.node_id
             for holder in self.world.holders.values()
-            if holder.is_alive and holder.chunks.get(key) == content
+            if holder.id.node_id in staying
+            and holder.is_alive
+            and holder.chunks.get(key) == content
         )
 
     def _abandoned(self) -> Problems:

@@ -111,6 +111,10 @@ class Coordinator(Process):
 
         self._when_open(report)
 
+    def leave(self, place: str) -> None:
+        """A host will go away."""
+        self._when_open(lambda: self.feed(m.HostLeaving(place)))
+
     def progress(self, versions: list[Version], reply: Reply) -> None:
         """How safe these saves are."""
         self._when_open(lambda: reply({v: self.job.level(v) for v in versions}))
@@ -264,6 +268,8 @@ class Coordinator(Process):
                 self._holder_up(holder, domain)
         for holder in sorted(set(self.job.holders) - set(self.members.up)):
             self.feed(m.HolderDown(holder))
+        for place in sorted(self.world.leaving):
+            self.feed(m.HostLeaving(place))
         if self.members.cut:
             self.feed(m.LinksCut(self.members.cut))
         waiting, self._waiting = self._waiting, []
@@ -322,8 +328,8 @@ class Coordinator(Process):
                     self._tell("drop_step", holder, command.version)
             case m.ReadManifests():
                 self._read_manifests(command.versions)
-            case m.PolicyMissed() | m.PolicyMet() | m.AnswerSave():
-                pass
+            case m.PolicyMissed() | m.PolicyMet() | m.AnswerSave() | m.AskDurable():
+                pass  # nothing is decided by them
             case _:
                 assert_never(command)
 
@@ -342,11 +348,17 @@ class Coordinator(Process):
         """
 
         def confirmed(newest: int) -> None:
-            order = (command.generation, command.below, command.pinned, command.branch)
-            for holder in command.holders if newest == command.generation else ():
-                self._tell("collect", holder, *order)
+            if newest == command.generation:
+                self.order(command)
 
         self._register(self.world.claimed_generation, confirmed)
+
+    def order(self, command: m.CollectBelow) -> None:
+        """Tell holders to collect."""
+        self.world.oracle.ordered(command.generation)
+        order = (command.generation, command.below, command.pinned, command.branch)
+        for holder in command.holders:
+            self._tell("collect", holder, *order)
 
     def _release(self, command: m.ReleaseCopies) -> None:
         """Have copies too many dropped; see `collect`."""
@@ -414,6 +426,10 @@ class Coordinator(Process):
 
         self.world.oracle.asked(claim.generation)
 
+        def create() -> bool:
+            self.world.oracle.claimed(claim.generation)
+            return self.world.register.create(key, data)
+
         def created(is_ours: bool) -> None:
             if not is_ours or claim.settings.s3 is None:
                 self.feed(m.GenerationClaimed(claim.generation, is_ours))
@@ -424,7 +440,7 @@ class Coordinator(Process):
             is_ours = True if isinstance(outcome, DurableStoreError) else outcome
             self.feed(m.GenerationClaimed(claim.generation, is_ours))
 
-        self._register(lambda: self.world.register.create(key, data), created)
+        self._register(create, created)
 
     def _list_durable(self) -> None:
         def listed(outcome: Outcome) -> None:

@@ -54,6 +54,7 @@ class Faults:
             "ask": (1.5, self._ask),
             "cluster": (0.15, self._lose_cluster),
             "link": (1.0, self._cut_for_long),
+            "leave": (1.0, self._leave),
         }
         share = random.choice((0.3, 0.6, 1.0))
         self._enabled = [k for k in self._kinds if random.random() < share] or ["rank", "host"]
@@ -101,7 +102,12 @@ class Faults:
             host.hung_until_s = min(host.hung_until_s, world.kernel.now_s)
         store = world.store
         store.is_up, store.delay_s, store.loss = True, S3_DELAY_S, 0.0
-        missing = world.setup.hosts - sum(h.is_alive for h in world.hosts.values())
+        leaving = [h for h in self._alive() if h.place in world.leaving]
+        if leaving and world.kernel.random.random() < 0.5:  # else they are still there at the end
+            for host in leaving:
+                self._go_away(host)
+        staying = [h for h in self._alive() if h.place not in world.leaving]
+        missing = world.setup.hosts - len(staying)
         for _ in range(missing):
             world.add_host()
         if world.kernel.random.random() < 0.5:
@@ -145,7 +151,8 @@ class Faults:
             self._later(1.0, 2 * MINUTE_S, self._replace_host)
 
     def _replace_host(self) -> None:
-        if len(self._alive()) < self.world.setup.hosts:
+        staying = [h for h in self._alive() if h.place not in self.world.leaving]
+        if len(staying) < self.world.setup.hosts:
             self.world.kernel.log("host %s joins", self.world.add_host().place)
 
     def _crash_hosts(self) -> None:
@@ -155,6 +162,19 @@ class Faults:
     def _join(self) -> None:
         if len(self._alive()) <= self.world.setup.hosts:
             self.world.kernel.log("host %s joins", self.world.add_host().place)
+
+    def _leave(self) -> None:
+        """A host is said to go away, and goes a while later, as a spot instance does."""
+        if (host := self._a_host()) is not None:
+            self.world.kernel.log("host %s will go away", host.place)
+            self.world.leave(host)
+            self._later(3.0, 2 * MINUTE_S, lambda: self._go_away(host))
+
+    def _go_away(self, host: Host) -> None:
+        if host.is_alive:
+            self.world.kernel.log("host %s goes away", host.place)
+            self.world.kill_host(host)
+            self._later(1.0, MINUTE_S, self._replace_host)
 
     def _crash_holder(self) -> None:
         holder = self._a_holder()
@@ -306,6 +326,7 @@ class Faults:
             world.kill_host(host)
         world.hosts.clear()
         world.holders.clear()
+        world.leaving.clear()
         for coordinator in world.coordinators:
             coordinator.is_alive = False
         world.clusters += 1

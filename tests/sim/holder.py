@@ -173,10 +173,15 @@ class Holder(Process):
         """Let go of what is older, or abandoned."""
         job = self.world.job_name
         self.feed(messages.WatermarkRaised(job, generation, below, pinned, branch))
+        self.world.oracle.obeyed(self.id, "collect", generation, self.fence_seen)
 
     def drop_step(self, version: Version) -> None:
         """Let go of a step that was never committed."""
-        self.feed(messages.StepDropped(self.world.job_name, version))
+        self.world.oracle.is_disowned = True
+        try:
+            self.feed(messages.StepDropped(self.world.job_name, version))
+        finally:
+            self.world.oracle.is_disowned = False
 
     def release_copies(self, generation: int, keys: tuple[ShardKey, ...]) -> None:
         """Let go of copies that are not needed here."""
@@ -185,6 +190,7 @@ class Holder(Process):
             self.feed(messages.CopiesReleased(self.world.job_name, generation, keys))
         finally:
             self.world.oracle.releasing = frozenset()
+        self.world.oracle.obeyed(self.id, "release", generation, self.fence_seen)
 
     def verify(self, keys: Sequence[ShardKey]) -> list[ShardKey]:
         """Read every byte of these shards; return those that are missing or corrupt here."""

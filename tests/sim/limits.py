@@ -32,6 +32,7 @@ TICKS_AFTER_S = (0.25, 1.1, 5.1)  # when an offer that failed may be due again
 ASK_TIMEOUT_S = 20.0  # a rank then asks again: the coordinator may have died
 BEGIN_TIMEOUT_S = 80.0
 ROOM_TIMEOUT_S = 8.0
+STUCK_S = 40.0  # by then a step that is whole is committed with the copies that there are
 STALL_S = 25.0  # without progress a life is given up
 
 S3_TIMEOUT_S = 5.0
@@ -46,7 +47,7 @@ def shrunk_cores() -> AbstractContextManager[Any]:
     """The same for the cores' own periods, while it is entered."""
     patches = contextlib.ExitStack()
     patches.enter_context(mock.patch("tiered.repair.REPAIR_BASE_S", 20.0))
-    patches.enter_context(mock.patch("tiered.admission.STUCK_S", 40.0))
+    patches.enter_context(mock.patch("tiered.admission.STUCK_S", STUCK_S))
     patches.enter_context(mock.patch("replication.membership.HOPELESS_MISSES", 10))
     return patches
 

@@ -303,6 +303,14 @@ class ReleasesAny(Repair):
         return [h for h in held if h not in (2 * held)[start : start + need]]
 
 
+class CountsLeaving(Job):
+    """A copy on a host that will go away counts like any other."""
+
+    @property
+    def staying(self) -> dict[HolderId, str]:
+        return self.holders
+
+
 class LinksUntold(Membership):
     """A link is known to be cut at its ends alone."""
 
@@ -404,9 +412,7 @@ class CollectsUnconfirmed(Coordinator):
     """A coordinator that was replaced goes on collecting."""
 
     def collect(self, command: m.CollectBelow) -> None:
-        order = (command.generation, command.below, command.pinned, command.branch)
-        for holder in command.holders:
-            self._tell("collect", holder, *order)
+        self.order(command)
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,7 +463,8 @@ MUTANTS: dict[str, Mutant] = {
     "delete_on_failed_verify": Mutant(Cores(coordinator=DeleteOnFailedVerify), 160),
     "gc_keep_list": Mutant(Cores(holder=KeepList, coordinator=SendsKeepList), 100),
     "parent_counts": Mutant(with_part("eviction", ParentCounts), 200),
-    "gc_unfenced": Mutant(Cores(inventory=GcUnfenced), None),
+    "gc_unfenced": Mutant(Cores(inventory=GcUnfenced), 50),
+    "counts_leaving": Mutant(Cores(job=CountsLeaving), 400),
     "links_untold": Mutant(Cores(membership=LinksUntold), 300),
     "keeps_surplus": Mutant(with_part("repair", KeepsSurplus), None),
     "releases_any": Mutant(with_part("repair", ReleasesAny), None),
@@ -482,7 +489,7 @@ MUTANTS: dict[str, Mutant] = {
     "shares_unread": Mutant(Cores(holder=SharesUnread), None),
     "spoils_one": Mutant(Cores(inventory=SpoilsOne), None),
     "uploads_unverified": Mutant(Cores(holder=UploadsUnverified), 200),
-    "collects_unconfirmed": Mutant(Cores(coordinator=CollectsUnconfirmed), None),
+    "collects_unconfirmed": Mutant(Cores(coordinator=CollectsUnconfirmed), 100),
     "unread_is_bad": Mutant(Cores(coordinator=UnreadIsBad), None),
     "silence_is_final": Mutant(Cores(coordinator=SilenceIsFinal), None),
 }

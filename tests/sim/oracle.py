@@ -9,7 +9,9 @@ promise of docs/PROTOCOL.md at the moment when the system makes it:
                   a host that could be reached, nor than the newest durable one while S3 answers;
                   and nothing is collected that this may need
     I4 single     generations start in order, each once, from a version on the branch
-    I5 fenced     nothing older commits, or is staged, once a newer generation fenced it off
+    I5 fenced     nothing older commits, is staged, or is let go of at an older one's word, once a
+                  newer generation fenced it off; no coordinator orders what the register would
+                  have told it not to
     I6 honest     a commit has as many copies as it says, and as the policy and the hosts allow
     I7 bounded    a holder holds no more bytes than its budget
     same          all ranks of a life get the same answer
@@ -24,7 +26,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from replication.records import HolderId, Life, ShardKey, Version
-from tests.sim.limits import FLIP, HOLDER_TICK_S, SCRUB_PERIOD_S
+from tests.sim.limits import FLIP, HOLDER_TICK_S, SCRUB_PERIOD_S, STUCK_S
 from tiered import messages as m
 from tiered import register
 from tiered.history import Resolution
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 GRACE_S = 12.0
 STALLED_S = 40.0  # a save, three probes and heartbeats, offers that time out meanwhile
 TOLD_S = 2.0  # a copy sealed later than that may not have been reported yet
+ANSWER_S = 0.05  # what the register said may be older than now
 FOUND_S = GRACE_S + SCRUB_PERIOD_S + 2 * HOLDER_TICK_S  # by then a flipped bit is known
 NEVER_S = float("inf")
 
@@ -52,6 +55,7 @@ class Oracle:
         self.worlds: dict[Version, int] = {}  # ranks that saved it
         self._latest: dict[int, tuple[int, ...]] = {}  # of each rank
         self.copies: dict[Version, dict[int, dict[HolderId, float]]] = {}
+        self.whole_s: dict[Version, float] = {}  # since when each rank had some copy
         self.lost_s: dict[tuple[HolderId, ShardKey], float] = {}
         self.died_s: dict[HolderId, float] = {}
         self.acked: dict[Version, float] = {}
@@ -61,6 +65,7 @@ class Oracle:
         self.parents: dict[int, Version | None] = {}  # of those that have begun
         self.answers: dict[Life, tuple[int, Version | None]] = {}
         self.asked_s: dict[int, float] = {}
+        self.claimed_s: dict[int, float] = {}
         self.durable: dict[Version, float] = {}
         self.ever_durable: set[Version] = set()
         self.rotten: set[Version] = set()  # on S3, and not what was stored
@@ -68,6 +73,7 @@ class Oracle:
         self.releasing: frozenset[ShardKey] = frozenset()  # as copies too many, right now
         self._bounds: dict[int, int | None] = {}
         self._committed_s = 0.0
+        self.is_disowned = False  # a rank lets go of what it was told is not saved
         self.mark = Version(0, 0)  # what is older may be collected
         self.generation = 0  # the newest that has started
         self._tokens = 0
@@ -114,6 +120,8 @@ class Oracle:
         if is_intact or (was_intact and (holder, key) in self.lost_s):
             copies = self.copies.setdefault(key.version, {}).setdefault(key.rank, {})
             copies.setdefault(holder, self.world.kernel.now_s)
+            if len(self.copies[key.version]) == len(self.ranks_of(key.version)):
+                self.whole_s.setdefault(key.version, self.world.kernel.now_s)
         if is_intact and self.lost_s.pop((holder, key), None) is not None:
             copies[holder] = self.world.kernel.now_s  # another one: it was not there meanwhile
 
@@ -162,6 +170,7 @@ class Oracle:
         self.mark = Version(0, 0)
         self.copies.clear()
         self.asked_s.clear()
+        self.claimed_s.clear()
         self._walk()
 
     # -- the branch -----------------------------------------------------------------------------
@@ -254,9 +263,11 @@ class Oracle:
             self.protected.add(version)
         need = event.copies
         asked, is_fixed = 1 + world.replicas(), world.setup.settings.memory.replicas is not None
-        up = {h.place for h in world.hosts.values() if self._is_steady(h.place)}
-        is_cut = event.is_degraded and world.network.between_s > world.kernel.now_s - FOUND_S
-        is_short = min(asked, len(up)) > need and not is_cut
+        up = {h.place for h in world.staying() if self._is_steady(h.place)}
+        now_s = world.kernel.now_s
+        is_cut = event.is_degraded and world.network.between_s > now_s - FOUND_S
+        is_stuck = event.is_degraded and now_s - self.whole_s.get(version, now_s) >= STUCK_S
+        is_short = min(asked, len(up)) > need and not is_cut and not is_stuck
         if is_short or (not event.is_degraded and need < asked and is_fixed):
             self.violated(
                 "I6", f"{version} commits with {need} copies; {asked} asked, {len(up)} hosts up"
@@ -293,7 +304,7 @@ class Oracle:
     def _is_counted(self, version: Version) -> bool:
         """Whether every rank has its copies as far as anybody knows; one, if it was committed."""
         world, since_s = self.world, self.world.kernel.now_s - FOUND_S
-        need = min(1 + world.replicas(), sum(map(self._is_steady, world.hosts)))
+        need = min(1 + world.replicas(), sum(self._is_steady(h.place) for h in world.staying()))
         if version in self.acked:
             need = 1
         for rank in self.ranks_of(version):
@@ -316,6 +327,10 @@ class Oracle:
     def asked(self, generation: int) -> None:
         """A generation was claimed; from now on the answer is being found."""
         self.asked_s.setdefault(generation, self.world.kernel.now_s)
+
+    def claimed(self, generation: int) -> None:
+        """The register has a claim of this generation, whosever."""
+        self.claimed_s.setdefault(generation, self.world.kernel.now_s)
 
     def started(self, generation: int, parent: Version | None, begun: Asked | None) -> None:
         """The register holds a generation's parent; its trainers may start as soon as one knows."""
@@ -412,6 +427,18 @@ class Oracle:
         if key.version.generation < fence_seen:
             self.violated("I5", f"{key} written to {holder} behind fence {fence_seen}")
 
+    def obeyed(self, holder: HolderId, what: str, generation: int, fence_seen: int) -> None:
+        """A holder has carried out an order to let go of something."""
+        if generation < fence_seen:
+            self.violated("I5", f"{holder}: {what} of {generation} behind fence {fence_seen}")
+
+    def ordered(self, generation: int) -> None:
+        """A coordinator tells holders to collect; by then it has asked the register."""
+        known_s = self.world.kernel.now_s - ANSWER_S
+        newest = max((g for g, at_s in self.claimed_s.items() if at_s < known_s), default=0)
+        if newest > generation:
+            self.violated("I5", f"generation {generation} collects, {newest} has been claimed")
+
     def _judge_surplus(self, holder: HolderId, key: ShardKey) -> None:
         """As many others as the policy asks for had a copy, when that could last be known."""
         self.counts["copies released"] += 1
@@ -431,7 +458,13 @@ class Oracle:
             self._raise_mark()  # a step inherited may have got its copies back since
         if version < self.mark:
             return
-        needed = set(self.newest_acked())
+        acked = self.newest_acked()
+        if self.is_disowned and acked and version < acked[0]:
+            # Told so by nobody's answer in time; a later coordinator found it whole, and a newer.
+            self.protected.discard(version)
+            self.lost_s[holder, key] = self.world.kernel.now_s
+            return
+        needed = set(acked)
         keep = self.world.setup.settings.memory.keep
         newest = [v for v in self.protected if v.generation == self.generation]
         parent = self.parents.get(self.generation)

@@ -413,6 +413,7 @@ class Launcher(Process):
         """Start the next life on hosts that look well."""
         world = self.world
         hosts = [h for _, h in sorted(world.hosts.items()) if self._looks_well(h)]
+        hosts = [h for h in hosts if h.place not in world.leaving] or hosts
         if not hosts:
             world.kernel.after(3.0, self.start)
             return

@@ -162,6 +162,7 @@ class World:
         self.head = Host(HEAD)
         self.hosts: dict[str, Host] = {}
         self.holders: dict[str, Holder] = {}
+        self.leaving: set[str] = set()  # hosts that were said to go away; the register knows
         self.is_paused = False
         self.is_brief = is_brief  # it ends with the first broken promise
         self.clusters = 1  # so many there have been
@@ -189,6 +190,11 @@ class World:
                 for h in sorted(listed, key=lambda h: h.place)
             )
         return self._nodes
+
+    def staying(self) -> list[Host]:
+        """Hosts that nobody said would go away; all, if all will."""
+        alive = [host for host in self.hosts.values() if host.is_alive]
+        return [host for host in alive if host.place not in self.leaving] or alive
 
     def holder_on(self, place: str) -> Holder | None:
         """The holder that answers to a host's name, dead ones included."""
@@ -232,6 +238,11 @@ class World:
         """A coordinator starts; from now on the name leads to it."""
         self.coordinator = self.cores.coordinator(self, self.head)
         self.coordinators.append(self.coordinator)
+
+    def leave(self, host: Host) -> None:
+        """A host is said to go away."""
+        self.leaving.add(host.place)
+        self.coordinator.leave(host.place)
 
     def kill_holder(self, holder: Holder) -> None:
         """A holder's process ends, and its bytes are gone."""

@@ -86,7 +86,7 @@ def status(
             with Live(views.status_view(found), console=out, screen=True) as live:
                 while True:
                     time.sleep(WATCH_S)
-                    found = _look(job)
+                    found = tiered.cluster_status(job)
                     live.update(views.status_view(found))
         else:
             out.print(views.status_view(found))
@@ -95,7 +95,8 @@ def status(
 
 
 def _look(job: str | None, *, with_shards: bool = False) -> ClusterStatus:
-    found = tiered.cluster_status(job, with_shards=with_shards)
+    with err.status("asking the coordinator"):
+        found = tiered.cluster_status(job, with_shards=with_shards)
     if job is not None and found.job(job) is None:
         only_job(tiered.cluster_status(), job)  # says which there are
     return found
@@ -276,7 +277,7 @@ def web(
 
 @app.command()
 def up() -> None:
-    """Start the coordinator and a holder on every host of the running Ray cluster."""
+    """Start the coordinator (again, if it hangs) and a holder on every host of the cluster."""
     with speaking():
         holders = checks.start()
     out.print(f"{holders} hosts hold checkpoints; see `tiered status`", highlight=False)
@@ -301,7 +302,8 @@ def recover(
 ) -> None:
     """Say what a restore would read now: the step, and for each rank from where."""
     with speaking():
-        found = tiered.recover(job, s3=s3_of(s3), step=step, before=before)
+        with err.status("looking for the newest whole step"):
+            found = tiered.recover(job, s3=s3_of(s3), step=step, before=before)
         head = f"step {found.step} (generation {found.generation}), {found.world_size} ranks, "
         out.print(head + views.size_text(found.size_bytes), style="bold", highlight=False)
         for rank, places in list(found.sources.items())[: views.RANKS_SHOWN]:
@@ -359,7 +361,7 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing.")] = False,
 ) -> None:
     """Delete what a job has on S3 and nobody needs: orphans, and steps older than those to keep."""
-    with speaking():
+    with speaking(), err.status("asking S3"):
         plan = tiered.collect_garbage(
             job, s3=s3_of(s3), keep=keep, grace_s=3600 * grace_h, dry_run=dry_run
         )

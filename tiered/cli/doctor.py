@@ -1,7 +1,6 @@
 """`tiered doctor`: is this cluster fit for checkpoints in memory? Each finding with its remedy.
 
-Facts are gathered by a small task on every host and judged by pure functions; what cannot be
-measured is said to be so, never taken for good.
+Facts are gathered by a small task on every host, and judged by `tiered.cli.judgements`.
 """
 
 import os
@@ -12,94 +11,46 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from replication.fleet import STORE_SHARE
-from replication.release import RELEASE
-from tiered import cluster, sizing
+from replication.holder import NAMESPACE
+from tiered import cluster
+from tiered.cli.checks import in_a_hurry
+from tiered.cli.judgements import (
+    Check,
+    HostFacts,
+    Level,
+    judge_access,
+    judge_agreement,
+    judge_cluster,
+    judge_detection,
+    judge_host,
+    judge_room,
+    judge_speed,
+    merged,
+)
 from tiered.cli.session import err, out
-from tiered.cli.views import size_text
-from tiered.config import S3, JobSettings, Memory
+from tiered.config import S3
+from tiered.coordinator import COORDINATOR_NAME
 from tiered.errors import DurableStoreError
+from tiered.monitor import asks_for_token
 from tiered.s3 import S3Store
+from tiered.s3_errors import code_of
 
 if TYPE_CHECKING:
     from replication.records import ActorRef
 
 TASK_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 5.0
 SPEED_BYTES = 64 << 20
 SPEED_TIMEOUT_S = 20.0
-SLOW_BYTES_PER_S = 500e6
-CLOCK_LIMIT_S = 1.0
-SMALL_STORE_SHARE = 0.25  # of a host's memory, below which most of it cannot hold checkpoints
-DETECTION_LIMIT_S = 15.0
-DESCRIPTORS = 65536
 
-Level = Literal["ok", "note", "problem"]
 STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
 MARKS = {"ok": "✓", "note": "!", "problem": "✗"}
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing that was looked at.
-
-    Attributes:
-        level: "note" for what works, and could be better.
-        subject: What was looked at.
-        result: What was found.
-        remedy: What to do; empty when nothing is.
-    """
-
-    level: Level
-    subject: str
-    result: str
-    remedy: str = ""
-
-    @property
-    def is_problem(self) -> bool:
-        """Whether a job should not start before this is put right."""
-        return self.level == "problem"
-
-
-@dataclass(frozen=True, slots=True)
-class HostFacts:
-    """What a host says of itself.
-
-    Attributes:
-        node_id: Which.
-        address: As Ray knows it.
-        release: Of Tiered, or why it cannot be imported.
-        ray_version: Of Ray.
-        python: Its version.
-        memory_bytes: RAM.
-        shm_bytes: Size of /dev/shm.
-        store_bytes: Of Ray's object store.
-        clock_s: By how much its clock is ahead of this one's.
-        clock_error_s: How exactly that is known.
-        descriptors: Open files that a process may have.
-        port_problem: Why no port can be opened, if so.
-        environment: Ray's settings there.
-    """
-
-    node_id: str
-    address: str
-    release: str
-    ray_version: str
-    python: str
-    memory_bytes: int
-    shm_bytes: int
-    store_bytes: int
-    clock_s: float
-    clock_error_s: float
-    descriptors: int
-    port_problem: str
-    environment: Mapping[str, str]
 
 
 def examine(s3: S3 | None, host_bytes: int | None = None, *, with_network: bool) -> list[Check]:
@@ -117,22 +68,17 @@ def examine(s3: S3 | None, host_bytes: int | None = None, *, with_network: bool)
     nodes = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
     training = [n for n in nodes if n["Resources"].get("CPU") or n["Resources"].get("GPU")]
     checks = judge_cluster(len(training), [n.get("Labels") or {} for n in training])
-    facts: list[HostFacts] = []
+    checks.append(_coordinator())
     with err.status("asking each host"):
-        for node in training:
-            try:
-                facts.append(_ask(node))
-            except RayError as error:
-                where = f"host {node['NodeID'][:8]} ({node['NodeManagerAddress']})"
-                problem = f"runs no task: {type(error).__name__}"
-                checks.append(Check("problem", where, problem, "look at its raylet's log"))
+        facts, silent = _ask_all(training)
+    checks += silent
     checks += merged({host.address: judge_host(host) for host in facts})
     checks += judge_agreement(facts)
     if host_bytes is not None:
         checks += judge_room(facts, host_bytes, s3)
     if (detection_s := _detection_s()) is not None:
         checks.append(judge_detection(detection_s))
-    if (asks := _asks_for_token()) is not None:
+    if (asks := asks_for_token()) is not None:
         checks.append(judge_access(asks_for_token=asks))
     if with_network and len(facts) > 1:
         with err.status("measuring the network"):
@@ -148,166 +94,19 @@ def report(checks: Iterable[Check]) -> None:
     found = list(checks)
     for check in found:
         out.print(f"{MARKS[check.level]} ", style=STYLES[check.level], end="")
-        out.print(f"{check.subject}: {check.result}", highlight=False, markup=False)
-        if check.remedy:
-            out.print(f"  → {check.remedy}", style="dim", highlight=False, markup=False)
+        lines = [f"{check.subject}: {check.result}"]
+        lines += [f"  → {check.remedy}"] if check.remedy else []
+        for line, style in zip(lines, ("", "dim"), strict=False):
+            # Whoever reads it line by line has whole ones.
+            is_soft = not out.is_terminal
+            out.print(line, style=style, highlight=False, markup=False, soft_wrap=is_soft)
     problems = sum(check.is_problem for check in found)
     notes = sum(check.level == "note" for check in found)
     text = f"{len(found)} checks, {problems} problems, {notes} notes"
     out.print(text, style="bold red" if problems else "bold green", highlight=False)
 
 
-# -- judging -------------------------------------------------------------------------------------
-
-
-def judge_cluster(hosts: int, labels: Iterable[Mapping[str, str]]) -> list[Check]:
-    """Are there enough hosts, and is it known which fail together?"""
-    if hosts == 0:
-        remedy = "start Ray on hosts with CPUs or GPUs and join them"
-        return [Check("problem", "hosts", "none can run a trainer", remedy)]
-    if hosts == 1:
-        remedy = "one host's loss loses everything in memory: add hosts, or rely on S3"
-        return [Check("note", "hosts", "1, so no copy on another host", remedy)]
-    checks = [Check("ok", "hosts", f"{hosts} can run trainers")]
-    keys = ("tiered/domain", "rack", "ray.io/availability-zone")
-    domains = {next((each[key] for key in keys if each.get(key)), "") for each in labels}
-    if domains == {""}:
-        remedy = "ray start --labels=rack=... keeps both copies from being in one rack"
-        checks.append(Check("note", "failure domains", "no host has a label for one", remedy))
-    else:
-        checks.append(Check("ok", "failure domains", f"{len(domains)}"))
-    return checks
-
-
-def merged(by_host: Mapping[str, list[Check]]) -> list[Check]:
-    """What was found on several hosts is said once, with their addresses."""
-    hosts_of: dict[Check, list[str]] = {}
-    for address, checks in by_host.items():
-        for check in checks:
-            hosts_of.setdefault(check, []).append(address)
-    said = []
-    for check, hosts in hosts_of.items():
-        where = "every host" if len(hosts) == len(by_host) > 1 else ", ".join(hosts)
-        said.append(replace(check, subject=f"{check.subject} on {where}"))
-    return said
-
-
-def judge_host(host: HostFacts) -> list[Check]:
-    """Object store, shared memory, clock, ports, open files, and Ray's settings of one host."""
-    return [
-        _judge_store(host),
-        _judge_clock(host),
-        *_judge_process(host),
-        *_judge_settings(host),
-    ]
-
-
-def _judge_store(host: HostFacts) -> Check:
-    where = "memory"
-    usable = size_text(STORE_SHARE * host.store_bytes)
-    result = f"object store {size_text(host.store_bytes)}, of which {usable} for checkpoints"
-    if host.store_bytes > host.shm_bytes:
-        what = f"{result}; /dev/shm has only {size_text(host.shm_bytes)}, so it lies on disk"
-        remedy = "enlarge /dev/shm (a container's --shm-size, an emptyDir of medium Memory)"
-        return Check("problem", where, what, remedy)
-    if host.store_bytes < SMALL_STORE_SHARE * host.memory_bytes:
-        what = f"{result}; the host has {size_text(host.memory_bytes)} of memory"
-        remedy = "ray start --object-store-memory=BYTES gives checkpoints more"
-        return Check("note", where, what, remedy)
-    return Check("ok", where, result)
-
-
-def judge_room(hosts: Iterable[HostFacts], host_bytes: int, s3: S3 | None) -> list[Check]:
-    """Would a job whose hosts save so much find room, with the default policy?"""
-    need = sizing.size(JobSettings(Memory(), s3), host_bytes, 1.0).store_bytes
-    what = f"{size_text(host_bytes)} a host and save need an object store of {size_text(need)}"
-    small = [host for host in hosts if host.store_bytes < need]
-    if not small:
-        return [Check("ok", "room for the job", what)]
-    have = ", ".join(f"{host.address} has {size_text(host.store_bytes)}" for host in small)
-    remedy = f"ray start --object-store-memory={need} there, or save less (`tiered size`)"
-    return [Check("problem", "room for the job", f"{what}; {have}", remedy)]
-
-
-def _judge_clock(host: HostFacts) -> Check:
-    where = "clock"
-    if abs(host.clock_s) - host.clock_error_s > CLOCK_LIMIT_S:
-        what = f"{host.clock_s:+.1f} s off"
-        return Check(
-            "problem", where, what, "run chrony or another NTP client: S3 refuses wrong clocks"
-        )
-    return Check("ok", where, f"within {CLOCK_LIMIT_S:g} s of this host's")
-
-
-def _judge_process(host: HostFacts) -> list[Check]:
-    checks = []
-    if host.port_problem:
-        what = f"none can be opened: {host.port_problem}"
-        remedy = "allow processes there to listen; else set Memory(transport='ray')"
-        checks.append(Check("problem", "ports", what, remedy))
-    if host.descriptors < DESCRIPTORS:
-        what = f"at most {host.descriptors} a process"
-        checks.append(
-            Check("note", "open files", what, f"ulimit -n {DESCRIPTORS} before `ray start`")
-        )
-    return checks
-
-
-def _judge_settings(host: HostFacts) -> list[Check]:
-    if host.environment.get("RAY_preallocate_plasma_memory") == "1":
-        return []
-    what = "the object store's is not preallocated: first touch is 5-10 times slower"
-    remedy = "RAY_preallocate_plasma_memory=1 in the environment of `ray start`"
-    return [Check("note", "memory", what, remedy)]
-
-
-def judge_detection(seconds: float) -> Check:
-    """How soon does Ray see that a host is lost?"""
-    what = f"{seconds:.0f} s without an answer until Ray takes a host for lost"
-    if seconds < DETECTION_LIMIT_S:
-        return Check("ok", "loss of a host", what)
-    remedy = (
-        "on the head: RAY_health_check_period_ms=1000, RAY_health_check_failure_threshold=3 "
-        "(training resumes sooner; copies are safe either way)"
-    )
-    return Check("note", "loss of a host", what, remedy)
-
-
-def judge_access(*, asks_for_token: bool) -> Check:
-    """Can only those connect to Ray who may?"""
-    if asks_for_token:
-        return Check("ok", "access", "Ray asks for its token")
-    what = "whoever reaches Ray's ports may run code on every host, and read every checkpoint"
-    remedy = "RAY_AUTH_MODE=token everywhere (`ray get-auth-token --generate`; SECURITY.md)"
-    return Check("note", "access", what, remedy)
-
-
-def judge_agreement(hosts: Iterable[HostFacts]) -> list[Check]:
-    """Every host has the same releases."""
-    checks = []
-    found = list(hosts)
-    for name, field in (("Tiered", "release"), ("Ray", "ray_version"), ("Python", "python")):
-        by_value: dict[str, list[str]] = {}
-        for host in found:
-            by_value.setdefault(getattr(host, field), []).append(host.address)
-        if len(by_value) > 1:
-            what = "; ".join(f"{value} on {', '.join(where)}" for value, where in by_value.items())
-            checks.append(Check("problem", name, what, "install one release on every host"))
-        elif name == "Tiered" and by_value and RELEASE not in by_value:
-            what = f"{next(iter(by_value))} on the hosts, {RELEASE} here"
-            checks.append(Check("problem", name, what, "install one release everywhere"))
-        elif by_value:
-            checks.append(Check("ok", name, f"{next(iter(by_value))} on every host"))
-    return checks
-
-
-def judge_speed(name: str, bytes_per_s: float) -> Check:
-    """Is the network fast enough for copies to keep up?"""
-    result = f"{size_text(bytes_per_s)}/s over one TCP stream"
-    if bytes_per_s < SLOW_BYTES_PER_S:
-        remedy = "each save is copied over it: save less often, or use a faster interface"
-        return Check("note", name, result, remedy)
-    return Check("ok", name, result)
+# -- S3 -----------------------------------------------------------------------------------------
 
 
 def check_s3(settings: S3) -> list[Check]:
@@ -321,7 +120,7 @@ def check_s3(settings: S3) -> list[Check]:
         f"the probe stays at {settings.uri}/{root}"
     )
     checks = []
-    with closing(S3Store(settings, root)) as store:
+    with closing(S3Store(in_a_hurry(settings), root)) as store:
         steps: tuple[tuple[str, str, Any], ...] = (
             ("reach", "check endpoint, region and credentials", lambda: _reaches(store)),
             ("create if absent", "allow s3:PutObject", lambda: store.create(key, b"tiered")),
@@ -352,7 +151,12 @@ def check_s3(settings: S3) -> list[Check]:
 
 
 def _reaches(store: S3Store) -> None:
-    store.check(is_urgent=True)
+    """Whether it answers; which right is missing is found by what comes after."""
+    try:
+        store.probe()
+    except DurableStoreError as error:
+        if error.__cause__ is None or code_of(error.__cause__) != "AccessDenied":
+            raise
 
 
 def _refuses_twice(store: S3Store, key: str) -> bool:
@@ -370,20 +174,52 @@ def _detection_s() -> float | None:
     return float(config.health_check_period_ms() * config.health_check_failure_threshold() / 1000)
 
 
-def _asks_for_token() -> bool | None:
-    """Whether this cluster asks for a token; there is no public call for it."""
-    mode = getattr(ray._raylet, "get_authentication_mode", None)
-    return None if mode is None else bool(mode() == ray._raylet.AuthenticationMode.TOKEN)
-
-
 def _on(node_id: str) -> dict[str, Any]:
     affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return {"num_cpus": 0, "scheduling_strategy": affinity, "max_retries": 0}
 
 
-def _ask(node: Mapping[str, Any]) -> HostFacts:
-    task = ray.remote(_facts).options(**_on(node["NodeID"]))
-    ray.get(task.remote(), timeout=TASK_TIMEOUT_S)  # the worker process is there now
+def _coordinator() -> Check:
+    """Does the coordinator, if there is one, answer?"""
+    try:
+        actor: ActorRef = ray.get_actor(COORDINATOR_NAME, NAMESPACE)
+    except ValueError:  # Ray's word for: no such actor
+        what = "none yet: the first Checkpointer starts it, or `tiered up`"
+        return Check("ok", "coordinator", what)
+    began_s = time.monotonic()
+    try:
+        ray.get(actor.ping.remote(), timeout=ANSWER_TIMEOUT_S)
+    except RayError as error:
+        seconds = time.monotonic() - began_s
+        what = f"no answer in {seconds:.0f} s ({type(error).__name__})"
+        remedy = "`tiered up` starts it again; what is in memory and on S3 stays"
+        return Check("problem", "coordinator", what, remedy)
+    return Check("ok", "coordinator", f"answers in {time.monotonic() - began_s:.2f} s")
+
+
+def _ask_all(nodes: Iterable[Mapping[str, Any]]) -> tuple[list[HostFacts], list[Check]]:
+    """What each host says of itself; and a problem for each that says nothing.
+
+    All are asked at once: one that hangs is waited for, and not one after the other.
+    """
+    started = [(node, ray.remote(_facts).options(**_on(node["NodeID"]))) for node in nodes]
+    asked = [task.remote() for _, task in started]  # starts a worker process on each
+    if asked:
+        ray.wait(asked, num_returns=len(asked), timeout=TASK_TIMEOUT_S)
+    facts, silent = [], []
+    for (node, task), first in zip(started, asked, strict=True):
+        try:
+            ray.get(first, timeout=0)
+            facts.append(_ask(node, task))
+        except RayError as error:
+            where = f"host {node['NodeID'][:8]} ({node['NodeManagerAddress']})"
+            problem = f"runs no task within {TASK_TIMEOUT_S:g} s: {type(error).__name__}"
+            remedy = "it hangs, or has no room for a process: look at its load and its raylet's log"
+            silent.append(Check("problem", where, problem, remedy))
+    return facts, silent
+
+
+def _ask(node: Mapping[str, Any], task: Any) -> HostFacts:
     before_s = time.time()
     facts = ray.get(task.remote(), timeout=TASK_TIMEOUT_S)
     after_s = time.time()

@@ -11,9 +11,11 @@ from rich.text import Text
 
 from tiered.cadence import Cadence
 from tiered.errors import ConfigError
+from tiered.findings import Finding
 from tiered.journal import Entry
-from tiered.overview import ClusterStatus, Finding, HostStatus, JobOverview, StepStatus
+from tiered.overview import ClusterStatus, JobOverview
 from tiered.sizing import Size
+from tiered.statuses import HostStatus, StepStatus
 
 RANKS_SHOWN = 64
 _SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE)

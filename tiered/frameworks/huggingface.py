@@ -18,8 +18,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_model
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+
+try:
+    from transformers import (
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+    from transformers.trainer_callback import ExportableState
+except ImportError as error:
+    raise ImportError(f"{error}; pip install 'tiered[huggingface]'", name=error.name) from error
 
 from tiered.checkpointer import Checkpointer
 from tiered.config import S3, JobSettings, Memory, check_job_name

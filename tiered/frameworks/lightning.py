@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins import CheckpointIO
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.plugins import CheckpointIO
+except ImportError as error:
+    raise ImportError(f"{error}; pip install 'tiered[lightning]'", name=error.name) from error
 
 from tiered.checkpointer import Checkpointer
 from tiered.config import S3, JobSettings, Memory, check_job_name

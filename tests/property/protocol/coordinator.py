@@ -190,6 +190,7 @@ class Coordinator:
                 m.ListDurable()
                 | m.UploadShard()
                 | m.PublishManifest()
+                | m.AskDurable()
                 | m.FlushGivenUp()
                 | m.DeleteDurable()
                 | m.ReadManifests()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from replication.records import HolderId, Life, ShardKey, ShardRecord, Version
 from tiered import messages as m
+from tiered.admission import STUCK_S
 from tiered.history import Resolution
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Model:
         self.died: dict[HolderId, int] = {}
         self.known: dict[Copy, int] = {}  # since when the present coordinator knows of it
         self.troubled: dict[str, int] = {}  # host -> when last it could not be reached
+        self.whole_s: dict[Version, float] = {}  # since when each rank had some copy
         self.commits: set[Version] = set()
         self.mark = Version(0, 0)
         self.asked_at: dict[int, int] = {}
@@ -80,6 +82,8 @@ class Model:
         if holder.chunks.get(key) == dict(enumerate(self.saved[key])):
             self.copies[key].setdefault(holder.id, self.now)
             self.lost.pop((holder.id, key), None)
+            if all(self.copies[k] for k in self.keys(key.version)):
+                self.whole_s.setdefault(key.version, self.cluster.now_s)
 
     def told(self, holder: HolderId, key: ShardKey) -> None:
         self.known.setdefault((holder, key), self.now)
@@ -167,7 +171,9 @@ class Model:
         replicas = settings.replicas
         assert replicas is not None
         hosts = len({h.node_id for h in coordinator.job.holders})
-        if event.copies < min(1 + replicas, hosts) or event.is_degraded != (hosts <= replicas):
+        is_stuck = self.cluster.now_s - self.whole_s.get(version, NEVER) >= STUCK_S
+        is_short = event.copies < min(1 + replicas, hosts)
+        if (is_short and not is_stuck) or event.is_degraded != (hosts <= replicas or is_short):
             raise Broken(f"I6: {version} has {event.copies} copies, {hosts} hosts live")
         for key in self.keys(version):
             if len({h.node_id for h in self.copies[key]}) < event.copies:

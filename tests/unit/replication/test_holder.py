@@ -142,8 +142,8 @@ class NoTransport:
 
 async def settled(holder: Holder) -> None:
     """Wait until nothing is done in the background any more."""
-    while holder._tasks:
-        await asyncio.wait(holder._tasks, timeout=5.0)
+    while holder._background.tasks:
+        await asyncio.wait(holder._background.tasks, timeout=5.0)
 
 
 def test_a_staged_chunk_that_did_not_change_shares_the_earlier_bytes() -> None:

@@ -57,7 +57,7 @@ def test_failed_probes_come_more_and_more_seldom() -> None:
     gaps = [b - a for a, b in itertools.pairwise(probes)]
     assert gaps[:4] == [2 * PAUSE_S, 4 * PAUSE_S, 8 * PAUSE_S, MAX_PAUSE_S]
     assert set(gaps[4:]) == {MAX_PAUSE_S}
-    assert breaker.problem == "gone"
+    assert breaker.problem == "still gone"  # it may be another reason by now
     assert breaker.since_s == 0.0
     breaker.answered(now_s)
     for _ in range(FAILURES):

@@ -49,7 +49,8 @@ def test_no_step_is_chosen_while_a_live_holder_has_not_told_what_it_has(
         job = Job("job")
         monkeypatch.setattr(job, "resolve", lambda *args: asked.append(args) or Choice(None))
         coordinator = coordinator_of(job)
-        monkeypatch.setattr(coordinator, "_run", lambda job, command: asked.append(command))
+        run = lambda job, command: asked.append(command)  # noqa: E731
+        monkeypatch.setattr(coordinator._dispatch, "run", run)
         job.handle(m.HolderUp(A, "", ()), 0.0)
         calls = {
             "begin": lambda: coordinator.begin("job", Life("one"), 0, 1, SETTINGS),

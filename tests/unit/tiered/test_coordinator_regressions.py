@@ -2,6 +2,7 @@
 
 import asyncio
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +49,28 @@ def test_a_copy_that_its_holder_reports_as_corrupt_counts_no_more(job: Job) -> N
     assert job.intact(key.version, 0)
     asyncio.run(Coordinator().report_corrupt(HOLDER, [key]))
     assert not job.intact(key.version, 0)
+
+
+@pytest.mark.parametrize("newest", [2, 3])
+def test_a_coordinator_that_was_replaced_has_nothing_let_go_of(
+    newest: int, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.handle(m.Recalled((m.Claim(2, LIFE, 1, SETTINGS),), {2: None}), 0.0)
+    key = ShardKey("job", Version(2, 10), 0)
+    told: list[tuple[str, int]] = []
+
+    async def scenario() -> None:
+        coordinator = Coordinator()
+        book = SimpleNamespace(newest_generation=lambda: newest)
+        monkeypatch.setattr(coordinator._executor, "ledger", lambda job: book)
+        tell = lambda holder, method, name, *terms: told.append((method, terms[0]))  # noqa: E731
+        monkeypatch.setattr(coordinator._dispatch, "tell", tell)
+        coordinator._dispatch.run(job, m.CollectBelow(2, key.version, (HOLDER,), (), ()))
+        coordinator._dispatch.run(job, m.ReleaseCopies(2, HOLDER, (key,)))
+        await asyncio.gather(*coordinator._background.tasks)
+
+    asyncio.run(scenario())
+    assert told == ([("collect", 2), ("release_copies", 2)] if newest == 2 else [])
 
 
 def test_who_waits_for_room_has_it_as_soon_as_a_rank_gives_a_step_up(job: Job) -> None:

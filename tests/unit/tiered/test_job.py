@@ -7,6 +7,7 @@ import pytest
 
 from replication.records import HolderId, Life, ShardKey, ShardPlan, ShardRecord, Version
 from tiered import messages as m
+from tiered.admission import STUCK_S
 from tiered.config import S3, JobSettings, Memory
 from tiered.job import Job
 from tiered.retention import KeepBest, KeepEvery, KeepInterval
@@ -42,9 +43,13 @@ def begun(
     return job
 
 
-def begin(job: Job, life: str, memory: Memory, s3: S3 | None = None, ranks: int = 1) -> None:
+def begin(
+    job: Job, life: str, memory: Memory, s3: S3 | None = None, ranks: int = 1,
+    before: int | None = None,
+) -> None:  # fmt: skip
     """A generation whose every step is asked for and answered well."""
-    todo = job.handle(m.BeginAsked(Life(life), 0, ranks, JobSettings(memory, s3)), 0.0)
+    settings = JobSettings(memory, s3)
+    todo = job.handle(m.BeginAsked(Life(life), 0, ranks, settings, before=before), 0.0)
     while todo:
         match todo.pop(0):
             case m.ListDurable():
@@ -117,6 +122,34 @@ def test_two_hosts_that_cannot_reach_each_other_commit_degraded_and_say_why() ->
     healed = job.handle(m.LinksCut(frozenset()), 4.0)
     assert job.buddies == {A: (B,), B: (A,)}
     assert {(c.source, c.to) for c in of(m.ReplicateShard, healed)} == {(A, B), (B, A)}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_step_whose_copies_do_not_come_is_committed_with_what_there_is_unless_strict(
+    strict: bool,
+) -> None:
+    """Found by the simulator: buddies full of older steps, which only a commit lets go of."""
+    job = begun(replace(MEMORY, strict=strict), ranks=2)
+    job.handle(m.ShardReported(A, record(10, ranks=2)), 0.0)
+    job.handle(m.Ticked(), 500.0)
+    job.handle(m.ShardReported(B, record(10, 1, ranks=2)), 501.0)
+    job.handle(m.ShardReported(A, record(10, 1, ranks=2, is_replica=True)), 501.0)
+    job.handle(m.Ticked(), 502.0)
+    assert not of(m.StepCommitted, job.handle(m.Ticked(), 501.0 + STUCK_S))
+    commands = job.handle(m.Ticked(), 502.0 + STUCK_S)
+    committed = [] if strict else [(1, True)]
+    assert [(c.copies, c.is_degraded) for c in of(m.StepCommitted, commands)] == committed
+    repairs = [] if strict else [(A, B)]
+    assert [(r.source, r.to) for r in of(m.ReplicateShard, commands)] == repairs
+    assert job.degraded.keys() == ({Version(1, 10)} if not strict else set())
+
+
+def test_what_waits_for_copies_is_committed_after_what_is_newer_no_more() -> None:
+    job = begun()
+    job.handle(m.ShardReported(A, record(10)), 0.0)
+    job.handle(m.Ticked(), 1.0)
+    commit(job, 20)
+    assert not of(m.StepCommitted, job.handle(m.Ticked(), 2.0 + STUCK_S))
 
 
 def test_only_a_writer_without_a_buddy_needs_fewer_copies() -> None:

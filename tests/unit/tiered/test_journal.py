@@ -72,6 +72,27 @@ def test_trouble_with_s3_is_told_once_until_a_step_is_durable_again() -> None:
     assert [e.kind for e in journal.entries()] == ["s3_trouble", "durable", "s3_trouble"]
 
 
+def test_an_s3_that_hangs_is_told_once() -> None:
+    journal = Journal()
+    told(journal, *[m.DurableAnswered("no answer")] * 2, m.DurableAnswered())
+    assert [(e.kind, e.weight, e.text) for e in journal.entries()] == [
+        ("s3_trouble", "warning", "not on S3 yet: no answer")
+    ]
+
+
+def test_steps_that_do_not_reach_s3_are_one_entry_for_a_while() -> None:
+    journal = Journal()
+    for number in range(500):
+        given_up = m.FlushGivenUp(Version(1, 10 * number), f"step {10 * number + 10} is newer")
+        journal.heard("job", given_up, 100.0 + number)
+    assert [(e.at_s, e.step, e.text) for e in journal.entries()] == [
+        (100.0, None,
+         "301 steps (0 to 3000) not flushed to S3; the last: step 3010 is newer"),
+        (401.0, None,
+         "199 steps (3010 to 4990) not flushed to S3; the last: step 5000 is newer"),
+    ]  # fmt: skip
+
+
 def test_commits_never_push_a_failure_out_and_everything_is_bounded() -> None:
     journal = Journal()
     journal.note(1.0, "host_lost", "gone", weight="error")

@@ -39,6 +39,7 @@ def test_every_metric_has_a_value_in_a_picture_that_has_everything() -> None:
     assert all(set(s.labels) == labels[s.name] for s in found)
     job = {"job_name": "job"}
     for expected in (
+        Sample("tiered_seen_timestamp_seconds", 260.0),
         Sample("tiered_committed_step", 20, job),
         Sample("tiered_committed_age_seconds", 60.0, job),
         Sample("tiered_commit_interval_seconds", 100.0, job),
@@ -56,7 +57,16 @@ def test_every_metric_has_a_value_in_a_picture_that_has_everything() -> None:
 
 def test_the_operations_page_lists_every_metric() -> None:
     text = (ROOT / "docs" / "OPERATIONS.md").read_text()
-    assert [metric.name for metric in METRICS if f"`{metric.name}`" not in text] == []
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == [m.name for m in METRICS]
+
+
+def test_the_operations_page_lists_every_kind_of_event() -> None:
+    code = "".join((ROOT / "tiered" / f"{name}.py").read_text() for name in ("journal", "monitor"))
+    call = r"(?:note|_warn|_part|_grow)\(\s*(?:job, )?(?:time\.time\(\)|now_s), \"(\w+)\""
+    kinds = set(re.findall(call, code))
+    assert len(kinds) > 20
+    text = (ROOT / "docs" / "OPERATIONS.md").read_text().partition("## Kinds of events")[2]
+    assert kinds - set(re.findall(r"`(\w+)`", text)) == set()
 
 
 def test_the_dashboard_and_the_alerts_ask_only_for_metrics_that_exist() -> None:
@@ -71,12 +81,10 @@ def test_the_dashboard_and_the_alerts_ask_only_for_metrics_that_exist() -> None:
 
 def test_each_alert_has_its_place_in_the_runbook() -> None:
     rules = (MONITORING / "alerts.yml").read_text()
-    headings = {
-        line.removeprefix("### ").lower()
-        for line in (ROOT / "docs" / "OPERATIONS.md").read_text().splitlines()
-    }
-    for alert in re.findall(r"alert: (\w+)", rules):
-        assert alert.lower() in headings
+    page = (ROOT / "docs" / "OPERATIONS.md").read_text()
+    alerts = re.findall(r"alert: (\w+)", rules)
+    assert re.findall(r"^### (Tiered\w+)$", page, re.MULTILINE) == alerts
+    for alert in alerts:
         assert f"docs/OPERATIONS.md#{alert.lower()}" in rules
 
 

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
-from replication.records import Version
+from replication.records import Owner, Version
 from tests.unit.tiered.test_job import MEMORY, A, B, begun, commit, record
 from tiered import messages as m
 from tiered.config import S3
+from tiered.findings import host_findings
 from tiered.job import Job
-from tiered.overview import ClusterStatus, HostStatus, host_findings, job_overview
+from tiered.overview import ClusterStatus, job_overview
+from tiered.statuses import HostStatus
 
 S3_SETTINGS = S3("s3://bucket/ckpt", every_steps=10)
 HOST = HostStatus("a" * 56, "node-a", "10.0.0.1", "", "up", False, 1000, 100)
@@ -70,12 +72,96 @@ def test_s3_that_fails_is_said_with_how_far_it_is_behind() -> None:
     assert [f.what for f in seen.findings] == ["nothing is on S3 yet, 10 steps behind: it is down"]
 
 
+def test_why_s3_fails_is_said_until_a_step_is_on_it_again() -> None:
+    job = begun(s3=S3_SETTINGS)
+    commit(job, 10)
+    job.handle(m.UploadFailed(Version(1, 10), 0, A, "it is down"), 12.0)
+    commit(job, 20)  # a newer step takes the place of the one that failed
+    seen = job_overview(job, 20.0)
+    assert seen.s3_problem == "it is down"
+    assert [f.what for f in seen.findings] == ["nothing is on S3 yet, 20 steps behind: it is down"]
+    job.handle(m.ShardUploaded(Version(1, 20), 0, record(20)), 21.0)
+    assert job_overview(job, 21.0).s3_problem == "it is down"
+    job.handle(m.ManifestPublished(Version(1, 20), ()), 22.0)
+    assert job_overview(job, 22.0).findings == ()
+
+
+def test_what_s3_has_may_not_be_known() -> None:
+    job = begun(s3=S3_SETTINGS)
+    commit(job, 10)
+    job.durable_problem = "S3 was not listed yet"
+    (finding,) = job_overview(job, 12.0).findings
+    assert finding.what == ("it is not known what is on S3, 10 steps behind: S3 was not listed yet")
+
+
+def test_s3_that_hangs_is_said_before_the_upload_ends() -> None:
+    job = begun(s3=S3_SETTINGS)
+    commit(job, 10)
+    assert m.AskDurable() in job.handle(m.Ticked(), 20.0)
+    job.handle(m.DurableAnswered("no answer within 5 s"), 25.0)
+    seen = job_overview(job, 25.0)
+    assert seen.steps[0].flush == "0 of 1 shards uploaded in 15 s"
+    assert [f.what for f in seen.findings] == [
+        "nothing is on S3 yet, 10 steps behind: no answer within 5 s"
+    ]
+    job.handle(m.DurableAnswered(), 30.0)
+    assert job_overview(job, 30.0).findings == ()  # it was only slow
+
+
+def owned(job: Job) -> Job:
+    """With a process as rank 0 of its newest generation."""
+    owner = Owner("run", "a", "node-a", 123, 0.0, "mark")
+    job.claims[job.generation] = replace(job.claims[job.generation], owner=owner)
+    return job
+
+
+def test_a_job_that_stands_still_is_said_with_what_is_missing() -> None:
+    job = owned(begun(ranks=2))
+    for step in (10, 20):  # each a shard of two ranks
+        for rank in (0, 1):
+            for holder, is_replica in ((A, rank == 1), (B, rank == 0)):
+                shard = record(step, rank, ranks=2, is_replica=is_replica)
+                job.handle(m.ShardReported(holder, shard), 10.0 * step)
+    assert job_overview(job, 600.0, has_trainer=True).findings == ()  # 400 s: 4 intervals
+    job.handle(m.ShardReported(A, record(30, 0, ranks=2)), 300.0)
+    seen = job_overview(job, 800.0, has_trainer=True)
+    assert [(f.severity, f.what) for f in seen.findings] == [
+        ("warning", "no step was committed for 600 s, and usually one is every 100.0 s; "
+         "step 30 has no shard of ranks 1"),
+    ]  # fmt: skip
+    seen = job_overview(job, 800.0, has_trainer=False)
+    (finding,) = seen.findings
+    assert finding.severity == "info"
+    assert finding.what == "rank 0 (process 123 on host node-a) is gone, or stopped"
+    assert "`tiered stop job`" in finding.remedy
+
+
+def test_a_coordinator_that_has_just_started_calls_no_job_stalled() -> None:
+    job = begun()
+    commit(job, 10)
+    commit(job, 20)
+    job.committed_s = None  # what it found in memory was committed by the one before
+    assert job_overview(job, 1e6).findings == ()
+
+
+def test_a_clock_that_is_off_is_said() -> None:
+    job = begun()
+    commit(job, 10)  # saved at 100, by the trainer's clock; committed at 10 by the other one
+    assert job_overview(job, 12.0, wall_s=102.5).findings == ()
+    for wall_s, how in ((95.0, "7 s ahead of"), (402.0, "300 s behind")):
+        (finding,) = job_overview(job, 12.0, wall_s=wall_s).findings
+        assert how in finding.what
+        assert "chrony" in finding.remedy
+
+
 def test_hosts_are_judged() -> None:
     assert host_findings([HOST]) == ()
     states = ("lost", "silent", "starting", "refused")
     found = host_findings([replace(HOST, state=state) for state in states])
     assert [f.severity for f in found] == ["critical", "warning", "warning", "info"]
     (full,) = host_findings([replace(HOST, used_bytes=950)])
+    (leaving,) = host_findings([replace(HOST, is_leaving=True)])
+    assert (leaving.severity, "its copies count no more" in leaving.what) == ("info", True)
     assert "95 %" in full.what
 
 

@@ -11,6 +11,7 @@ from tiered.config import Memory
 from tiered.job import Job
 from tiered.repair import REPAIR_BASE_S, REPAIRS_AT_ONCE
 
+E = HolderId("e", "1")
 RANKS = REPAIRS_AT_ONCE + 4
 VERSION = Version(1, 10)
 
@@ -43,6 +44,30 @@ def test_a_bounded_number_is_under_way_and_one_that_is_done_makes_room() -> None
     job.handle(m.ShardReported(C, shard(1)), 3.0)
     more = repairs(job.handle(m.Ticked(), 4.0))
     assert [r.key.rank for r in more] == [REPAIRS_AT_ONCE, REPAIRS_AT_ONCE + 1]
+
+
+def test_a_copy_under_way_is_not_asked_for_once_more_from_or_to_another() -> None:
+    job = committed(A, B, C, D)
+    job.drop_copy(B, shard(0).key)
+    assert [r.key.rank for r in repairs(job.handle(m.Ticked(), 1.0))] == [0]
+    assert not repairs(job.handle(m.Ticked(), 2.0))
+
+
+@pytest.mark.parametrize("cut", [frozenset(), frozenset({("a", "e")})])
+def test_the_second_missing_copy_goes_to_another_host_than_the_one_under_way_if_to_any(
+    cut: frozenset[tuple[str, str]],
+) -> None:
+    memory = Memory(every_steps=1, replicas=2, repair_bytes_per_s=1_000_000)
+    job = begun(memory, holders=(A, B, C, D, E))
+    job.handle(m.LinksCut(cut), 0.0)
+    key = ShardKey("job", VERSION, 0)
+    for holder in (A, B, C):
+        record = ShardRecord(key, ShardPlan(1, (10_000_000,)), (b"d" * 16,), is_replica=holder != A)
+        job.handle(m.ShardReported(holder, record), 0.0)
+    asked = [*job.handle(m.HolderDown(B), 1.0), *job.handle(m.HolderDown(C), 1.0)]
+    for now_s in (2.0, 11.0, 12.0, 21.0):  # a host sends once in 10 s
+        asked += job.handle(m.Ticked(), now_s)
+    assert sorted(r.to for r in repairs(asked)) == ([D] if cut else [D, E])
 
 
 def test_one_that_takes_too_long_is_asked_for_again() -> None:
@@ -106,11 +131,14 @@ def test_repairs_that_the_buddies_cannot_take_go_to_whoever_has_least() -> None:
 # --- copies too many -----------------------------------------------------------------------------
 
 
-def surplus(copies: dict[HolderId, bool], *, domains: str = "", replicas: int = 1) -> set[HolderId]:
+def surplus(
+    copies: dict[HolderId, bool], *, domains: str = "", replicas: int = 1, leaving: str = ""
+) -> set[HolderId]:
     """Whom a coordinator has let go that sees these copies of one old shard (True: a replica)."""
     memory = Memory(every_steps=1, replicas=replicas)
     job = begun(memory, holders=tuple(copies))
     job.holders.update(zip(sorted(copies), domains, strict=False))
+    job.leaving.update(leaving)
     version = Version(0, 7)  # of an older generation
     record = ShardRecord(ShardKey("job", version, 0), ShardPlan(1, (0,)), (b"d" * 16,))
     job.copies[version] = {
@@ -147,6 +175,12 @@ def test_two_coordinators_with_different_views_leave_as_many_as_the_policy_asks_
         for one, other in product(range(len(views)), repeat=2):
             left = (views[one] | views[other]) - gone[one] - gone[other]
             assert len(left) >= 1 + replicas
+
+
+def test_a_copy_on_a_host_that_leaves_makes_none_elsewhere_one_too_many() -> None:
+    for leaving in "abc":
+        assert not surplus({A: False, B: True, C: True}, leaving=leaving)
+    assert len(surplus({A: False, B: True, C: True, D: True}, leaving="a")) == 1
 
 
 def test_no_copy_goes_that_alone_is_in_another_domain() -> None:

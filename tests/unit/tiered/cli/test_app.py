@@ -12,11 +12,13 @@ from typer.testing import CliRunner
 
 import tiered
 from replication.errors import ReleaseError
+from replication.records import Version
 from tests.unit.tiered.test_job import B, begun, commit
 from tests.unit.tiered.test_overview import HOST
 from tiered import messages as m
-from tiered.cli import session, views
+from tiered.cli import checks, session, views
 from tiered.cli.app import app
+from tiered.config import S3
 from tiered.errors import (
     ConfigError,
     DurableStoreDownError,
@@ -112,6 +114,31 @@ def test_a_mistake_is_one_sentence_and_a_code(
     ended, text = run(monkeypatch, *args, status=status)
     assert (ended, "Traceback" in text) == (code, False)
     assert says in text
+
+
+def test_verify_says_what_it_read_although_s3_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def read_durable(_: str, step: Any) -> list[str]:
+        asked.append(step.step)
+        raise DurableStoreDownError("s3://b", "get", "read timeout")
+
+    job = begun(s3=S3("s3://bucket/ckpt", every_steps=10))
+    for step in (10, 20):
+        commit(job, step)
+        job.handle(m.ManifestPublished(Version(1, step), ()), step + 1.0)
+    seen = job_overview(job, 25.0, with_shards=True)
+    status = ClusterStatus("0.1.0", 160.0, 100.0, (HOST,), (seen,), ())
+    monkeypatch.setattr(checks, "_read_copy", lambda *_: "")
+    monkeypatch.setattr(checks, "_read_durable", read_durable)
+    code, text = run(monkeypatch, "verify", status=status)
+    assert code == 1
+    assert text.splitlines() == [
+        "✗ step 20 on S3: not read: read timeout",
+        "✗ step 10 on S3: not read either",
+        "4 copies in memory and 2 steps on S3 were looked at: 2 are corrupt, gone or not read",
+    ]
+    assert asked == [20]
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from replication.release import RELEASE
-from tiered.cli.doctor import (
+from tiered.cli import doctor
+from tiered.cli.judgements import (
     HostFacts,
     judge_access,
     judge_agreement,
@@ -48,6 +49,15 @@ def test_each_fault_of_a_host_is_found_and_has_a_remedy() -> None:
         assert all(c.remedy for c in judge_host(host) if c.level != "ok")
     assert found(replace(GOOD, store_bytes=GIB)) == [("note", "memory")]
     assert found(replace(GOOD, environment={})) == [("note", "memory")]
+
+
+def test_a_host_that_may_not_listen_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tiered.cli.doctor.socket.create_server", refuse)
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+    assert "Permission denied" in doctor._facts()["port_problem"]
 
 
 def test_a_clock_that_cannot_be_told_from_a_right_one_is_right() -> None:

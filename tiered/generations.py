@@ -339,6 +339,12 @@ class Generations:
         life, self.begin = self.begin.claim.life, None
         return [m.AnswerBegin(life, error)]
 
+    def found_corrupt(self, event: m.CopyFoundCorrupt) -> None:
+        """A copy counts no more. What its host reports later is another one, which nobody read."""
+        self.known.drop_copy(event.holder, event.key)
+        if self.begin is not None:
+            self.begin.being_read.discard((event.holder, event.key))
+
     def verified(self, event: m.ShardsVerified) -> list[m.Command]:
         """Copies were read end to end; what was not intact does not count any more."""
         known = self.known
@@ -346,7 +352,8 @@ class Generations:
         if begin is None or event.generation != begin.claim.generation:
             return []
         for holder, key in event.bad:
-            known.drop_copy(holder, key)
+            if (holder, key) in begin.being_read:  # else it was told of, and may have been replaced
+                known.drop_copy(holder, key)
             begin.unreadable.append(f"{key}: the copy on host {holder.node_id[:8]} is corrupt")
         for holder, key in event.unread:
             known.set_aside(holder, key)

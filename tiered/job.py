@@ -91,7 +91,7 @@ class Job(Catalogue):
                 self.durable.discard(event.version)
                 return []
             case m.CopyFoundCorrupt():
-                self.drop_copy(event.holder, event.key)
+                self.generations.found_corrupt(event)
                 return self.repair.repair(now_s)
             case m.ShardUploaded() | m.UploadFailed() | m.ManifestPublished() | m.PublishFailed():
                 return self._flush_event(event, now_s)

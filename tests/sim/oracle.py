@@ -263,14 +263,14 @@ class Oracle:
             self.protected.add(version)
         need = event.copies
         asked, is_fixed = 1 + world.replicas(), world.setup.settings.memory.replicas is not None
-        up = {h.place for h in world.staying() if self._is_steady(h.place)}
+        up = self._up()
         now_s = world.kernel.now_s
         is_cut = event.is_degraded and world.network.between_s > now_s - FOUND_S
         is_stuck = event.is_degraded and now_s - self.whole_s.get(version, now_s) >= STUCK_S
-        is_short = min(asked, len(up)) > need and not is_cut and not is_stuck
+        is_short = min(asked, up) > need and not is_cut and not is_stuck
         if is_short or (not event.is_degraded and need < asked and is_fixed):
             self.violated(
-                "I6", f"{version} commits with {need} copies; {asked} asked, {len(up)} hosts up"
+                "I6", f"{version} commits with {need} copies; {asked} asked, {up} hosts up"
             )
         for rank in self.ranks_of(version):
             nodes = {h.node_id for h in self.copies.get(version, {}).get(rank, {})}
@@ -304,7 +304,7 @@ class Oracle:
     def _is_counted(self, version: Version) -> bool:
         """Whether every rank has its copies as far as anybody knows; one, if it was committed."""
         world, since_s = self.world, self.world.kernel.now_s - FOUND_S
-        need = min(1 + world.replicas(), sum(self._is_steady(h.place) for h in world.staying()))
+        need = min(1 + world.replicas(), self._up())
         if version in self.acked:
             need = 1
         for rank in self.ranks_of(version):
@@ -312,6 +312,21 @@ class Oracle:
             if len({h.node_id for h in left}) < max(1, need):
                 return False
         return True
+
+    def _up(self) -> int:
+        """How many hosts count for the policy, as everybody must know.
+
+        Those that leave count again when no other is left, which is known as late as the other's
+        death.
+        """
+        staying, leaving = self.world.staying(), self.world.leaving
+        now_s = self.world.kernel.now_s
+        if all(host.place in leaving for host in staying) and any(
+            holder.node_id not in leaving and died_s > now_s - GRACE_S
+            for holder, died_s in self.died_s.items()
+        ):
+            return 0
+        return sum(self._is_steady(host.place) for host in staying)
 
     def _is_steady(self, place: str) -> bool:
         """Whether a holder has been up and in touch for so long that everybody must know."""

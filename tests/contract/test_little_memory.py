@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,10 @@ def uri(proxy: FaultProxy, root: str, model: dict[str, torch.Tensor]) -> str:
         chunks.append(data_chunk(layout, captured.tensors, start, start + size))
         start += size
     record = ShardRecord(key, ShardPlan(1, sizes), tuple(map(digest, chunks)))
-    store = S3Store(tiered.S3(uri), JOB)
-    store.upload(register.shard_key(VERSION, 0), chunks)
     manifest = register.encode_manifest(JOB, VERSION, [record])
-    assert store.create(register.manifest_key(VERSION), manifest)
+    with closing(S3Store(tiered.S3(uri), JOB)) as store:
+        store.upload(register.shard_key(VERSION, 0), chunks)
+        assert store.create(register.manifest_key(VERSION), manifest)
     return uri
 
 

@@ -226,6 +226,7 @@ def test_a_coordinator_deletes_orphans_and_nothing_else_and_not_all_at_once(
     asyncio.run(executor.collect_orphans(job))
     assert steps_of(store) == [10, 30]
     assert store.uploads("") == []
+    executor.ledger(job).store(settings).close()
 
 
 @pytest.mark.parametrize("wrong", [{"keep": 0}, {"keep": True}, {"grace_s": -1.0}])

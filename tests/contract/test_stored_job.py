@@ -1,5 +1,6 @@
 """A job as the first release left it on S3 is recovered, and Ray is not started for that."""
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,10 @@ from tiered.s3 import S3Store
 def uri(proxy: FaultProxy, root: str) -> str:
     """Where the job's objects are, put there as they are."""
     uri = f"s3://{SHARED_BUCKET}/{root}"
-    client = S3Store(tiered.S3(uri), job.JOB).link.client()
-    for key, data in job.stored().items():
-        client.put_object(Bucket=SHARED_BUCKET, Key=f"{root}/{job.JOB}/{key}", Body=data)
+    with closing(S3Store(tiered.S3(uri), job.JOB)) as store:
+        client = store.link.client()
+        for key, data in job.stored().items():
+            client.put_object(Bucket=SHARED_BUCKET, Key=f"{root}/{job.JOB}/{key}", Body=data)
     return uri
 
 

@@ -58,7 +58,12 @@ def no_trainer_outlives_its_test() -> Iterator[None]:
     yield
     mine = STARTED[before:]
     del STARTED[before:]
-    for trainer in mine:
+    end(mine)
+
+
+def end(trainers: list[Any]) -> None:
+    """Kill them; returns when their processes are gone."""
+    for trainer in trainers:
         with contextlib.suppress(RayActorError):
             pid = ray.get(trainer.pid.remote(), timeout=DEADLINE_S)
             ray.kill(trainer)
@@ -157,8 +162,7 @@ def test_the_story_of_a_lost_host_is_told_by_the_command_line_alone(
     again = until(lambda: [e for e in tiered.events(job) if e.text == "started again"])
     assert again
     assert "host_lost" in {e.kind for e in tiered.events(job)}
-    for trainer in new:
-        ray.kill(trainer)
+    end(new)
     code, text = tiered_command("stop", job, "--yes")
     assert (code, "it was the last job" in text) == (0, True)
     code, text = tiered_command("ls", "--job", job)
@@ -394,7 +398,12 @@ def test_each_command_does_what_it_says(cluster: LocalCluster, port: int, tmp_pa
     cluster.add_host()
     assert tiered_command("explain")[1].startswith("Step 5 (generation 1) would be restored now.")
 
-    until(lambda: [h.state for h in tiered.cluster_status().hosts].count("up") == 3)
+    until(
+        lambda: (
+            {h.node_id for h in tiered.cluster_status().hosts if h.state == "up"}
+            == set(cluster.hosts)
+        )
+    )
     until(
         lambda: tiered.cluster_status(job).jobs[0].newest_durable.step == 5
     )  # drain had it flushed

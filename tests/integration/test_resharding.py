@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ def test_a_step_is_read_from_outside_whole_or_in_parts(
         assert is_same(dict(net.state_dict()), dict(expected["net"]))
     assert set(on_s3.sources[0]) == {"S3"}
     name = f"reshard/{job}/data/{on_s3.generation:08d}-{10:012d}/rank-00000.safetensors"
-    body = S3Store(S3, job).link.client().get_object(Bucket="tests", Key=name)["Body"].read()
+    with closing(S3Store(S3, job)) as store:
+        body = store.link.client().get_object(Bucket="tests", Key=name)["Body"].read()
     (tmp_path / "rank.safetensors").write_bytes(body)
     with safe_open(tmp_path / "rank.safetensors", framework="pt") as shard:  # as it lies in S3
         mine = on_s3.state(0)["net"]["inner.weight"]

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -185,8 +185,9 @@ class Run:
         options = self._options
         if options.s3_uri:
             self._settings = tiered.S3(options.s3_uri, every_steps=10)
-            with closing(S3Store(self._settings, self._world.job)) as store:
-                store.check()
+            once = replace(self._settings, max_attempts=1)
+            with closing(S3Store(once, self._world.job)) as store:
+                store.probe()
         where = {} if options.address == "auto" else {"RAY_ADDRESS": options.address}
         try:
             with _environment(where):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,18 @@ def test_an_address_where_nobody_listens_is_said_at_once() -> None:
     result = run("--address", "127.0.0.1:1", "--seed", "1")
     assert result.exit_code == 2
     assert "no Ray cluster answers at '127.0.0.1:1'" in result.output
+
+
+def test_a_store_that_does_not_answer_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:1"),
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+    ):
+        monkeypatch.setenv(name, value)
+    result = run("--address", "127.0.0.1:1", "--s3-uri", "s3://nobody/p", "--seed", "1")
+    assert result.exit_code == 2
+    assert re.search("Error: probe of .* at s3://nobody failed: Could not connect", result.output)
 
 
 def judged(tmp_path: Path, history: list[Record]) -> Result:

@@ -27,7 +27,7 @@ from unittest import mock
 
 import psutil
 import ray
-from ray._raylet import GcsClient
+from ray._raylet import Config, GcsClient
 from ray.cluster_utils import Cluster
 
 from chaos import session_guard
@@ -122,8 +122,10 @@ class LocalCluster:
     def start(self) -> Self:
         """Start everything and connect; on failure nothing is left running."""
         assert self._cluster is None, "a LocalCluster starts once"
-        # Ray clusters authenticate by a token; without this Ray writes one into the home folder.
+        # Without these Ray asks for no token, or writes one into the home folder.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        Config.initialize("")  # or this process goes on by what it was told when Ray was imported
         # The sockets inside have long names, and a Unix socket's path ends at 107 bytes.
         self._folder = tempfile.mkdtemp(prefix="lc-", dir="/tmp")
         try:

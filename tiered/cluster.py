@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 HEAD_RESOURCE = "node:__internal_head__"  # as Ray names it
 RETRY_PAUSE_S = 0.2
+OTHER_TOKEN = (
+    ", though something listens: if Ray there asks for a token, set RAY_AUTH_MODE=token and "
+    "RAY_AUTH_TOKEN (or ~/.ray/auth_token) to that of its hosts"
+)
 ANSWER_TIMEOUT_S = 15.0  # of a coordinator that was started before
 LOCAL_NOTE = Path(tempfile.gettempdir()) / f"tiered-{os.getuid()}" / "local-ray"
 
@@ -83,7 +87,8 @@ def _attach_to_running() -> bool:
     """Whether there was one to connect to; the address that the environment names must be one."""
     if address := os.environ.get("RAY_ADDRESS"):
         if not _attach(address):
-            raise NoClusterError(f"RAY_ADDRESS={address!r}: no Ray cluster answers there")
+            why = f"RAY_ADDRESS={address!r}: no Ray cluster answers there"
+            raise NoClusterError(why + (OTHER_TOKEN if _listens(address) else ""))
         return True
     if (address := _last_started()) and _attach(address):
         return True
@@ -112,12 +117,8 @@ def _attach(address: str) -> bool:
     Raises:
         NoClusterError: It is no address, or Ray there does not want us (token, release).
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-        except (OSError, OverflowError):  # a port above 65535
-            return False
+    if not _listens(address):
+        return False
     try:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         ray.init(address=address, namespace=NAMESPACE, **quiet)
@@ -125,6 +126,17 @@ def _attach(address: str) -> bool:
         return False
     except (ValueError, RuntimeError, RayError) as error:
         raise NoClusterError(f"Ray at {address!r}: {first_line(error)}") from error
+    return True
+
+
+def _listens(address: str) -> bool:
+    """Whether anybody does; also if the address does not name a port, and Ray is to find out."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        except (OSError, OverflowError):  # a port above 65535
+            return False
     return True
 
 

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from chaos.schedule import Planned
 from chaos.world import Aim, World, pick
 from replication.holder import NAMESPACE, holder_name
+from replication.records import ShardKey
 from replication.shared import Place, mappings
 
 ASK_TIMEOUT_S = 3.0
@@ -56,6 +57,13 @@ def cut(content: bytes, where: float) -> bytes:
     return content[:index] + (zeros if content[index:] != zeros else b"\1" + zeros[1:])
 
 
+def find_chunk(holder: Any, key: ShardKey, index: int) -> Place | None:
+    """Where most of a chunk lies in the object store of a holder's host; None if nothing does."""
+    chunks: list[list[Place] | None] = ray.get(holder.places.remote(key), timeout=ASK_TIMEOUT_S)
+    places = chunks[index] if index < len(chunks) else None
+    return max(places, key=lambda one: one.size_bytes) if places else None
+
+
 def _damage(world: World, planned: Planned, change: Callable[[bytes, float], bytes]) -> Aim | None:
     hosts = world.spare_hosts(1)
     if not hosts:
@@ -73,13 +81,11 @@ def _damage(world: World, planned: Planned, change: Callable[[bytes, float], byt
         # Newer ones more often: the older a version is, the less anybody needs it.
         record = records[int(planned.picks[1] ** 0.3 * len(records))]
         index = int(planned.picks[2] * len(record.plan.chunk_sizes))
-        asked = holder.places.remote(record.key, index)
-        places: list[Place] | None = ray.get(asked, timeout=ASK_TIMEOUT_S)
+        place = find_chunk(holder, record.key, index)
     except (RayError, ValueError):  # nobody answers: nothing to damage now
         return None
-    if not places:
+    if place is None:
         return None
-    place = max(places, key=lambda one: one.size_bytes)
 
     def strike() -> None:
         write_into(processes[0].pid, place, lambda content: change(content, planned.picks[2]))

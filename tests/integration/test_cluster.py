@@ -16,6 +16,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import tiered
+from chaos.faults.memory import find_chunk, flipped, write_into
 from chaos.local_cluster import LocalCluster
 from chaos.s3_server import S3Server
 from replication.holder import NAMESPACE, holder_name
@@ -409,19 +410,18 @@ def test_step_zero_is_restored_from_memory_and_from_s3(
 # --- faults of memory and S3 ---------------------------------------------------------------------
 
 
-def flip_a_bit(host: str, job: str, step: int, rank: int) -> None:
+def flip_a_bit(cluster: LocalCluster, host: str, job: str, step: int, rank: int) -> None:
     """Damage a pinned copy where it lies, behind everybody's back."""
     holder = ray.get_actor(holder_name(host), NAMESPACE)
-
-    def damage(self: Any) -> int:
-        keys = [k for k in self._chunks if (k.job, k.version.step, k.rank) == (job, step, rank)]
-        for key in keys:
-            chunk = [buffer.copy() for buffer in self._chunks[key][1]]
-            chunk[0][0] ^= 1
-            self._chunks[key][1] = chunk
-        return len(keys)
-
-    assert ray.get(holder.__ray_call__.remote(damage), timeout=30) == 1
+    (key,) = (
+        record.key
+        for record in ray.get(holder.list_shards.remote(), timeout=30)
+        if (record.key.job, record.key.version.step, record.key.rank) == (job, step, rank)
+    )
+    (process,) = (p for p in cluster.host_processes(host) if "Holder" in " ".join(p.cmdline()))
+    place = find_chunk(holder, key, 1)
+    assert place is not None
+    write_into(process.pid, place, lambda content: flipped(content, 0.5))
 
 
 def test_a_corrupt_copy_is_neither_restored_nor_counted(
@@ -432,7 +432,7 @@ def test_a_corrupt_copy_is_neither_restored_nor_counted(
     begin(actors, job)
     save(actors, 1)
     save(actors, 2)
-    flip_a_bit(hosts[0], job, step=2, rank=0)
+    flip_a_bit(cluster, hosts[0], job, step=2, rank=0)
     kill_actors(cluster, actors)
 
     again = start_trainers(hosts, port + 1)
@@ -453,8 +453,8 @@ def test_with_every_copy_of_a_shard_corrupt_all_ranks_go_back_together(
     save(actors, 1)
     save(actors, 2)
     for host in tiered.status(job).hosts_with_copies:
-        with contextlib.suppress(AssertionError):  # two of three hosts have rank 1's shard
-            flip_a_bit(host, job, step=2, rank=1)
+        with contextlib.suppress(ValueError):  # two of three hosts have rank 1's shard
+            flip_a_bit(cluster, host, job, step=2, rank=1)
     kill_actors(cluster, actors)
 
     again = start_trainers(hosts, port + 1)

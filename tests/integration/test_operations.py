@@ -491,6 +491,17 @@ def test_a_wrong_address_is_answered_by_a_sentence(address: str, says: str, tmp_
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
+def test_whoever_has_another_token_is_kept_out_and_told_so(cluster: LocalCluster) -> None:
+    wrong = {"RAY_AUTH_TOKEN": "0" * 64, "RAY_ADDRESS": cluster.address}
+    done = subprocess.run(
+        [sys.executable, "-c", "from tiered.cli.app import main; main()", "status"],
+        env={**os.environ, **wrong}, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (4, ""), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in done.stderr.splitlines()[-1]
+
+
 def test_a_coordinator_of_another_release_is_refused_before_anything_else_is_asked(
     cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

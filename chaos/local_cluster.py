@@ -49,6 +49,7 @@ QUICK_DETECTION: Mapping[str, int] = {
     "health_check_failure_threshold": 3,
     # A pull that first chose the dead host would otherwise wait 10 s for it.
     "object_manager_pull_timeout_ms": 2000,
+    "worker_niceness": 0,  # Ray's own is 15, with which trainers wait for whatever else runs here
 }
 
 

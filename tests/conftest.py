@@ -3,8 +3,15 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tiered import s3_link
+
+# No example is timed: other tests, and other programs, run beside.
+settings.register_profile(
+    "shared", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("shared")
 
 
 @pytest.fixture(autouse=True)

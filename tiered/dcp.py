@@ -46,6 +46,7 @@ from torch.distributed.checkpoint.storage import StorageWriter as DcpStorageWrit
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from replication.errors import TieredError
 from tiered import conflicts, host_copy, torch_versions
 from tiered.boxes import Box, whole
 from tiered.checkpointer import Checkpointer
@@ -244,6 +245,7 @@ class StorageReader(DcpStorageReader):
         self._source = source
         self._is_step_given = step is not None
         self._may_cast = cast
+        self._unread: TieredError | None = None
         self.step: int | None = None
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
@@ -283,6 +285,16 @@ class StorageReader(DcpStorageReader):
             StepNotFoundError: There is no step, or a shard's first chunk has no intact copy.
             StateError: The shards do not fit together.
         """
+        self._unread = None
+        try:
+            return self._read_metadata()
+        except TieredError as error:
+            if torch_versions.planner_of_load() is None:
+                raise
+            self._unread = error  # a newer dcp.load makes an AssertionError of all errors here
+            return Metadata({}, planner_data={})
+
+    def _read_metadata(self) -> Metadata:
         saved = self._opened()
         views = saved.views(self._rank % saved.world_size)
         self._index, self._tree = StepIndex(views), merged(views)
@@ -300,8 +312,11 @@ class StorageReader(DcpStorageReader):
         """Compare the state with the step, before the planner does it one key at a time.
 
         Raises:
+            StepNotFoundError: What `read_metadata` could not say within a `dcp.load`.
             StateError: They do not fit; names everything.
         """
+        if self._unread is not None:
+            raise self._unread
         self._metadata = metadata
         if (planner := torch_versions.planner_of_load()) is not None:
             found = conflicts.find(planner.state_dict, metadata, self._own, may_cast=self._may_cast)

@@ -146,6 +146,25 @@ def test_no_step_yet_is_said_before_anything_is_loaded(memory: Any) -> None:
     assert (reader.step, reader.next_step) == (None, 0)
     with pytest.raises(CheckpointException, match=r"look at StorageReader\.step"):
         dcp.load({"x": torch.ones(1)}, storage_reader=reader)
+    with pytest.raises(tiered.StepNotFoundError):
+        reader.read_metadata()
+
+
+def test_a_load_that_cannot_begin_fails_with_our_own_error(
+    memory: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    dcp.save({"x": torch.zeros(1)}, storage_writer=tiered.StorageWriter(memory, 1))
+    first = memory.steps[1].chunks[0]
+    memory.steps[1].chunks[0] = [first[0] ^ 1]
+    reader = tiered.StorageReader(memory)
+    with pytest.raises(CheckpointException) as failed:
+        dcp.load({"x": torch.ones(1)}, storage_reader=reader)
+    assert type(failed.value.failures[0][0]) is tiered.StepNotFoundError
+    assert "local metadata" not in caplog.text
+    memory.steps[1].chunks[0] = first
+    state = {"x": torch.ones(1)}
+    dcp.load(state, storage_reader=reader)
+    assert state["x"] == 0
 
 
 def test_a_save_that_fails_fails_dcps_save(memory: Any) -> None:

@@ -367,3 +367,142 @@ def test_replacing_gives_up_the_newest_of_several() -> None:
         job.handle(m.SaveAsked(Version(1, step)), 0.0)
     (answer,) = of(m.AnswerSave, job.handle(m.SaveAsked(Version(1, 30)), 1.0))
     assert answer.admission.instead_of == (20,)
+
+
+# --- commits -------------------------------------------------------------------------------------
+
+
+def test_of_steps_that_wait_for_copies_the_newest_is_committed_once_and_none_older() -> None:
+    job = begun()
+    for step in (0, 10):
+        job.handle(m.ShardReported(A, record(step)), 0.0)
+    job.handle(m.Ticked(), 1.0)
+    commands = job.handle(m.Ticked(), 1.0 + STUCK_S)
+    assert [c.version.step for c in of(m.StepCommitted, commands)] == [10]
+    assert not of(m.StepCommitted, job.handle(m.Ticked(), 2.0 + STUCK_S))
+    assert not of(m.StepCommitted, job.handle(m.Ticked(), 2.0 + 3 * STUCK_S))
+
+
+def test_step_0_too_is_committed_when_its_copies_do_not_come() -> None:
+    job = begun()
+    job.handle(m.ShardReported(A, record(0)), 0.0)
+    job.handle(m.Ticked(), 1.0)
+    assert of(m.StepCommitted, job.handle(m.Ticked(), 1.0 + STUCK_S))
+
+
+def test_between_two_commits_nothing_is_committed_late() -> None:
+    job = begun()
+    commit(job, 10)
+    job.handle(m.ShardReported(A, record(20)), 20.0)
+    job.handle(m.Ticked(), 20.0)
+    commit(job, 30)
+    assert not of(m.StepCommitted, job.handle(m.Ticked(), 21.0 + STUCK_S))
+
+
+def test_what_an_older_generation_left_whole_is_not_committed_in_this_one() -> None:
+    job = begun()
+    job.handle(m.ShardReported(A, record(10)), 0.0)
+    begin(job, "two", MEMORY)
+    assert job.parents[2] == Version(1, 10)
+    job.handle(m.Ticked(), 1.0)
+    assert not of(m.StepCommitted, job.handle(m.Ticked(), 1.0 + STUCK_S))
+
+
+def test_more_copies_than_commit_a_step_are_not_boasted_of() -> None:
+    job = recalled(JobSettings(MEMORY), {1: None})
+    for holder in (A, B, C):
+        job.handle(m.HolderUp(holder, "", (record(10, is_replica=holder != A),)), 0.0)
+    assert [c.copies for c in of(m.StepCommitted, job.handle(m.Ticked(), 1.0))] == [2]
+
+
+def test_when_something_was_committed_is_known_but_not_of_what_was_found_there() -> None:
+    job = recalled(JobSettings(MEMORY), {1: None})
+    for holder in (A, B):
+        job.handle(m.HolderUp(holder, "", (record(10),)), 0.0)
+    assert of(m.StepCommitted, job.handle(m.Ticked(), 1.0))
+    assert job.committed_s is None
+    commit(job, 20)
+    assert job.committed_s == 20.0
+
+
+def test_a_step_that_was_found_there_and_committed_is_needed_no_longer_than_any_other() -> None:
+    job = recalled(JobSettings(MEMORY), {1: None})
+    for holder in (A, B, C):
+        found = () if holder == C else (record(5), record(10))
+        job.handle(m.HolderUp(holder, "", found), 0.0)
+    job.handle(m.Ticked(), 1.0)
+    begin(job, "two", MEMORY, before=10)
+    assert job.parents[2] == Version(1, 5)
+    lose(job, Version(1, 10), B)
+    assert not of(m.ReplicateShard, job.handle(m.Ticked(), 2.0))
+
+
+def test_only_of_its_own_generation_a_new_coordinator_takes_a_whole_step_for_a_committed_one() -> (
+    None
+):
+    job = Job("job")
+    claims = tuple(m.Claim(n, Life(str(n)), 1, JobSettings(MEMORY)) for n in (1, 2))
+    job.handle(m.Recalled(claims, {1: None, 2: None}), 0.0)
+    job.handle(m.HolderUp(A, "", (record(10),)), 0.0)
+    job.handle(m.HolderUp(B, "", ()), 0.0)
+    assert not of(m.ReplicateShard, job.handle(m.Ticked(), 1.0))
+    assert not of(m.ReplicateShard, job.handle(m.Ticked(), 2.0))
+
+
+# --- what holders are told, and what goes to S3 at once ------------------------------------------
+
+
+def test_a_job_that_has_not_begun_tells_holders_nothing() -> None:
+    job = Job("job")
+    assert job.handle(m.HolderUp(A, "", ()), 0.0) == []
+    assert job.handle(m.Ticked(), 10 * REMIND_S) == []
+
+
+def test_what_s3_said_when_it_was_asked_is_heard() -> None:
+    job = begun(s3=EAGER)
+    job.handle(m.DurableAnswered("no answer"), 1.0)
+    assert job.flushes.silence == "no answer"
+
+
+def leave(job: Job, node_id: str) -> list[Version]:
+    """Which versions are flushed because a host leaves."""
+    commands = job.handle(m.HostLeaving(node_id), 50.0)
+    return [upload.version for upload in of(m.UploadShard, commands)]
+
+
+def test_of_several_commits_the_newest_is_flushed_when_a_host_leaves_and_once() -> None:
+    job = begun(s3=S3("s3://bucket", every_steps=1000), holders=(A, B, C))
+    for step in (10, 20):
+        commit(job, step)
+    assert leave(job, "c") == [Version(1, 20)]
+    job.handle(m.ShardUploaded(Version(1, 20), 0, record(20)), 51.0)
+    job.handle(m.ManifestPublished(Version(1, 20), (record(20),)), 51.0)
+    commit(job, 60)
+    assert job.handle(m.HostLeaving("c"), 61.0) == []  # told again
+
+
+def test_a_step_of_an_older_generation_is_not_flushed_when_a_host_leaves() -> None:
+    s3 = S3("s3://bucket", every_steps=1000)
+    job = begun(s3=s3, holders=(A, B, C))
+    commit(job, 10)
+    begin(job, "two", MEMORY, s3)
+    assert leave(job, "c") == []
+
+
+# --- half steps ----------------------------------------------------------------------------------
+
+
+def test_half_steps_of_which_nobody_was_asked_go_when_they_are_old_but_for_the_newest() -> None:
+    job = begun(ranks=2)
+    for step in (10, 20):
+        job.handle(m.ShardReported(A, record(step, ranks=2)), 0.0)
+    assert not dropped(job.handle(m.SaveAsked(Version(1, 30)), 0.0))
+    assert dropped(job.handle(m.SaveAsked(Version(1, 40)), STUCK_S)) == {10, 30}
+
+
+def test_a_half_step_that_a_rank_still_asks_for_is_not_one_that_may_have_been_committed() -> None:
+    job = begun(ranks=2)
+    for step in (10, 20):
+        job.handle(m.ShardReported(A, record(step, ranks=2)), 0.0)
+    job.handle(m.SaveAsked(Version(1, 20)), 0.0)
+    assert dropped(job.handle(m.SaveAsked(Version(1, 30)), STUCK_S)) == {20}

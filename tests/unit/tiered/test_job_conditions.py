@@ -6,13 +6,15 @@ Broken on purpose, these cores passed every other test, some also the first few 
 from collections.abc import Iterable
 from dataclasses import replace
 
+import pytest
+
 from replication.placement import place
-from replication.records import HolderId, Life, ShardRecord, Version
+from replication.records import HolderId, Life, Owner, ShardRecord, Version
 from tests.unit.tiered.test_job import MEMORY, A, B, C, D, begin, begun, commit, of, record
 from tiered import messages as m
 from tiered.admission import OVERTAKEN_S, STUCK_S
 from tiered.config import S3, JobSettings
-from tiered.errors import DurableStoreError
+from tiered.errors import ConfigError, DurableStoreError, StepNotFoundError
 from tiered.job import REMIND_S, Job
 from tiered.retention import KeepBest, KeepEvery
 
@@ -506,3 +508,227 @@ def test_a_half_step_that_a_rank_still_asks_for_is_not_one_that_may_have_been_co
         job.handle(m.ShardReported(A, record(step, ranks=2)), 0.0)
     job.handle(m.SaveAsked(Version(1, 20)), 0.0)
     assert dropped(job.handle(m.SaveAsked(Version(1, 30)), STUCK_S)) == {20}
+
+
+# --- begins that are over, overtaken, late or doubled --------------------------------------------
+
+
+def test_what_comes_late_of_a_begin_that_is_over_changes_nothing() -> None:
+    job = begun(s3=EAGER)
+    for event in (
+        m.GenerationClaimed(1, is_ours=False),
+        m.HoldersFenced(1),
+        m.ShardsVerified(1, Version(1, 10), ()),
+        m.ParentRecorded(1, Version(1, 10)),
+        m.DurableListed(),
+        m.OwnerSought(Life("two"), OWNER, is_present=True),
+    ):
+        assert job.handle(event, 1.0) == []
+    assert job.parents == {1: None}
+    assert of(m.ClaimGeneration, job.handle(asked("two"), 1.0))
+
+
+def test_each_phase_of_a_begin_is_waited_for_and_no_other_generation_s_counts() -> None:
+    job = begun()
+    commit(job, 10)
+    job.handle(asked("two", JobSettings(MEMORY)), 11.0)
+    assert job.handle(m.HoldersFenced(2), 11.0) == []  # of what nobody has claimed yet
+    assert job.handle(m.ParentRecorded(2, None), 11.0) == []
+    job.handle(m.GenerationClaimed(2, is_ours=True), 11.0)
+    assert of(m.VerifyShards, job.handle(m.HoldersFenced(2), 11.0))
+    assert job.handle(m.HoldersFenced(2), 11.0) == []  # copies are being read
+    assert job.handle(m.ShardsVerified(1, Version(1, 10), ()), 11.0) == []
+    assert of(m.RecordParent, job.handle(m.ShardsVerified(2, Version(1, 10), ()), 11.0))
+    assert job.handle(m.ParentRecorded(1, Version(1, 10)), 11.0) == []
+    assert of(m.AnswerBegin, job.handle(m.ParentRecorded(2, Version(1, 10)), 11.0))
+
+
+def test_a_copy_of_each_rank_has_to_be_read_before_a_step_is_believed() -> None:
+    job = begun(ranks=2)
+    for holder in (A, B):
+        for rank in (0, 1):
+            job.handle(m.ShardReported(holder, record(10, rank, ranks=2)), 0.0)
+    job.drop_copy(A, record(10, 1).key)
+    job.handle(m.HolderDown(B), 1.0)
+    job.handle(m.ShardReported(A, record(10, 1, ranks=2)), 1.0)
+    job.handle(m.BeginAsked(Life("two"), 0, 2, JobSettings(MEMORY)), 1.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 1.0)
+    job.handle(m.HoldersFenced(2), 1.0)
+    both = tuple(record(10, rank, ranks=2) for rank in (0, 1))
+    job.handle(m.HolderUp(B, "", both), 1.0)
+    bad = ((A, record(10, 1).key),)
+    commands = job.handle(m.ShardsVerified(2, Version(1, 10), bad), 2.0)
+    assert not of(m.RecordParent, commands)
+    assert of(m.VerifyShards, commands)
+
+
+def test_a_step_that_s3_has_is_believed_although_no_copy_in_memory_could_be_read() -> None:
+    job = begun(s3=EAGER)
+    commit(job, 10)
+    job.durable.add(Version(1, 10))
+    job.handle(asked("two"), 11.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 11.0)
+    job.handle(m.HoldersFenced(2), 11.0)
+    bad = tuple((holder, record(10).key) for holder in (A, B))
+    recorded = of(m.RecordParent, job.handle(m.ShardsVerified(2, Version(1, 10), bad), 12.0))
+    assert [r.parent for r in recorded] == [Version(1, 10)]
+
+
+# --- who has the name, and what it is refused with -----------------------------------------------
+
+
+OWNER = Owner("run", "a", "host-a", 7, 0.0, "mark")
+
+
+@pytest.mark.parametrize(("first", "second"), [(None, OWNER), (OWNER, None), (None, None)])
+def test_a_life_that_does_not_say_who_it_is_neither_asks_nor_is_asked_for(
+    first: Owner | None, second: Owner | None
+) -> None:
+    job = recalled(JobSettings(MEMORY), {1: None})
+    job.claims[1] = replace(job.claims[1], owner=first)
+    job.handle(m.HolderUp(A, "", ()), 0.0)
+    job.handle(m.Ticked(), 1.0)
+    commands = job.handle(replace(asked("two", JobSettings(MEMORY)), owner=second), 1.0)
+    assert of(m.ClaimGeneration, commands)
+    assert not of(m.SeekOwner, commands)
+
+
+def test_a_job_that_never_began_is_stopped_at_once() -> None:
+    job = Job("job")
+    assert job.handle(m.StopAsked(Life("stop-1")), 0.0) == [m.AnswerBegin(Life("stop-1"))]
+    assert not job.claims
+
+
+def test_a_rank_with_other_settings_than_the_first_one_s_is_refused() -> None:
+    job = begun()
+    others = JobSettings(replace(MEMORY, keep=7))
+    (answer,) = of(m.AnswerBegin, job.handle(asked("one", others), 1.0))
+    assert isinstance(answer.error, ConfigError)
+    assert "other settings" in str(answer.error)
+
+
+# --- S3's word on generations and steps ----------------------------------------------------------
+
+
+def test_a_listing_that_s3_answers_ends_the_doubt_about_a_publication() -> None:
+    job = begun(s3=EAGER)
+    job.handle(m.PublishFailed(Version(1, 10), "no answer", is_final=False), 0.0)
+    job.handle(m.DurableListed(problem="silent"), 1.0)
+    assert job.needs_listing()
+    assert job.unsure
+    job.handle(m.DurableListed(), 2.0)
+    assert not job.needs_listing()
+
+
+def test_a_listing_that_knows_less_takes_back_nothing() -> None:
+    job = begun(s3=EAGER)
+    for newest in (5, 1):
+        job.handle(m.DurableListed((), {}, newest_generation=newest), 1.0)
+    (claim,) = of(m.ClaimGeneration, job.handle(asked("two"), 2.0))
+    assert claim.claim.generation == 6
+
+
+def test_a_step_asked_for_is_read_from_s3_although_a_new_listing_failed() -> None:
+    job = begun(s3=EAGER)
+    job.handle(m.ManifestPublished(Version(1, 10), (record(10),)), 0.0)
+    job.handle(m.DurableListed(problem="silent"), 0.0)
+    job.handle(asked("two", step=10), 1.0)
+    job.handle(m.DurableListed(problem="silent"), 1.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 1.0)
+    (read,) = of(m.VerifyShards, job.handle(m.HoldersFenced(2), 1.0))
+    assert (read.version, read.needs_manifest) == (Version(1, 10), True)
+
+
+def test_what_was_not_read_in_time_counts_again_when_a_begin_is_refused() -> None:
+    job = begun(s3=EAGER)
+    commit(job, 10)
+    job.handle(m.DurableListed(problem="silent"), 10.0)
+    job.handle(asked("two"), 11.0)
+    job.handle(m.DurableListed(problem="silent"), 11.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 11.0)
+    job.handle(m.HoldersFenced(2), 11.0)
+    unread = tuple((holder, record(10).key) for holder in (A, B))
+    silent = m.ShardsVerified(2, Version(1, 10), (), unread=unread)
+    (answer,) = of(m.AnswerBegin, job.handle(silent, 12.0))
+    assert isinstance(answer.error, DurableStoreError)
+    assert list(job.intact(Version(1, 10), 0)) == [A, B]
+
+
+# --- ranks that ask late -------------------------------------------------------------------------
+
+
+def late(settings: JobSettings, *, ranks: int = 1, held: tuple[ShardRecord, ...] = ()) -> Job:
+    """A new coordinator, of a job that has resumed from step 10 of generation 1."""
+    job = Job("job")
+    claims = tuple(m.Claim(n, Life(name), ranks, settings) for n, name in ((1, "one"), (2, "two")))
+    job.handle(m.Recalled(claims, {1: None, 2: Version(1, 10)}), 0.0)
+    job.handle(m.HolderUp(A, "", held), 0.0)
+    job.handle(m.Ticked(), 1.0)
+    return job
+
+
+def test_a_late_rank_whose_step_is_in_memory_is_answered_without_s3() -> None:
+    job = late(WITH_S3, held=(record(10),))
+    assert job.needs_listing()
+    assert job.handle(asked("two"), 2.0) == [m.AnswerBegin(Life("two"))]
+    assert job.begin is None
+
+
+def test_a_late_rank_without_s3_is_told_which_ranks_are_lost_and_what_was_read() -> None:
+    settings = JobSettings(MEMORY)
+    job = late(settings, ranks=2, held=(record(10, ranks=2),))
+    late_rank = m.BeginAsked(Life("two"), 1, 2, settings)
+    assert of(m.VerifyShards, job.handle(late_rank, 2.0))
+    no_store = m.ShardsVerified(2, Version(1, 10), (), problem="there is no S3")
+    (answer,) = of(m.AnswerBegin, job.handle(no_store, 2.0))
+    assert isinstance(answer.error, StepNotFoundError)
+    assert "no copy of rank 1 is left" in str(answer.error)
+    assert "there is no S3" in str(answer.error)
+    assert job.begin is None
+
+
+def test_a_late_rank_asks_again_where_s3_did_not_serve_the_manifest_and_is_answered_once() -> None:
+    job = late(WITH_S3)
+    job.handle(asked("two"), 2.0)
+    listed = m.DurableListed((Version(1, 10),), {}, newest_generation=2)
+    assert of(m.VerifyShards, job.handle(listed, 2.0))
+    silent = m.ShardsVerified(2, Version(1, 10), (), problem="no answer", is_transient=True)
+    (answer,) = of(m.AnswerBegin, job.handle(silent, 2.0))
+    assert isinstance(answer.error, DurableStoreError)
+    assert of(m.VerifyShards, job.handle(asked("two"), 3.0))
+    read = m.ShardsVerified(2, Version(1, 10), (), manifest=(record(10),))
+    assert of(m.AnswerBegin, job.handle(read, 3.0)) == [m.AnswerBegin(Life("two"))]
+    assert job.begin is None
+
+
+def test_a_host_is_named_by_the_beginning_of_its_id() -> None:
+    long = HolderId("0123456789", "1")
+    for words, how in (("is corrupt", "bad"), ("did not read", "unread")):
+        job = begun(holders=(long, A))
+        commit(job, 10, A, long)
+        job.handle(asked("two", JobSettings(MEMORY)), 11.0)
+        job.handle(m.GenerationClaimed(2, is_ours=True), 11.0)
+        job.handle(m.HoldersFenced(2), 11.0)
+        of_copy = {how: ((long, record(10).key),)}
+        job.handle(m.ShardsVerified(2, Version(1, 10), **{"bad": (), **of_copy}), 12.0)
+        job.handle(m.ParentRecorded(2, Version(1, 10)), 12.0)
+        (note,) = job.resolution().passed_over
+        assert "host 01234567 " in note
+        assert words in note
+
+
+@pytest.mark.parametrize("s3", [None, EAGER])
+def test_a_life_whose_step_went_while_its_parent_was_recorded_is_told_so_at_once(
+    s3: S3 | None,
+) -> None:
+    job = begun(s3=s3)
+    commit(job, 10)
+    job.handle(asked("two", JobSettings(MEMORY, s3)), 11.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 11.0)
+    job.handle(m.HoldersFenced(2), 11.0)
+    assert of(m.RecordParent, job.handle(m.ShardsVerified(2, Version(1, 10), ()), 12.0))
+    for holder in (A, B):
+        job.handle(m.CopyFoundCorrupt(holder, record(10).key), 12.0)
+    commands = job.handle(m.ParentRecorded(2, Version(1, 10)), 13.0)
+    assert [type(a.error) for a in of(m.AnswerBegin, commands)] == [StepNotFoundError]
+    assert not of(m.VerifyShards, commands)  # S3 was listed, and has it not

@@ -124,6 +124,13 @@ def test_of_many_other_steps_the_five_newest_are_named() -> None:
     assert [f"step {n} " in line for n in range(9)] == [n >= 4 for n in range(9)]
 
 
+def test_how_many_ranks_are_missing_is_told_where_it_is_more_than_one() -> None:
+    for in_memory, expected in ((set(), "(2 of 2 ranks missing)"), ({1}, "of rank 0 in any tier")):
+        torn = whole(3, 5, in_memory=frozenset(in_memory))
+        (line,) = latest_consistent_step([torn], PARENTS).passed_over
+        assert line.endswith(expected)
+
+
 def test_a_generation_that_names_itself_as_its_parent_has_no_other() -> None:
     parents = {1: None, 2: Version(2, 5)}
     assert not is_on_branch(Version(1, 1), parents)

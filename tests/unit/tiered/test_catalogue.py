@@ -164,6 +164,15 @@ def test_how_safe_a_step_is_and_why_it_gets_no_safer() -> None:
     assert job.level(VERSION) == ("durable", "")
 
 
+def test_a_step_that_was_committed_and_not_flushed_is_called_so_when_it_is_collected() -> None:
+    job = begun()
+    job.flushes.given_up[VERSION] = "not flushed"
+    job.watermark = Version(1, 20)
+    assert job.level(VERSION) == ("replicated", "not flushed")
+    assert "newer steps were committed" in job.level(Version(1, 19))[1]
+    assert job.level(Version(1, 20)) == (None, "")
+
+
 def test_below_the_mark_only_what_is_pinned_is_taken_in() -> None:
     job = begun()
     job.watermark, job.pinned = Version(1, 10), {Version(1, 5)}
@@ -227,7 +236,8 @@ def test_a_rotten_step_that_is_nowhere_else_is_named_with_its_reason() -> None:
 
 
 def test_two_holders_on_one_host_are_one_host() -> None:
-    job = begun(holders=(A, B, HolderId("a", "2")))
+    job = begun()
+    job.holders[HolderId("a", "2")] = ""
     assert job.hosts == 2
     for holder in (A, HolderId("a", "2")):
         job.add_copy(holder, record(10))

@@ -199,6 +199,14 @@ def test_the_mark_of_a_job_takes_nothing_of_another() -> None:
     assert list(core.shards) == [key(10, job="other")]
 
 
+def test_the_mark_rises_with_each_order() -> None:
+    core = holder()
+    for mark in (10, 20):
+        core.handle(WatermarkRaised("job", 1, Version(1, mark)), 0.0)
+    assert core.is_collected(key(19))
+    assert not core.is_collected(key(20))
+
+
 def test_an_order_to_collect_that_comes_late_does_not_lower_the_mark() -> None:
     core = holder()
     for mark in (20, 10):
@@ -248,8 +256,8 @@ def test_a_copy_on_its_way_is_let_go_of_too_when_it_is_one_too_many() -> None:
 
 def test_of_a_forgotten_job_nothing_is_left_and_its_name_begins_anew() -> None:
     core = holder()
-    for job in ("job", "other"):
-        core.handle(BuddiesChanged(job, (B if job == "job" else C,), frozenset({A, B, C})), 0.0)
+    for job, peer in (("job", B), ("other", C)):
+        core.handle(BuddiesChanged(job, (peer,), frozenset({A, peer})), 0.0)
         core.reserve(job, 0, Reservation(1, 10, "10"))
         stage(core, key(30, job=job))
     core.handle(StepDropped("job", Version(1, 20)), 0.0)
@@ -257,7 +265,7 @@ def test_of_a_forgotten_job_nothing_is_left_and_its_name_begins_anew() -> None:
     assert core.handle(JobForgotten("job"), 0.0) == [DropShard(key(30))]
     assert list(core.shards) == [key(30, job="other")]
     assert list(core.reservations) == [("other", 0)]
-    assert core.offers.peers() == ({C}, frozenset({A, B, C}))
+    assert core.offers.peers() == ({C}, frozenset({A, C}))
     assert not [step for step in (10, 20) if core.is_collected(key(step))]
 
 
@@ -303,6 +311,7 @@ def test_of_another_job_counts_what_it_declared_or_what_it_has_whichever_is_more
     core = holder()
     core.reserve("old", 0, Reservation(1, 10, "10"))
     fetch(core, key(10, job="old"), ShardPlan(1, (30,)))
+    fetch(core, key(10, job="new"), ShardPlan(1, (5,)))  # a part of what it declares
     core.reserve("new", 0, Reservation(1, 70, "70"))
     with pytest.raises(MemoryBudgetError, match="30 belong to job 'old'"):
         core.reserve("new", 0, Reservation(1, 71, "71"))
@@ -400,6 +409,42 @@ def test_who_is_a_buddy_no_more_gets_no_offer_again_and_all_of_it_when_it_is_one
     assert not core.handle(Ticked(), 1.0)
     again = core.handle(BuddiesChanged("job", (B,)), 2.0)
     assert offers(again) == [(B, key(), 0), (B, key(), 1)]
+    assert not core.handle(Ticked(), 2.0)  # they are on their way
+
+
+def test_a_copy_that_was_asked_for_takes_nothing_from_the_buddies() -> None:
+    core = holder()
+    stage(core, key())
+    core.handle(ReplicationRequested(key(), C), 0.0)
+    told = core.handle(BuddiesChanged("job", (B,)), 0.0)
+    assert offers(told) == [(B, key(), 0), (B, key(), 1)]
+
+
+def test_who_is_to_have_a_copy_once_more_is_not_taken_to_have_it() -> None:
+    core = holder()
+    core.handle(BuddiesChanged("job", (B,), frozenset({A, B, C})), 0.0)
+    stage(core, key())
+    for index in (0, 1):
+        core.handle(ChunkTaken(B, key(), index), 0.0)
+    core.handle(ReplicationRequested(key(), B), 0.0)
+    told = core.handle(BuddiesChanged("job", (C,), frozenset({A, B, C})), 0.0)
+    assert offers(told) == [(C, key(), 0), (C, key(), 1)]
+
+
+def test_offers_of_what_was_here_before_are_forgotten_with_it() -> None:
+    core = holder()
+    for _ in range(2):
+        core.handle(BuddiesChanged("job", (B,)), 0.0)
+        assert len(offers(stage(core, key()))) == 2
+        assert not core.handle(Ticked(), 1.0)
+        core.handle(ChunkNotTaken(B, key(), 0), 0.0)
+        core.handle(JobForgotten("job"), 0.0)
+    core.handle(BuddiesChanged("job", (B,)), 0.0)
+    stage(core, key())
+    core.handle(ChunkNotTaken(B, key(), 0), 0.0)
+    core.handle(ChunkFoundCorrupt(key(), 1), 0.0)
+    core.handle(ChunkFetched(key(), PLAN, 0, digest(0)), 0.0)
+    assert not offers(core.handle(Ticked(), 1.0))
 
 
 def test_what_is_gone_is_not_offered_again() -> None:
@@ -500,7 +545,7 @@ def test_what_has_changed_while_its_bytes_were_read_shares_nothing(what: str) ->
     if what == "no twin":
         core.handle(WatermarkRaised("job", 1, Version(1, 20)), 0.0)
     elif what == "another twin":
-        core.handle(JobForgotten("job"), 0.0)
+        core.handle(ChunkFoundCorrupt(key(10), 1), 0.0)
         core.handle(ChunkFetched(key(10), PLAN, 0, digest(8)), 0.0)
     elif what == "gone":
         core.handle(StepDropped("job", Version(1, 20)), 0.0)
@@ -564,6 +609,24 @@ def test_a_reading_that_nobody_asked_for_says_nothing() -> None:
     fetch(core, key())
     assert core.handle(ChunkRead(key(), 0, b"wrong"), 5.0) == []
     assert core.records()
+
+
+def test_a_checksum_of_what_is_not_here_any_more_changes_nothing() -> None:
+    core = holder()
+    assert core.handle(ChunkHashed(key(), 0, digest(0)), 0.0) == []
+    assert not core.shards
+
+
+def test_a_chunk_that_never_came_spoils_its_own_shard_alone_and_a_second_find_no_other() -> None:
+    core = holder()
+    for step in (10, 20):
+        core.handle(ChunkFetched(key(step), PLAN, 0, digest(0)), 0.0)
+    assert core.handle(ChunkFoundCorrupt(key(10), 1), 0.0) == [ReportCorrupt(key(10))]
+    core = twins(10, 20)
+    core.handle(TwinRead(key(20), 0, digest(0), key(10), digest(0)), 0.0)
+    both = [ReportCorrupt(key(10)), ReportCorrupt(key(20))]
+    assert core.handle(ChunkFoundCorrupt(key(10), 0), 0.0) == both
+    assert core.handle(ChunkFoundCorrupt(key(10), 0), 0.0) == both[:1]
 
 
 def test_a_corrupt_copy_that_is_not_here_is_not_told_of() -> None:

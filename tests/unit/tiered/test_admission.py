@@ -172,7 +172,7 @@ def test_a_half_step_is_let_go_of_once_and_only_when_it_is_old() -> None:
     admissions = Admissions()
     for step in (10, 20):
         admissions.find(step, 100.0)
-    ask(admissions, 10, now_s=100.0)  # some rank asked for it since
+    assert ask(admissions, 10, now_s=100.0).instead_of == ()  # some rank asks for it still
     assert ask(admissions, 30, now_s=130.0).instead_of == ()
     assert ask(admissions, 40, now_s=100.0 + STUCK_S).instead_of == (10,)
     assert ask(admissions, 50, committed=(30, 40), now_s=101.0 + STUCK_S).instead_of == (20,)

@@ -1,7 +1,7 @@
 """The core of the flush to S3: who uploads, what follows a failure, and when S3 is asked."""
 
 from replication.records import HolderId, Version
-from tests.unit.tiered.test_job import A, B, C, of, record
+from tests.unit.tiered.test_job import A, B, C, D, of, record
 from tiered import messages as m
 from tiered.flush import ASK_AGAIN_S, BACKOFF_S, REMEMBERED, SILENT_S, FlushQueue
 
@@ -50,6 +50,8 @@ def test_the_manifest_follows_the_last_shard_with_each_rank_s_record_in_order() 
     assert flush.say(m.ManifestPublished(ONE, publish.records), 2.0) == []
     assert flush.queue.versions == ()
     assert not flush.queue.publishing
+    assert flush.failed(3.0) == []  # late
+    assert (flush.queue.silence, flush.queue.versions) == ("", ())
 
 
 def test_after_each_failure_the_next_holder_is_asked_after_a_pause_that_grows() -> None:
@@ -75,7 +77,7 @@ def test_one_rank_s_failure_holds_up_no_other() -> None:
 
 def test_an_upload_whose_holder_or_copy_is_lost_is_asked_of_another_at_once() -> None:
     flush = Flushing((A, B, C))
-    flush.held[0] = (B, C)
+    flush.held[0] = (B, C, D)
     (again,) = of(m.UploadShard, flush.say(m.Ticked(), 0.1))
     assert again.holder == C
     flush.held[0] = ()
@@ -121,6 +123,17 @@ def test_one_that_has_failed_makes_room_for_a_newer_one_whichever_comes_first() 
     flush.add(TWO)
     assert flush.failed() == commands
     assert flush.queue.versions == (TWO,)
+    flush.uploaded(TWO)
+    flush.say(m.PublishFailed(TWO, "slow down", is_final=False), 1.0)
+    commands = flush.add(THREE, 1.1)
+    assert commands == [m.FlushGivenUp(TWO, "slow down"), m.UploadShard(A, THREE, 0)]
+
+
+def test_two_steps_that_are_given_up_at_once_are_both_told_of() -> None:
+    flush = Flushing((A,))
+    flush.add(TWO)
+    flush.held[0] = ()
+    assert [c.version for c in of(m.FlushGivenUp, flush.failed())] == [ONE, TWO]
 
 
 def test_a_manifest_that_was_not_published_is_tried_again_after_a_pause() -> None:

@@ -215,7 +215,6 @@ class Generations:
             # It may have been claimed while S3 was silent, and this be another cluster's of that
             # number, with a parent of its own. A number that nobody has costs nothing.
             begin.is_claimed = begin.is_fenced = begin.is_reading = False
-            generation = self._oldest_claimable
         elif not was_listing:
             return []
         elif begin.is_claimed:

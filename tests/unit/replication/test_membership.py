@@ -78,6 +78,29 @@ def test_a_host_that_left_is_forgotten() -> None:
     assert members.up == {}
 
 
+def test_who_is_up_and_who_is_to_be_asked() -> None:
+    members = Membership()
+    assert (members.up, members.started, members.holder_on("a")) == ({}, [], None)
+    members.handle(NodesSeen((NODE,)))
+    assert (members.up, members.started, members.holder_on("a")) == ({}, ["a"], None)
+    members.handle(Answered(FIRST))
+    assert (members.up, members.holder_on("a")) == ({FIRST: "rack"}, FIRST)
+    miss(members, MISSES)
+    assert (members.up, members.started, members.holder_on("a")) == ({}, ["a"], None)
+    members.handle(Missed("a", is_dead=True))
+    assert members.started == []
+    assert members.domains == {"a": "rack"}
+
+
+def test_a_host_that_leaves_without_a_live_holder_loses_none() -> None:
+    members = Membership()
+    members.handle(NodesSeen((NODE,)))
+    assert members.handle(NodesSeen(())) == []
+    members = up()
+    miss(members, MISSES)
+    assert members.handle(NodesSeen(())) == []
+
+
 def test_everybody_has_to_answer_once_before_it_is_settled() -> None:
     members = Membership()
     assert not members.is_settled
@@ -163,3 +186,15 @@ def test_what_is_said_of_an_earlier_incarnation_or_a_host_that_left_counts_for_n
     assert members.handle(Answered(A, frozenset({HolderId("b", "2")}))) == [CUT]
     gone = members.handle(NodesSeen((Node("a", "", 100),)))
     assert gone == [HolderLost(HolderId("b", "2")), WELL]
+
+
+def test_a_word_counts_while_whoever_says_it_lives_and_once_it_has_been_there_for_long() -> None:
+    members = two_up()
+    said = Answered(A, frozenset({B}))
+    assert members.handle(said) == [CUT]
+    for _ in range(MISSES - 1):
+        assert members.handle(Missed("a", is_dead=False)) == []
+    assert members.handle(Missed("a", is_dead=False)) == [HolderLost(A), WELL]
+    assert [members.handle(said) for _ in range(MISSES)] == [[HolderJoined(A, "")], [], [CUT]]
+    assert members.handle(NodesSeen((Node("b", "", 100),))) == [HolderLost(A), WELL]
+    assert members.handle(Answered(B)) == []

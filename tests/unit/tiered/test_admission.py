@@ -1,4 +1,4 @@
-from tiered.admission import OVERTAKEN_S, STUCK_S, Admissions
+from tiered.admission import OVERTAKEN_S, REMEMBERED, STUCK_S, Admissions
 
 
 def ask(
@@ -131,3 +131,87 @@ def test_giving_up_takes_nothing_from_a_step_that_was_committed_or_is_whole() ->
         admissions.give_up(step, "lost", 1.0)
     answer = ask(admissions, 30, committed=(10,), whole=(10, 20), now_s=1.0)
     assert (answer.is_admitted, answer.instead_of) == (True, ())
+
+
+def test_steps_0_and_1_are_on_their_way_like_any_other() -> None:
+    admissions = Admissions()
+    for step in (0, 1):
+        ask(admissions, step)
+    assert admissions.on_their_way((), 1.0) == [0, 1]
+    assert not ask(admissions, 2, now_s=OVERTAKEN_S).is_admitted
+    admissions = Admissions()
+    ask(admissions, 0)
+    assert ask(admissions, 1, now_s=OVERTAKEN_S).instead_of == ()
+
+
+def test_the_newest_of_several_commits_has_overtaken_what_is_older() -> None:
+    admissions = Admissions()
+    ask(admissions, 20)
+    assert admissions.on_their_way((10, 30), 1.0) == []
+    assert admissions.on_their_way((5, 10), 1.0) == [20]
+
+
+def test_an_overtaken_step_goes_although_every_shard_of_it_is_there() -> None:
+    admissions = Admissions()
+    for step in (10, 20):
+        ask(admissions, step)
+    answer = ask(admissions, 30, committed=(20,), whole=(10, 20), now_s=OVERTAKEN_S)
+    assert answer.instead_of == (10,)
+
+
+def test_who_gives_way_goes_beside_the_half_steps_that_nobody_waits_for() -> None:
+    admissions = Admissions()
+    for step in (1, 2):
+        admissions.find(step, 0.0)
+    for step in (10, 20):
+        ask(admissions, step, now_s=100.0)
+    assert ask(admissions, 30, "replace", now_s=STUCK_S).instead_of == (1, 20)
+
+
+def test_a_half_step_is_let_go_of_once_and_only_when_it_is_old() -> None:
+    admissions = Admissions()
+    for step in (10, 20):
+        admissions.find(step, 100.0)
+    assert ask(admissions, 10, now_s=100.0).instead_of == ()  # some rank asks for it still
+    assert ask(admissions, 30, now_s=130.0).instead_of == ()
+    assert ask(admissions, 40, now_s=100.0 + STUCK_S).instead_of == (10,)
+    assert ask(admissions, 50, committed=(30, 40), now_s=101.0 + STUCK_S).instead_of == (20,)
+
+
+def test_a_found_step_that_is_committed_is_let_go_of_by_nobody() -> None:
+    admissions = Admissions()
+    for step in (10, 20):
+        admissions.find(step, 0.0)
+    admissions.settle(10)
+    assert ask(admissions, 30, now_s=STUCK_S).instead_of == ()
+
+
+def test_a_half_step_that_went_is_not_let_go_of_again() -> None:
+    admissions = Admissions()
+    for step in (10, 20):
+        admissions.find(step, 0.0)
+    assert ask(admissions, 30, now_s=STUCK_S).instead_of == (10,)
+    assert ask(admissions, 40, now_s=STUCK_S).instead_of == ()
+
+
+def test_what_was_refused_stays_refused_although_shards_of_it_came() -> None:
+    admissions = Admissions()
+    admissions.refuse(10, "too few hosts", 0.0)
+    assert not admissions.admit(10, 1.0).is_admitted
+
+
+def test_only_so_many_answers_are_remembered() -> None:
+    admissions = Admissions()
+    for step in range(REMEMBERED):
+        admissions.refuse(step, "no", 0.0)
+    assert admissions.is_answered(0)
+    admissions.refuse(REMEMBERED, "no", 0.0)
+    assert [admissions.is_answered(step) for step in (0, 1)] == [False, True]
+
+
+def test_one_step_that_is_waited_for_is_named_in_the_singular() -> None:
+    admissions = Admissions()
+    admissions.ask(10, "skip", 1, (), (), (), 0.0)
+    refused = admissions.ask(20, "skip", 1, (), (), (), 0.0)
+    assert refused is not None
+    assert "skipped: step 10 is still being replicated" in refused.reason

@@ -118,6 +118,25 @@ def test_a_step_that_nobody_has_is_answered_with_those_that_are_there() -> None:
     assert latest_consistent_step([], PARENTS, step=25).passed_over == ()
 
 
+def test_of_many_other_steps_the_five_newest_are_named() -> None:
+    choice = latest_consistent_step([whole(3, n) for n in range(9)], PARENTS, step=25)
+    (line,) = choice.passed_over
+    assert [f"step {n} " in line for n in range(9)] == [n >= 4 for n in range(9)]
+
+
+def test_how_many_ranks_are_missing_is_told_where_it_is_more_than_one() -> None:
+    for in_memory, expected in ((set(), "(2 of 2 ranks missing)"), ({1}, "of rank 0 in any tier")):
+        torn = whole(3, 5, in_memory=frozenset(in_memory))
+        (line,) = latest_consistent_step([torn], PARENTS).passed_over
+        assert line.endswith(expected)
+
+
+def test_a_generation_that_names_itself_as_its_parent_has_no_other() -> None:
+    parents = {1: None, 2: Version(2, 5)}
+    assert not is_on_branch(Version(1, 1), parents)
+    assert branch_ends(parents, Version(0, 0)) == ()
+
+
 def test_durable_alone_is_enough_even_when_only_its_name_is_known() -> None:
     candidate = whole(3, 5, world_size=0, in_memory=frozenset(), is_durable=True)
     assert latest_consistent_step([candidate], PARENTS).version == Version(3, 5)

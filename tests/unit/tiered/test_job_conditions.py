@@ -6,13 +6,15 @@ Broken on purpose, these cores passed every other test, some also the first few 
 from collections.abc import Iterable
 from dataclasses import replace
 
+import pytest
+
 from replication.placement import place
-from replication.records import HolderId, Life, ShardRecord, Version
+from replication.records import HolderId, Life, Owner, ShardRecord, Version
 from tests.unit.tiered.test_job import MEMORY, A, B, C, D, begin, begun, commit, of, record
 from tiered import messages as m
 from tiered.admission import OVERTAKEN_S, STUCK_S
 from tiered.config import S3, JobSettings
-from tiered.errors import DurableStoreError
+from tiered.errors import ConfigError, DurableStoreError, StepNotFoundError
 from tiered.job import REMIND_S, Job
 from tiered.retention import KeepBest, KeepEvery
 
@@ -367,3 +369,366 @@ def test_replacing_gives_up_the_newest_of_several() -> None:
         job.handle(m.SaveAsked(Version(1, step)), 0.0)
     (answer,) = of(m.AnswerSave, job.handle(m.SaveAsked(Version(1, 30)), 1.0))
     assert answer.admission.instead_of == (20,)
+
+
+# --- commits -------------------------------------------------------------------------------------
+
+
+def test_of_steps_that_wait_for_copies_the_newest_is_committed_once_and_none_older() -> None:
+    job = begun()
+    for step in (0, 10):
+        job.handle(m.ShardReported(A, record(step)), 0.0)
+    job.handle(m.Ticked(), 1.0)
+    commands = job.handle(m.Ticked(), 1.0 + STUCK_S)
+    assert [c.version.step for c in of(m.StepCommitted, commands)] == [10]
+    assert not of(m.StepCommitted, job.handle(m.Ticked(), 2.0 + STUCK_S))
+    assert not of(m.StepCommitted, job.handle(m.Ticked(), 2.0 + 3 * STUCK_S))
+
+
+def test_step_0_too_is_committed_when_its_copies_do_not_come() -> None:
+    job = begun()
+    job.handle(m.ShardReported(A, record(0)), 0.0)
+    job.handle(m.Ticked(), 1.0)
+    assert of(m.StepCommitted, job.handle(m.Ticked(), 1.0 + STUCK_S))
+
+
+def test_between_two_commits_nothing_is_committed_late() -> None:
+    job = begun()
+    commit(job, 10)
+    job.handle(m.ShardReported(A, record(20)), 20.0)
+    job.handle(m.Ticked(), 20.0)
+    commit(job, 30)
+    assert not of(m.StepCommitted, job.handle(m.Ticked(), 21.0 + STUCK_S))
+
+
+def test_what_an_older_generation_left_whole_is_not_committed_in_this_one() -> None:
+    job = begun()
+    job.handle(m.ShardReported(A, record(10)), 0.0)
+    begin(job, "two", MEMORY)
+    assert job.parents[2] == Version(1, 10)
+    job.handle(m.Ticked(), 1.0)
+    assert not of(m.StepCommitted, job.handle(m.Ticked(), 1.0 + STUCK_S))
+
+
+def test_more_copies_than_commit_a_step_are_not_boasted_of() -> None:
+    job = recalled(JobSettings(MEMORY), {1: None})
+    for holder in (A, B, C):
+        job.handle(m.HolderUp(holder, "", (record(10, is_replica=holder != A),)), 0.0)
+    assert [c.copies for c in of(m.StepCommitted, job.handle(m.Ticked(), 1.0))] == [2]
+
+
+def test_when_something_was_committed_is_known_but_not_of_what_was_found_there() -> None:
+    job = recalled(JobSettings(MEMORY), {1: None})
+    for holder in (A, B):
+        job.handle(m.HolderUp(holder, "", (record(10),)), 0.0)
+    assert of(m.StepCommitted, job.handle(m.Ticked(), 1.0))
+    assert job.committed_s is None
+    commit(job, 20)
+    assert job.committed_s == 20.0
+
+
+def test_a_step_that_was_found_there_and_committed_is_needed_no_longer_than_any_other() -> None:
+    job = recalled(JobSettings(MEMORY), {1: None})
+    for holder in (A, B, C):
+        found = () if holder == C else (record(5), record(10))
+        job.handle(m.HolderUp(holder, "", found), 0.0)
+    job.handle(m.Ticked(), 1.0)
+    begin(job, "two", MEMORY, before=10)
+    assert job.parents[2] == Version(1, 5)
+    lose(job, Version(1, 10), B)
+    assert not of(m.ReplicateShard, job.handle(m.Ticked(), 2.0))
+
+
+def test_only_of_its_own_generation_a_new_coordinator_takes_a_whole_step_for_a_committed_one() -> (
+    None
+):
+    job = Job("job")
+    claims = tuple(m.Claim(n, Life(str(n)), 1, JobSettings(MEMORY)) for n in (1, 2))
+    job.handle(m.Recalled(claims, {1: None, 2: None}), 0.0)
+    job.handle(m.HolderUp(A, "", (record(10),)), 0.0)
+    job.handle(m.HolderUp(B, "", ()), 0.0)
+    assert not of(m.ReplicateShard, job.handle(m.Ticked(), 1.0))
+    assert not of(m.ReplicateShard, job.handle(m.Ticked(), 2.0))
+
+
+# --- what holders are told, and what goes to S3 at once ------------------------------------------
+
+
+def test_a_job_that_has_not_begun_tells_holders_nothing() -> None:
+    job = Job("job")
+    assert job.handle(m.HolderUp(A, "", ()), 0.0) == []
+    assert job.handle(m.Ticked(), 10 * REMIND_S) == []
+
+
+def test_what_s3_said_when_it_was_asked_is_heard() -> None:
+    job = begun(s3=EAGER)
+    job.handle(m.DurableAnswered("no answer"), 1.0)
+    assert job.flushes.silence == "no answer"
+
+
+def leave(job: Job, node_id: str) -> list[Version]:
+    """Which versions are flushed because a host leaves."""
+    commands = job.handle(m.HostLeaving(node_id), 50.0)
+    return [upload.version for upload in of(m.UploadShard, commands)]
+
+
+def test_of_several_commits_the_newest_is_flushed_when_a_host_leaves_and_once() -> None:
+    job = begun(s3=S3("s3://bucket", every_steps=1000), holders=(A, B, C))
+    for step in (10, 20):
+        commit(job, step)
+    assert leave(job, "c") == [Version(1, 20)]
+    job.handle(m.ShardUploaded(Version(1, 20), 0, record(20)), 51.0)
+    job.handle(m.ManifestPublished(Version(1, 20), (record(20),)), 51.0)
+    commit(job, 60)
+    assert job.handle(m.HostLeaving("c"), 61.0) == []  # told again
+
+
+def test_a_step_of_an_older_generation_is_not_flushed_when_a_host_leaves() -> None:
+    s3 = S3("s3://bucket", every_steps=1000)
+    job = begun(s3=s3, holders=(A, B, C))
+    commit(job, 10)
+    begin(job, "two", MEMORY, s3)
+    assert leave(job, "c") == []
+
+
+# --- half steps ----------------------------------------------------------------------------------
+
+
+def test_half_steps_of_which_nobody_was_asked_go_when_they_are_old_but_for_the_newest() -> None:
+    job = begun(ranks=2)
+    for step in (10, 20):
+        job.handle(m.ShardReported(A, record(step, ranks=2)), 0.0)
+    assert not dropped(job.handle(m.SaveAsked(Version(1, 30)), 0.0))
+    assert dropped(job.handle(m.SaveAsked(Version(1, 40)), STUCK_S)) == {10, 30}
+
+
+def test_a_half_step_that_a_rank_still_asks_for_is_not_one_that_may_have_been_committed() -> None:
+    job = begun(ranks=2)
+    for step in (10, 20):
+        job.handle(m.ShardReported(A, record(step, ranks=2)), 0.0)
+    job.handle(m.SaveAsked(Version(1, 20)), 0.0)
+    assert dropped(job.handle(m.SaveAsked(Version(1, 30)), STUCK_S)) == {20}
+
+
+# --- begins that are over, overtaken, late or doubled --------------------------------------------
+
+
+def test_what_comes_late_of_a_begin_that_is_over_changes_nothing() -> None:
+    job = begun(s3=EAGER)
+    for event in (
+        m.GenerationClaimed(1, is_ours=False),
+        m.HoldersFenced(1),
+        m.ShardsVerified(1, Version(1, 10), ()),
+        m.ParentRecorded(1, Version(1, 10)),
+        m.DurableListed(),
+        m.OwnerSought(Life("two"), OWNER, is_present=True),
+    ):
+        assert job.handle(event, 1.0) == []
+    assert job.parents == {1: None}
+    assert of(m.ClaimGeneration, job.handle(asked("two"), 1.0))
+
+
+def test_each_phase_of_a_begin_is_waited_for_and_no_other_generation_s_counts() -> None:
+    job = begun()
+    commit(job, 10)
+    job.handle(asked("two", JobSettings(MEMORY)), 11.0)
+    assert job.handle(m.HoldersFenced(2), 11.0) == []  # of what nobody has claimed yet
+    assert job.handle(m.ParentRecorded(2, None), 11.0) == []
+    job.handle(m.GenerationClaimed(2, is_ours=True), 11.0)
+    assert of(m.VerifyShards, job.handle(m.HoldersFenced(2), 11.0))
+    assert job.handle(m.HoldersFenced(2), 11.0) == []  # copies are being read
+    assert job.handle(m.ShardsVerified(1, Version(1, 10), ()), 11.0) == []
+    assert of(m.RecordParent, job.handle(m.ShardsVerified(2, Version(1, 10), ()), 11.0))
+    assert job.handle(m.ParentRecorded(1, Version(1, 10)), 11.0) == []
+    assert of(m.AnswerBegin, job.handle(m.ParentRecorded(2, Version(1, 10)), 11.0))
+
+
+def test_a_copy_of_each_rank_has_to_be_read_before_a_step_is_believed() -> None:
+    job = begun(ranks=2)
+    for holder in (A, B):
+        for rank in (0, 1):
+            job.handle(m.ShardReported(holder, record(10, rank, ranks=2)), 0.0)
+    job.drop_copy(A, record(10, 1).key)
+    job.handle(m.HolderDown(B), 1.0)
+    job.handle(m.ShardReported(A, record(10, 1, ranks=2)), 1.0)
+    job.handle(m.BeginAsked(Life("two"), 0, 2, JobSettings(MEMORY)), 1.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 1.0)
+    job.handle(m.HoldersFenced(2), 1.0)
+    both = tuple(record(10, rank, ranks=2) for rank in (0, 1))
+    job.handle(m.HolderUp(B, "", both), 1.0)
+    bad = ((A, record(10, 1).key),)
+    commands = job.handle(m.ShardsVerified(2, Version(1, 10), bad), 2.0)
+    assert not of(m.RecordParent, commands)
+    assert of(m.VerifyShards, commands)
+
+
+def test_a_step_that_s3_has_is_believed_although_no_copy_in_memory_could_be_read() -> None:
+    job = begun(s3=EAGER)
+    commit(job, 10)
+    job.durable.add(Version(1, 10))
+    job.handle(asked("two"), 11.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 11.0)
+    job.handle(m.HoldersFenced(2), 11.0)
+    bad = tuple((holder, record(10).key) for holder in (A, B))
+    recorded = of(m.RecordParent, job.handle(m.ShardsVerified(2, Version(1, 10), bad), 12.0))
+    assert [r.parent for r in recorded] == [Version(1, 10)]
+
+
+# --- who has the name, and what it is refused with -----------------------------------------------
+
+
+OWNER = Owner("run", "a", "host-a", 7, 0.0, "mark")
+
+
+@pytest.mark.parametrize(("first", "second"), [(None, OWNER), (OWNER, None), (None, None)])
+def test_a_life_that_does_not_say_who_it_is_neither_asks_nor_is_asked_for(
+    first: Owner | None, second: Owner | None
+) -> None:
+    job = recalled(JobSettings(MEMORY), {1: None})
+    job.claims[1] = replace(job.claims[1], owner=first)
+    job.handle(m.HolderUp(A, "", ()), 0.0)
+    job.handle(m.Ticked(), 1.0)
+    commands = job.handle(replace(asked("two", JobSettings(MEMORY)), owner=second), 1.0)
+    assert of(m.ClaimGeneration, commands)
+    assert not of(m.SeekOwner, commands)
+
+
+def test_a_job_that_never_began_is_stopped_at_once() -> None:
+    job = Job("job")
+    assert job.handle(m.StopAsked(Life("stop-1")), 0.0) == [m.AnswerBegin(Life("stop-1"))]
+    assert not job.claims
+
+
+def test_a_rank_with_other_settings_than_the_first_one_s_is_refused() -> None:
+    job = begun()
+    others = JobSettings(replace(MEMORY, keep=7))
+    (answer,) = of(m.AnswerBegin, job.handle(asked("one", others), 1.0))
+    assert isinstance(answer.error, ConfigError)
+    assert "other settings" in str(answer.error)
+
+
+# --- S3's word on generations and steps ----------------------------------------------------------
+
+
+def test_a_listing_that_s3_answers_ends_the_doubt_about_a_publication() -> None:
+    job = begun(s3=EAGER)
+    job.handle(m.PublishFailed(Version(1, 10), "no answer", is_final=False), 0.0)
+    job.handle(m.DurableListed(problem="silent"), 1.0)
+    assert job.needs_listing()
+    assert job.unsure
+    job.handle(m.DurableListed(), 2.0)
+    assert not job.needs_listing()
+
+
+def test_a_listing_that_knows_less_takes_back_nothing() -> None:
+    job = begun(s3=EAGER)
+    for newest in (5, 1):
+        job.handle(m.DurableListed((), {}, newest_generation=newest), 1.0)
+    (claim,) = of(m.ClaimGeneration, job.handle(asked("two"), 2.0))
+    assert claim.claim.generation == 6
+
+
+def test_a_step_asked_for_is_read_from_s3_although_a_new_listing_failed() -> None:
+    job = begun(s3=EAGER)
+    job.handle(m.ManifestPublished(Version(1, 10), (record(10),)), 0.0)
+    job.handle(m.DurableListed(problem="silent"), 0.0)
+    job.handle(asked("two", step=10), 1.0)
+    job.handle(m.DurableListed(problem="silent"), 1.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 1.0)
+    (read,) = of(m.VerifyShards, job.handle(m.HoldersFenced(2), 1.0))
+    assert (read.version, read.needs_manifest) == (Version(1, 10), True)
+
+
+def test_what_was_not_read_in_time_counts_again_when_a_begin_is_refused() -> None:
+    job = begun(s3=EAGER)
+    commit(job, 10)
+    job.handle(m.DurableListed(problem="silent"), 10.0)
+    job.handle(asked("two"), 11.0)
+    job.handle(m.DurableListed(problem="silent"), 11.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 11.0)
+    job.handle(m.HoldersFenced(2), 11.0)
+    unread = tuple((holder, record(10).key) for holder in (A, B))
+    silent = m.ShardsVerified(2, Version(1, 10), (), unread=unread)
+    (answer,) = of(m.AnswerBegin, job.handle(silent, 12.0))
+    assert isinstance(answer.error, DurableStoreError)
+    assert list(job.intact(Version(1, 10), 0)) == [A, B]
+
+
+# --- ranks that ask late -------------------------------------------------------------------------
+
+
+def late(settings: JobSettings, *, ranks: int = 1, held: tuple[ShardRecord, ...] = ()) -> Job:
+    """A new coordinator, of a job that has resumed from step 10 of generation 1."""
+    job = Job("job")
+    claims = tuple(m.Claim(n, Life(name), ranks, settings) for n, name in ((1, "one"), (2, "two")))
+    job.handle(m.Recalled(claims, {1: None, 2: Version(1, 10)}), 0.0)
+    job.handle(m.HolderUp(A, "", held), 0.0)
+    job.handle(m.Ticked(), 1.0)
+    return job
+
+
+def test_a_late_rank_whose_step_is_in_memory_is_answered_without_s3() -> None:
+    job = late(WITH_S3, held=(record(10),))
+    assert job.needs_listing()
+    assert job.handle(asked("two"), 2.0) == [m.AnswerBegin(Life("two"))]
+    assert job.begin is None
+
+
+def test_a_late_rank_without_s3_is_told_which_ranks_are_lost_and_what_was_read() -> None:
+    settings = JobSettings(MEMORY)
+    job = late(settings, ranks=2, held=(record(10, ranks=2),))
+    late_rank = m.BeginAsked(Life("two"), 1, 2, settings)
+    assert of(m.VerifyShards, job.handle(late_rank, 2.0))
+    no_store = m.ShardsVerified(2, Version(1, 10), (), problem="there is no S3")
+    (answer,) = of(m.AnswerBegin, job.handle(no_store, 2.0))
+    assert isinstance(answer.error, StepNotFoundError)
+    assert "no copy of rank 1 is left" in str(answer.error)
+    assert "there is no S3" in str(answer.error)
+    assert job.begin is None
+
+
+def test_a_late_rank_asks_again_where_s3_did_not_serve_the_manifest_and_is_answered_once() -> None:
+    job = late(WITH_S3)
+    job.handle(asked("two"), 2.0)
+    listed = m.DurableListed((Version(1, 10),), {}, newest_generation=2)
+    assert of(m.VerifyShards, job.handle(listed, 2.0))
+    silent = m.ShardsVerified(2, Version(1, 10), (), problem="no answer", is_transient=True)
+    (answer,) = of(m.AnswerBegin, job.handle(silent, 2.0))
+    assert isinstance(answer.error, DurableStoreError)
+    assert of(m.VerifyShards, job.handle(asked("two"), 3.0))
+    read = m.ShardsVerified(2, Version(1, 10), (), manifest=(record(10),))
+    assert of(m.AnswerBegin, job.handle(read, 3.0)) == [m.AnswerBegin(Life("two"))]
+    assert job.begin is None
+
+
+def test_a_host_is_named_by_the_beginning_of_its_id() -> None:
+    long = HolderId("0123456789", "1")
+    for words, how in (("is corrupt", "bad"), ("did not read", "unread")):
+        job = begun(holders=(long, A))
+        commit(job, 10, A, long)
+        job.handle(asked("two", JobSettings(MEMORY)), 11.0)
+        job.handle(m.GenerationClaimed(2, is_ours=True), 11.0)
+        job.handle(m.HoldersFenced(2), 11.0)
+        of_copy = {how: ((long, record(10).key),)}
+        job.handle(m.ShardsVerified(2, Version(1, 10), **{"bad": (), **of_copy}), 12.0)
+        job.handle(m.ParentRecorded(2, Version(1, 10)), 12.0)
+        (note,) = job.resolution().passed_over
+        assert "host 01234567 " in note
+        assert words in note
+
+
+@pytest.mark.parametrize("s3", [None, EAGER])
+def test_a_life_whose_step_went_while_its_parent_was_recorded_is_told_so_at_once(
+    s3: S3 | None,
+) -> None:
+    job = begun(s3=s3)
+    commit(job, 10)
+    job.handle(asked("two", JobSettings(MEMORY, s3)), 11.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 11.0)
+    job.handle(m.HoldersFenced(2), 11.0)
+    assert of(m.RecordParent, job.handle(m.ShardsVerified(2, Version(1, 10), ()), 12.0))
+    for holder in (A, B):
+        job.handle(m.CopyFoundCorrupt(holder, record(10).key), 12.0)
+    commands = job.handle(m.ParentRecorded(2, Version(1, 10)), 13.0)
+    assert [type(a.error) for a in of(m.AnswerBegin, commands)] == [StepNotFoundError]
+    assert not of(m.VerifyShards, commands)  # S3 was listed, and has it not

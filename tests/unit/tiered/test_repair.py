@@ -128,6 +128,58 @@ def test_repairs_that_the_buddies_cannot_take_go_to_whoever_has_least() -> None:
     assert {r.to for r in repairs(job.repair.repair(1.0))} == {D}
 
 
+def alone(
+    holders: tuple[HolderId, ...], *with_copies: HolderId, replicas: int, size_bytes: int = 0
+) -> Job:
+    """A committed step of one rank, with these copies and nobody's buddies known."""
+    job = begun(Memory(every_steps=1, replicas=replicas), holders=holders)
+    key = ShardKey("job", VERSION, 0)
+    for holder in with_copies:
+        record = ShardRecord(key, ShardPlan(1, (size_bytes,)), (b"d" * 16,))
+        job.add_copy(holder, record)
+    job.commits[VERSION] = True
+    job.buddies.clear()
+    return job
+
+
+def test_a_copy_goes_to_the_source_s_buddy_whoever_has_less() -> None:
+    job = committed(A, B, C, D)
+    (buddy,) = job.buddies[A]
+    assert buddy in {C, D}
+    job.handle(m.ShardReported(buddy, shard(1)), 0.5)
+    job.drop_copy(B, shard(0).key)
+    assert [(r.source, r.to) for r in repairs(job.repair.repair(1.0))] == [(A, buddy)]
+
+
+def test_each_source_is_tried_before_the_next_target() -> None:
+    job, tried = alone((A, B, C, D), A, B, replicas=2), []
+    for number in range(5):
+        (asked,) = repairs(job.repair.repair(number * 100.0))
+        tried.append((asked.source, asked.to))
+    assert tried == [(A, C), (B, C), (A, D), (B, D), (A, C)]
+
+
+def test_two_missing_copies_are_asked_for_at_once_where_the_rate_allows_it() -> None:
+    job = alone((A, B, C, D), A, replicas=2)
+    assert [r.to for r in repairs(job.repair.repair(1.0))] == [B, C]
+
+
+def test_a_big_shard_is_given_the_time_that_it_takes() -> None:
+    job = alone((A, B), A, replicas=1, size_bytes=2_000_000_000)
+    takes_s = REPAIR_BASE_S + 100.0
+    assert repairs(job.repair.repair(1.0))
+    assert not repairs(job.repair.repair(0.9 + takes_s))
+    assert repairs(job.repair.repair(1.0 + takes_s))
+
+
+def test_a_step_below_the_mark_begins_with_its_first_source_again_and_no_other() -> None:
+    for mark, expected in ((VERSION, B), (Version(1, 11), A)):
+        job = alone((A, B, C), A, B, replicas=2)
+        assert [r.source for r in repairs(job.repair.repair(0.0))] == [A]
+        job.repair.forget_below(mark)
+        assert [r.source for r in repairs(job.repair.repair(100.0))] == [expected]
+
+
 # --- copies too many -----------------------------------------------------------------------------
 
 
@@ -203,3 +255,20 @@ def test_copies_of_a_step_on_its_way_are_left_to_its_writer() -> None:
     orders = of(m.ReleaseCopies, job.handle(m.Ticked(), 20.0))
     assert {key for o in orders for key in o.keys} == {shard(0).key}
     assert not of(m.ReleaseCopies, job.handle(m.Ticked(), 21.0))
+
+
+def test_of_every_committed_step_the_copies_too_many_go() -> None:
+    job = begun(holders=(A, B, C))
+    versions = [Version(1, step) for step in (10, 20)]
+    for version in versions:
+        for holder in (A, B, C):
+            key = ShardKey("job", version, 0)
+            record = ShardRecord(key, ShardPlan(1, (0,)), (b"d" * 16,), is_replica=holder != A)
+            job.handle(m.ShardReported(holder, record), 0.0)
+    orders = job.repair.release()
+    assert [key.version for order in orders for key in order.keys] == versions
+
+
+def test_what_a_trainer_staged_is_never_one_too_many() -> None:
+    assert not surplus({A: False, B: False}, replicas=0)
+    assert len(surplus({A: False, B: True}, replicas=0)) == 1

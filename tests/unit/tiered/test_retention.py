@@ -13,6 +13,7 @@ from tiered.retention import (
     KeepInterval,
     Retention,
     SavedStep,
+    check_policies,
     kept_by,
     pack,
     unpack,
@@ -133,3 +134,26 @@ def test_memory_wants_bounded_policies_and_counts_them() -> None:
 def test_a_policy_that_cannot_be_is_refused(build) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ConfigError, match="must be"):
         build()
+
+
+def test_the_greatest_values_are_the_best_if_that_is_asked_for() -> None:
+    steps = [SavedStep(Version(1, n), 0.0, {"score": v}) for n, v in enumerate((1.0, 3.0, 2.0))]
+    assert KeepBest("score", mode="max").kept(steps) == {Version(1, 1)}
+    assert KeepBest("score", mode="min").kept(steps) == {Version(1, 0)}
+
+
+def test_of_steps_of_one_moment_the_first_is_kept() -> None:
+    steps = [SavedStep(Version(1, n), 5.0) for n in (1, 2)]
+    assert KeepInterval(10.0).kept(steps) == {Version(1, 1)}
+
+
+def test_each_field_of_a_policy_is_looked_at() -> None:
+    for build in (
+        lambda: KeepInterval(10.0, at_most=0),
+        lambda: KeepInterval(0),
+        lambda: KeepBest(3),  # type: ignore[arg-type]
+        lambda: KeepEvery(1.5),  # type: ignore[arg-type]
+        lambda: check_policies("also_keep", (1,), is_bounded=False),
+    ):
+        with pytest.raises(ConfigError):
+            build()

@@ -70,6 +70,12 @@ def main(
         raise typer.BadParameter(
             "only 'ray' and 'none' need nothing but Ray's API", param_hint="--scenario"
         )
+    if address.startswith("ray://"):
+        raise typer.BadParameter(
+            "chaos needs a driver in the cluster, which Ray Client is not: call it with "
+            "`--address auto` on one of the hosts, or by `ray job submit`",
+            param_hint="--address",
+        )
     if s3_uri and not address:
         raise typer.BadParameter("a local cluster has an S3 of its own", param_hint="--s3-uri")
     if SCENARIOS[name].needs_root and os.geteuid() != 0:

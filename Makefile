@@ -14,19 +14,8 @@ comma := ,
 demo: $(STAMP)
 	@$(BIN)/python -m examples.demo $(ARGS)
 
-# What needs no cluster (20,000 seeds of the simulator among it) runs beside what does, on what that
-# leaves of the processors. With ARGS one process runs what they say.
-PURE = tests/unit tests/golden tests/property
-PURE_LOG := $(VENV)/test-pure.log
 test: $(STAMP)
-ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
-else
-	@nice -n 19 $(BIN)/python -m pytest $(PURE) > $(PURE_LOG) 2>&1 & pure=$$!; \
-	trap "kill $$pure 2> /dev/null" EXIT; \
-	$(BIN)/python -m pytest tests/contract tests/integration; status=$$?; \
-	wait $$pure || status=1; trap - EXIT; cat $(PURE_LOG); exit $$status
-endif
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)

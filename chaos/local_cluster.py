@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,12 @@ QUICK_DETECTION: Mapping[str, int] = {
     "object_manager_pull_timeout_ms": 2000,
     "worker_niceness": 0,  # Ray's own is 15, with which trainers wait for whatever else runs here
 }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class ProcessesLeftError(RuntimeError):
@@ -141,6 +148,8 @@ class LocalCluster:
                         "num_cpus": 0,
                         "object_store_memory": HEAD_STORE_BYTES,
                         "include_dashboard": False,
+                        # Its server runs all the same, and two clusters must not want one port.
+                        "dashboard_port": _free_port(),
                         "temp_dir": os.path.join(self._folder, "ray"),
                         "_system_config": self._system_config,
                         "node_ip_address": "127.10.0.1"

@@ -31,6 +31,7 @@ def job(monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.setattr(Coordinator, "hello", ready)
     monkeypatch.setattr(Coordinator, "_ready", ready)
     monkeypatch.setattr(Coordinator, "_job", opened)
+    monkeypatch.setattr("tiered.register._internal_kv_list", lambda *_, **__: [])
     return job
 
 

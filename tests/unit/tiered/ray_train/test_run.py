@@ -1,6 +1,7 @@
 """A worker's side: names outside of a run, and what rank 0 tells."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,6 +68,8 @@ def test_another_run_of_the_name_begins_anew(told: list[Pulse]) -> None:
 
 def test_a_process_knows_when_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_facts", None)
+    context = SimpleNamespace(get_runtime_env_string=lambda: "{}")
+    monkeypatch.setattr(run.ray, "get_runtime_context", lambda: context)
     run.introduce("run", 3)
     known = run.facts()
     assert known is not None

@@ -443,7 +443,7 @@ def test_async_saves_from_a_thread_and_from_a_process(
         run = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks_count}")
         command = [sys.executable, *run, str(ASYNC)]
     done = subprocess.run(
-        command, env=environment, text=True, capture_output=True, timeout=150, check=False
+        command, env=environment, text=True, capture_output=True, timeout=250, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     ways = ["thread", "named", "process"] if ranks_count > 1 else ["thread", "named"]

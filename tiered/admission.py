@@ -11,8 +11,8 @@ and must not stop the others for ever. Nor must such a step fill the memory: wha
 its way, and was not committed, is let go of when the next step is admitted. Otherwise half steps
 pile up until nothing fits, and without a commit nothing is ever collected. The same holds for half
 steps of which nobody was asked: a restarted coordinator finds them, and ranks save so while none
-answers. One of those may have been committed before; the newest is spared, for a holder of what is
-missing may come back.
+answers. One of those may have been committed before: they are kept for `STUCK_S`, whatever a rank
+says, and the newest for longer, for a holder of what is missing may come back.
 
 A step of which every shard is somewhere may wait for its other copies for ever: whoever is to take
 them has no room, and room is only made by a commit. After `STUCK_S` of that it is committed with
@@ -134,11 +134,12 @@ class Admissions:
     def give_up(self, step: int, reason: str, now_s: float) -> None:
         """A rank's shard of a step will not come: it is as if the step had been stuck for long.
 
-        Who asks for it from now on is refused; one that was committed stays as it is.
+        Who asks for it from now on is refused; one that was committed stays as it is. So does, for
+        `STUCK_S`, one that was only found: the coordinator before this one may have committed it
+        without that rank's having heard of it, and a holder that is silent now have the shard.
         """
-        for since_s in (self._since_s, self._found_s):
-            if step in since_s:
-                since_s[step] = min(since_s[step], now_s - STUCK_S)
+        if step in self._since_s:
+            self._since_s[step] = min(self._since_s[step], now_s - STUCK_S)
         self._answers[step] = Admission(is_admitted=False, reason=reason)
 
     def _stale(self, committed: Collection[int], whole: Collection[int], now_s: float) -> list[int]:

@@ -133,6 +133,15 @@ def test_giving_up_takes_nothing_from_a_step_that_was_committed_or_is_whole() ->
     assert (answer.is_admitted, answer.instead_of) == (True, ())
 
 
+def test_no_rank_gives_up_at_once_what_a_restarted_coordinator_only_found() -> None:
+    admissions = Admissions()
+    for step in (10, 20, 30):
+        admissions.find(step, 0.0)
+        admissions.give_up(step, "lost", 1.0)
+    assert ask(admissions, 40, now_s=STUCK_S - 1).instead_of == ()
+    assert ask(admissions, 50, now_s=STUCK_S).instead_of == (10, 20)
+
+
 def test_steps_0_and_1_are_on_their_way_like_any_other() -> None:
     admissions = Admissions()
     for step in (0, 1):

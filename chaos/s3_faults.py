@@ -69,6 +69,7 @@ class Request:
         headers: As received, names in lower case, credentials taken out.
         fault: What befell it; None when it passed as it was.
         status: What the client was answered; 0 while it was not.
+        is_done: The server has answered, whatever the client heard of it.
         request_bytes: Of the body, as received so far.
         response_bytes: Of the body, as sent to the client so far.
     """
@@ -79,6 +80,7 @@ class Request:
     headers: Mapping[str, str]
     fault: Kind | None
     status: int = 0
+    is_done: bool = False
     request_bytes: int = 0
     response_bytes: int = 0
 

@@ -171,6 +171,12 @@ class FaultProxy:
             request.status = status
             self._changed.notify_all()
 
+    def done(self, request: Request) -> None:
+        """Note that the server has answered a request."""
+        with self._changed:
+            request.is_done = True
+            self._changed.notify_all()
+
     def _release(self) -> None:
         with self._changed:
             self._released.set()
@@ -262,6 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
         with closing(HTTPConnection(*self.server.proxy.upstream, UPSTREAM_TIMEOUT_S)) as upstream:
             self._forward(upstream, fault)
             with closing(upstream.getresponse()) as answer:
+                self.server.proxy.done(self._request)
                 if kind == "drop_reply":
                     answer.read()
                     raise _CutError

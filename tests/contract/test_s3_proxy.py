@@ -170,7 +170,8 @@ def test_a_flipped_request_is_refused_by_the_server(client: Any, proxy: FaultPro
 def test_drop_reply_does_what_was_asked_and_does_not_say_so(client: Any, proxy: FaultProxy) -> None:
     with proxy.faulted(Fault("drop_reply")), pytest.raises(ConnectionClosedError):
         put(client, "silent")
-    assert proxy.requests[0].status == 0
+    (request,) = proxy.requests
+    assert (request.is_done, request.status) == (True, 0)
     assert get(client, "silent") == BODY
 
 

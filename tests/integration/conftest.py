@@ -1,5 +1,4 @@
 import contextlib
-import socket
 import uuid
 from collections.abc import Iterator
 
@@ -19,13 +18,6 @@ def job() -> Iterator[str]:
     if ray.is_initialized():
         with contextlib.suppress(tiered.ConfigError):  # the test has stopped the last job
             tiered.forget(name)
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

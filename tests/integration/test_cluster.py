@@ -60,17 +60,17 @@ def kill_actors(cluster: LocalCluster, actors: list[Any]) -> None:
 
 
 def test_levels_come_in_order_and_a_new_life_resumes_on_its_own_host(
-    cluster: LocalCluster, job: str, port: int
+    cluster: LocalCluster, job: str
 ) -> None:
     hosts = cluster.hosts[:2]
-    actors = start_trainers(hosts, port)
+    actors = start_trainers(hosts)
     assert begin(actors, job) == [(0, None)] * 2
     for levels in [save(actors, step) for step in (0, 1, 2)][-1]:
         assert 0 < levels["staged"] <= levels["replicated"]
         assert "durable" not in levels
     kill_actors(cluster, actors)
 
-    again = start_trainers(hosts, port + 1)
+    again = start_trainers(hosts)
     for start, restored in begin(again, job):
         assert start == 3
         assert restored.step == 2
@@ -82,9 +82,9 @@ def test_levels_come_in_order_and_a_new_life_resumes_on_its_own_host(
 
 
 def test_state_survives_sigkill_of_its_trainer_right_after_save(
-    cluster: LocalCluster, job: str, port: int
+    cluster: LocalCluster, job: str
 ) -> None:
-    (actor,) = start_trainers(cluster.hosts[:1], port)
+    (actor,) = start_trainers(cluster.hosts[:1])
     begin([actor], job)
     levels = save([actor], 7, level=None)[0]  # returns as soon as save() does
     kill_actors(cluster, [actor])
@@ -103,11 +103,11 @@ def test_state_survives_sigkill_of_its_trainer_right_after_save(
 
 
 def test_every_byte_survives_all_workers_under_memory_pressure(
-    cluster: LocalCluster, job: str, port: int
+    cluster: LocalCluster, job: str
 ) -> None:
     """The conformance test of what pins bytes: a live view, after its owner's death."""
     hosts = cluster.hosts[:2]
-    actors = start_trainers(hosts, port)
+    actors = start_trainers(hosts)
     settings = {"memory": EVERY, "state_bytes": 8 * MIB}
     ray.get([a.start.remote(job, dict(settings), 0) for a in actors])
     save(actors, 1)
@@ -129,9 +129,9 @@ def test_every_byte_survives_all_workers_under_memory_pressure(
         assert len(recovered.sources[rank]) == 2, "both copies are still there"
 
 
-def test_a_lost_host_comes_back_from_its_buddy(cluster: LocalCluster, job: str, port: int) -> None:
+def test_a_lost_host_comes_back_from_its_buddy(cluster: LocalCluster, job: str) -> None:
     victim, other, spare = cluster.hosts[:3]
-    actors = start_trainers([victim, other], port)
+    actors = start_trainers([victim, other])
     begin(actors, job)
     save(actors, 4)
     save(actors, 5)
@@ -140,7 +140,7 @@ def test_a_lost_host_comes_back_from_its_buddy(cluster: LocalCluster, job: str, 
     for pid in every(actors[1:], "pid"):
         cluster.kill_process(pid)
 
-    again = start_trainers([spare, other], port + 1)
+    again = start_trainers([spare, other])
     answers = begin(again, job)
     assert [start for start, _ in answers] == [6, 6]
     assert answers[1][1].source == "own host's RAM"
@@ -154,17 +154,17 @@ def test_a_lost_host_comes_back_from_its_buddy(cluster: LocalCluster, job: str, 
 
 
 def test_with_every_copy_lost_the_newest_durable_step_is_restored(
-    cluster: LocalCluster, job: str, port: int
+    cluster: LocalCluster, job: str
 ) -> None:
     hosts = cluster.hosts[:2]
-    actors = start_trainers(hosts, port)
+    actors = start_trainers(hosts)
     begin(actors, job, s3=S3)
     save(actors, 20, level="durable")
     save(actors, 25)
     cluster.kill_host(*cluster.hosts)
     fresh = [cluster.add_host() for _ in range(3)]
 
-    again = start_trainers(fresh[:2], port + 1)
+    again = start_trainers(fresh[:2])
     for start, restored in begin(again, job, s3=S3):
         assert start == 21
         assert restored.source == "S3"
@@ -178,8 +178,8 @@ def test_with_every_copy_lost_the_newest_durable_step_is_restored(
     every(again, "close")
 
 
-def test_recover_from_s3_alone_starts_no_ray(cluster: LocalCluster, job: str, port: int) -> None:
-    actors = start_trainers(cluster.hosts[:1], port)
+def test_recover_from_s3_alone_starts_no_ray(cluster: LocalCluster, job: str) -> None:
+    actors = start_trainers(cluster.hosts[:1])
     begin(actors, job, s3=S3)
     save(actors, 20, level="durable")
     script = f"""
@@ -201,11 +201,11 @@ def test_recover_from_s3_alone_starts_no_ray(cluster: LocalCluster, job: str, po
 
 
 def test_export_writes_files_that_safetensors_opens(
-    cluster: LocalCluster, job: str, port: int, tmp_path: Path
+    cluster: LocalCluster, job: str, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file
 
-    actors = start_trainers(cluster.hosts[:2], port)
+    actors = start_trainers(cluster.hosts[:2])
     begin(actors, job)
     save(actors, 3)
     paths = tiered.recover(job).export(tmp_path)
@@ -216,14 +216,12 @@ def test_export_writes_files_that_safetensors_opens(
         assert torch.equal(tensors["half"], make_state(30 + rank)["half"])
 
 
-def test_a_zombie_cannot_save_once_a_new_life_has_begun(
-    cluster: LocalCluster, job: str, port: int
-) -> None:
+def test_a_zombie_cannot_save_once_a_new_life_has_begun(cluster: LocalCluster, job: str) -> None:
     hosts = cluster.hosts[:2]
-    (old,) = start_trainers(hosts[:1], port)
+    (old,) = start_trainers(hosts[:1])
     begin([old], job)
     save([old], 1)
-    (new,) = start_trainers(hosts[1:], port)
+    (new,) = start_trainers(hosts[1:])
     assert begin([new], job)[0][0] == 2
     with pytest.raises(tiered.FencedError, match="generation 2 has taken over"):
         save([old], 9, level=None)
@@ -231,8 +229,8 @@ def test_a_zombie_cannot_save_once_a_new_life_has_begun(
     assert tiered.recover(job).step == 2
 
 
-def test_the_coordinators_death_loses_nothing(cluster: LocalCluster, job: str, port: int) -> None:
-    actors = start_trainers(cluster.hosts[:2], port)
+def test_the_coordinators_death_loses_nothing(cluster: LocalCluster, job: str) -> None:
+    actors = start_trainers(cluster.hosts[:2])
     begin(actors, job)
     save(actors, 1)
     os.kill(pid_of(ray.get_actor(COORDINATOR_NAME, namespace=NAMESPACE)), signal.SIGKILL)
@@ -242,9 +240,9 @@ def test_the_coordinators_death_loses_nothing(cluster: LocalCluster, job: str, p
     every(actors, "close")
 
 
-def test_a_host_that_joins_later_gets_a_holder(cluster: LocalCluster, job: str, port: int) -> None:
+def test_a_host_that_joins_later_gets_a_holder(cluster: LocalCluster, job: str) -> None:
     late = cluster.add_host()
-    actors = start_trainers([late], port)
+    actors = start_trainers([late])
     assert begin(actors, job)[0][0] == 0
     save(actors, 1)
     status = tiered.status(job)
@@ -253,15 +251,13 @@ def test_a_host_that_joins_later_gets_a_holder(cluster: LocalCluster, job: str, 
     assert len(status.hosts_with_copies) == 2
 
 
-def test_unsafe_resumption_points_can_be_chosen_on_purpose(
-    cluster: LocalCluster, job: str, port: int
-) -> None:
+def test_unsafe_resumption_points_can_be_chosen_on_purpose(cluster: LocalCluster, job: str) -> None:
     memory = tiered.Memory(every_steps=1, keep=4, replicas=1)
-    (first,) = start_trainers(cluster.hosts[:1], port)
+    (first,) = start_trainers(cluster.hosts[:1])
     begin([first], job, memory=memory)
     for step in (1, 2, 3):
         save([first], step)
-    (second,) = start_trainers(cluster.hosts[:1], port)
+    (second,) = start_trainers(cluster.hosts[:1])
     settings = {"memory": memory}
     start, restored = ray.get(second.start.remote(job, dict(settings), 0, before=3))
     assert (start, restored.step) == (3, 2)
@@ -269,7 +265,7 @@ def test_unsafe_resumption_points_can_be_chosen_on_purpose(
     save([second], 3)  # the new branch's step 3
     assert tiered.recover(job).generation == 2
     assert tiered.recover(job, step=3).generation == 2
-    (third,) = start_trainers(cluster.hosts[:1], port)
+    (third,) = start_trainers(cluster.hosts[:1])
     with pytest.raises(tiered.StepNotFoundError, match="step 99"):
         ray.get(third.start.remote(job, dict(settings), 0, step=99))
 
@@ -277,17 +273,15 @@ def test_unsafe_resumption_points_can_be_chosen_on_purpose(
 # --- bad input: a clear error before any byte moves ----------------------------------------------
 
 
-def test_more_replicas_than_hosts(cluster: LocalCluster, job: str, port: int) -> None:
-    actors = start_trainers(cluster.hosts[:1], port)
+def test_more_replicas_than_hosts(cluster: LocalCluster, job: str) -> None:
+    actors = start_trainers(cluster.hosts[:1])
     hosts = len(cluster.hosts)
     with pytest.raises(tiered.PlacementError, match=f"the cluster has {hosts}; add hosts or set"):
         begin(actors, job, memory=tiered.Memory(replicas=hosts))
 
 
-def test_an_object_store_too_small_for_the_policy(
-    cluster: LocalCluster, job: str, port: int
-) -> None:
-    actors = start_trainers(cluster.hosts[:1], port)
+def test_an_object_store_too_small_for_the_policy(cluster: LocalCluster, job: str) -> None:
+    actors = start_trainers(cluster.hosts[:1])
     settings = {"memory": EVERY, "state_bytes": 60 * MIB}
     with pytest.raises(tiered.MemoryBudgetError) as refusal:
         ray.get(actors[0].start.remote(job, settings, 0))
@@ -299,10 +293,8 @@ def test_an_object_store_too_small_for_the_policy(
     assert tiered.status(job).hosts_with_copies == frozenset()
 
 
-def test_a_second_job_for_which_the_first_leaves_no_room(
-    cluster: LocalCluster, job: str, port: int
-) -> None:
-    first, second = start_trainers(cluster.hosts[:1], port), start_trainers(cluster.hosts[:1], port)
+def test_a_second_job_for_which_the_first_leaves_no_room(cluster: LocalCluster, job: str) -> None:
+    first, second = start_trainers(cluster.hosts[:1]), start_trainers(cluster.hosts[:1])
     settings = {"memory": EVERY, "state_bytes": 15 * MIB}
     ray.get(first[0].start.remote(job, settings, 0))
     with pytest.raises(tiered.MemoryBudgetError) as refusal:
@@ -344,11 +336,9 @@ def lose_all_memory(cluster: LocalCluster) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def test_a_half_written_step_on_s3_hides_no_older_one(
-    cluster: LocalCluster, job: str, port: int
-) -> None:
+def test_a_half_written_step_on_s3_hides_no_older_one(cluster: LocalCluster, job: str) -> None:
     """The reference's mistake 3."""
-    actors = start_trainers(cluster.hosts[:2], port)
+    actors = start_trainers(cluster.hosts[:2])
     begin(actors, job, s3=S3)
     save(actors, 20, level="durable")
     with contextlib.closing(S3Store(S3, job)) as store:
@@ -358,7 +348,7 @@ def test_a_half_written_step_on_s3_hides_no_older_one(
     kill_actors(cluster, actors)
     lose_all_memory(cluster)
 
-    again = start_trainers(cluster.hosts[:2], port + 1)
+    again = start_trainers(cluster.hosts[:2])
     for start, restored in begin(again, job, s3=S3):
         assert (start, restored.source) == (21, "S3")
         assert "step 60" in restored.passed_over[0]
@@ -367,19 +357,19 @@ def test_a_half_written_step_on_s3_hides_no_older_one(
 
 
 def test_saves_that_never_became_whole_push_no_whole_one_out(
-    cluster: LocalCluster, job: str, port: int
+    cluster: LocalCluster, job: str
 ) -> None:
     """The reference's mistake 7."""
     memory = tiered.Memory(every_steps=1, replicas=1, chunk_bytes=MIB, in_flight=4)
     hosts = cluster.hosts[:2]
-    actors = start_trainers(hosts, port)
+    actors = start_trainers(hosts)
     begin(actors, job, memory=memory)
     save(actors, 1)
     for step in (2, 3, 4):  # rank 1 saves none of these
         save(actors[:1], step, level=None)
     kill_actors(cluster, actors)
 
-    again = start_trainers(hosts, port + 1)
+    again = start_trainers(hosts)
     for start, restored in begin(again, job, memory=memory):
         assert (start, restored.step) == (2, 1)
         reasons = [line.partition(": ")[2] for line in restored.passed_over]
@@ -387,24 +377,22 @@ def test_saves_that_never_became_whole_push_no_whole_one_out(
     assert_restored(again, 1)
 
 
-def test_no_checkpoint_yet_is_no_error(cluster: LocalCluster, job: str, port: int) -> None:
+def test_no_checkpoint_yet_is_no_error(cluster: LocalCluster, job: str) -> None:
     """The reference's mistake 11."""
-    (first,) = start_trainers(cluster.hosts[:1], port)
+    (first,) = start_trainers(cluster.hosts[:1])
     assert begin([first], job) == [(0, None)]
     with pytest.raises(tiered.StepNotFoundError, match="any step cannot be restored: no step of"):
         tiered.recover(job)
     assert issubclass(tiered.StepNotFoundError, Exception)
 
 
-def test_step_zero_is_restored_from_memory_and_from_s3(
-    cluster: LocalCluster, job: str, port: int
-) -> None:
+def test_step_zero_is_restored_from_memory_and_from_s3(cluster: LocalCluster, job: str) -> None:
     """Of the reference's mistake 12."""
-    (actor,) = start_trainers(cluster.hosts[:1], port)
+    (actor,) = start_trainers(cluster.hosts[:1])
     begin([actor], job, s3=S3)
     save([actor], 0, level="durable")
     kill_actors(cluster, [actor])
-    (again,) = start_trainers(cluster.hosts[:1], port)
+    (again,) = start_trainers(cluster.hosts[:1])
     ((start, restored),) = begin([again], job, s3=S3)
     assert (start, restored.step, restored.source) == (1, 0, "own host's RAM")
     assert_restored([again], 0)
@@ -431,18 +419,16 @@ def flip_a_bit(cluster: LocalCluster, host: str, job: str, step: int, rank: int)
     write_into(process.pid, place, lambda content: flipped(content, 0.5))
 
 
-def test_a_corrupt_copy_is_neither_restored_nor_counted(
-    cluster: LocalCluster, job: str, port: int
-) -> None:
+def test_a_corrupt_copy_is_neither_restored_nor_counted(cluster: LocalCluster, job: str) -> None:
     hosts = cluster.hosts[:2]
-    actors = start_trainers(hosts, port)
+    actors = start_trainers(hosts)
     begin(actors, job)
     save(actors, 1)
     save(actors, 2)
     flip_a_bit(cluster, hosts[0], job, step=2, rank=0)
     kill_actors(cluster, actors)
 
-    again = start_trainers(hosts, port + 1)
+    again = start_trainers(hosts)
     answers = begin(again, job)
     assert [start for start, _ in answers] == [3, 3]
     assert answers[0][1].source == "a buddy's RAM"
@@ -451,11 +437,11 @@ def test_a_corrupt_copy_is_neither_restored_nor_counted(
 
 
 def test_with_every_copy_of_a_shard_corrupt_all_ranks_go_back_together(
-    cluster: LocalCluster, job: str, port: int
+    cluster: LocalCluster, job: str
 ) -> None:
     """The reference's mistakes 1 and 2: ranks at different steps, or no restore at all."""
     hosts = cluster.hosts[:2]
-    actors = start_trainers(hosts, port)
+    actors = start_trainers(hosts)
     begin(actors, job)
     save(actors, 1)
     save(actors, 2)
@@ -464,7 +450,7 @@ def test_with_every_copy_of_a_shard_corrupt_all_ranks_go_back_together(
             flip_a_bit(cluster, host, job, step=2, rank=1)
     kill_actors(cluster, actors)
 
-    again = start_trainers(hosts, port + 1)
+    again = start_trainers(hosts)
     for start, restored in begin(again, job):
         assert start == 2
         assert "no intact copy of rank 1 in any tier" in restored.passed_over[-1]
@@ -472,7 +458,7 @@ def test_with_every_copy_of_a_shard_corrupt_all_ranks_go_back_together(
 
 
 def test_s3_down_delays_no_save_and_no_restore(
-    cluster: LocalCluster, s3_server: S3Server, job: str, port: int
+    cluster: LocalCluster, s3_server: S3Server, job: str
 ) -> None:
     """The reference's mistakes 4 and 5."""
     with S3Server(same_keys_as=s3_server) as server:
@@ -480,34 +466,30 @@ def test_s3_down_delays_no_save_and_no_restore(
         s3 = tiered.S3(
             "s3://passing/x", every_steps=1, endpoint_url=server.endpoint_url, max_attempts=1
         )
-        actors = start_trainers(cluster.hosts[:2], port)
+        actors = start_trainers(cluster.hosts[:2])
         begin(actors, job, s3=s3)
         save(actors, 1, level="durable")
     for levels in [*save(actors, 2), *save(actors, 3)]:
         assert "durable" not in levels
     kill_actors(cluster, actors)
 
-    again = start_trainers(cluster.hosts[:2], port + 1)
+    again = start_trainers(cluster.hosts[:2])
     assert [start for start, _ in begin(again, job, s3=s3)] == [4, 4]
     assert_restored(again, 3)
     save(again, 4)
 
 
-def test_s3_silent_and_nothing_in_memory_is_no_fresh_start(
-    cluster: LocalCluster, job: str, port: int
-) -> None:
+def test_s3_silent_and_nothing_in_memory_is_no_fresh_start(cluster: LocalCluster, job: str) -> None:
     s3 = tiered.S3("s3://tests/ckpt", endpoint_url="http://127.0.0.1:1", max_attempts=1)
-    actors = start_trainers(cluster.hosts[:1], port)
+    actors = start_trainers(cluster.hosts[:1])
     with pytest.raises(tiered.DurableStoreError, match="s3://tests/ckpt"):
         begin(actors, job, s3=s3)
 
 
-def test_a_hung_buddy_delays_no_save_of_the_trainer(
-    cluster: LocalCluster, job: str, port: int
-) -> None:
+def test_a_hung_buddy_delays_no_save_of_the_trainer(cluster: LocalCluster, job: str) -> None:
     """The reference's mistake 10: three time-outs of 60 s in each save."""
     hosts = cluster.hosts[:2]
-    (actor,) = start_trainers(hosts[:1], port)
+    (actor,) = start_trainers(hosts[:1])
     begin([actor], job)
     save([actor], 1)
     (buddy,) = tiered.status(job).buddies[hosts[0]]

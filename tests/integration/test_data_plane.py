@@ -69,11 +69,9 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
         assert time.monotonic() < deadline_s
 
 
-def test_frozen_layers_are_kept_once_and_sent_once(
-    cluster: LocalCluster, job: str, port: int
-) -> None:
+def test_frozen_layers_are_kept_once_and_sent_once(cluster: LocalCluster, job: str) -> None:
     frozen, hosts = 8, cluster.hosts[:2]
-    actors = start_trainers(hosts, port)
+    actors = start_trainers(hosts)
     begin(actors, job, state_bytes=MIB, frozen=frozen)
     save(actors, 1)
     first = traffic(hosts)
@@ -90,7 +88,7 @@ def test_frozen_layers_are_kept_once_and_sent_once(
     for host in hosts:
         wait_until(lambda h=host: {r.key.version.step for r in ask(h, "list_shards")} == {3, 4})
     end(cluster, actors)
-    again = start_trainers(hosts[::-1], port + 1)  # each rank on its buddy's host
+    again = start_trainers(hosts[::-1])  # each rank on its buddy's host
     for start, restored in begin(again, job, state_bytes=MIB, frozen=frozen):
         assert (start, restored.step, restored.source) == (5, 4, "a buddy's RAM")
     seen = [a.has.remote(40 + rank) for rank, a in enumerate(again)]
@@ -98,11 +96,9 @@ def test_frozen_layers_are_kept_once_and_sent_once(
     end(cluster, again)
 
 
-def test_copies_come_by_tcp_and_without_it_by_ray(
-    cluster: LocalCluster, job: str, port: int
-) -> None:
+def test_copies_come_by_tcp_and_without_it_by_ray(cluster: LocalCluster, job: str) -> None:
     hosts = cluster.hosts
-    actors = start_trainers(hosts, port)
+    actors = start_trainers(hosts)
     begin(actors, job)
     before = traffic(hosts)
     save(actors, 1)
@@ -123,7 +119,7 @@ def test_copies_come_by_tcp_and_without_it_by_ray(
 
     # The trainers of the next life find the ports closed too.
     end(cluster, actors)
-    again = start_trainers(hosts, port + 1)
+    again = start_trainers(hosts)
     for start, restored in begin(again, job):
         assert (start, restored.step, restored.source) == (5, 4, "own host's RAM")
         assert restored.passed_over == ()
@@ -134,9 +130,7 @@ def test_copies_come_by_tcp_and_without_it_by_ray(
         assert is_same(tiered.recover(job).state(rank), make_state(40 + rank, STATE_BYTES))
 
 
-def test_every_process_of_one_cluster_believes_every_other(
-    cluster: LocalCluster, job: str, port: int
-) -> None:
+def test_every_process_of_one_cluster_believes_every_other(cluster: LocalCluster, job: str) -> None:
     """A coordinator that was restarted starts holders that the old ones trade with."""
     (old, *_) = cluster.hosts
     secret = ask(old, "access").secret
@@ -144,7 +138,7 @@ def test_every_process_of_one_cluster_believes_every_other(
     victim = ray.get(coordinator.__ray_call__.remote(lambda _: os.getpid()), timeout=30)
     os.kill(victim, signal.SIGKILL)
     hosts = [cluster.add_host(), cluster.add_host()]  # whose ports are open, unlike the old ones'
-    actors = start_trainers(hosts, port)
+    actors = start_trainers(hosts)
     begin(actors, job, tiered.Memory(every_steps=1, replicas=2, chunk_bytes=MIB))
     save(actors, 1)
     access = [ask(host, "access") for host in hosts]
@@ -156,7 +150,7 @@ def test_every_process_of_one_cluster_believes_every_other(
     # A restore on the same host takes nothing off the wire: it reads the object store itself.
     sent = sum(t.sent for t in traffic(hosts))
     end(cluster, actors)
-    again = start_trainers(hosts, port + 1)
+    again = start_trainers(hosts)
     assert [start for start, _ in begin(again, job)] == [2, 2]
     assert sum(t.sent for t in traffic(hosts)) == sent
     end(cluster, again)
@@ -172,9 +166,9 @@ def test_every_process_of_one_cluster_believes_every_other(
         assert secret.value.hex().encode() not in data, path
 
 
-def test_a_job_may_choose_rays_transport(cluster: LocalCluster, job: str, port: int) -> None:
+def test_a_job_may_choose_rays_transport(cluster: LocalCluster, job: str) -> None:
     hosts = cluster.hosts[-2:]
-    actors = start_trainers(hosts, port)
+    actors = start_trainers(hosts)
     by_ray = tiered.Memory(every_steps=1, replicas=1, chunk_bytes=MIB, transport="ray")
     begin(actors, job, by_ray)
     before = traffic(cluster.hosts)
@@ -186,7 +180,7 @@ def test_a_job_may_choose_rays_transport(cluster: LocalCluster, job: str, port: 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_hosts_that_die_in_the_middle_of_a_load(
-    cluster: LocalCluster, job: str, port: int, monkeypatch: pytest.MonkeyPatch
+    cluster: LocalCluster, job: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One costs nothing, as another has a copy; with the last copy the load says what changed."""
     read_into, lock = HolderTier.read_into, threading.Lock()
@@ -204,7 +198,7 @@ def test_hosts_that_die_in_the_middle_of_a_load(
         read_into(tier, index, sink)
 
     monkeypatch.setattr(HolderTier, "read_into", deadly)
-    actors = start_trainers(cluster.hosts[:1], port)
+    actors = start_trainers(cluster.hosts[:1])
     begin(actors, job)
     save(actors, 1)
     end(cluster, actors)

@@ -80,7 +80,7 @@ class Training:
         self.save(2)
 
     def _start(self, cluster: LocalCluster) -> None:
-        self._trainers = start_trainers(cluster.hosts, free_port())
+        self._trainers = start_trainers(cluster.hosts)
         ray.get([t.start.remote(self.name, dict(self._settings), 0) for t in self._trainers])
 
     def save(self, steps: int) -> None:

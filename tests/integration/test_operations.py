@@ -18,13 +18,12 @@ import psutil
 import pytest
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from typer.testing import CliRunner
 
 import tiered
 from chaos.local_cluster import LocalCluster
 from replication.holder import NAMESPACE
-from tests.integration.trainers import Trainer
+from tests.integration.trainers import start_trainers
 from tiered.cli.app import app
 from tiered.cluster import coordinator, end_actors
 
@@ -70,14 +69,8 @@ def end(trainers: list[Any]) -> None:
             until(lambda pid=pid: not psutil.pid_exists(pid))
 
 
-def trainers(job: str, hosts: list[str], port: int, **more: Any) -> list[Any]:
-    kind = ray.remote(Trainer)
-    started = [
-        kind.options(  # type: ignore[attr-defined]
-            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(host, soft=False)
-        ).remote(rank, len(hosts), port)
-        for rank, host in enumerate(hosts)
-    ]
+def trainers(job: str, hosts: list[str], **more: Any) -> list[Any]:
+    started = start_trainers(hosts)
     STARTED.extend(started)
     ray.get([t.start.remote(job, SETTINGS | more, rank) for rank, t in enumerate(started)])
     return started
@@ -85,12 +78,8 @@ def trainers(job: str, hosts: list[str], port: int, **more: Any) -> list[Any]:
 
 def trainer_of(run: str, host: str) -> Any:
     """A trainer of another run than all others of this driver."""
-    kind: Any = ray.remote(Trainer)
-    trainer = kind.options(
-        num_cpus=0,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(host, soft=False),
-        runtime_env={"env_vars": {"TORCHELASTIC_RUN_ID": run}},
-    ).remote(0, 1, 0)
+    environment = {"env_vars": {"TORCHELASTIC_RUN_ID": run}}
+    (trainer,) = start_trainers([host], runtime_env=environment)
     STARTED.append(trainer)
     return trainer
 
@@ -117,10 +106,10 @@ def actors() -> set[str]:
 
 
 def test_the_story_of_a_lost_host_is_told_by_the_command_line_alone(
-    cluster: LocalCluster, job: str, port: int
+    cluster: LocalCluster, job: str
 ) -> None:
     hosts = cluster.hosts
-    old = trainers(job, hosts[:2], port)
+    old = trainers(job, hosts[:2])
     ray.get([t.save.remote(1, 10 + rank) for rank, t in enumerate(old)])
     code, text = tiered_command("show", "1", "--job", job)
     assert code == 0
@@ -135,7 +124,7 @@ def test_the_story_of_a_lost_host_is_told_by_the_command_line_alone(
         ray.kill(trainer)
     cluster.add_host()
     until(lambda: any(e.kind == "whole_again" for e in tiered.events(job)))
-    new = trainers(job, cluster.hosts[:2], port + 1)
+    new = trainers(job, cluster.hosts[:2])
     until(lambda: any(e.kind == "restored" and "0-1" in e.text for e in tiered.events(job)))
     code, text = tiered_command("events", "--job", job, "--json")
     kinds = [entry["kind"] for entry in json.loads(text)]
@@ -331,7 +320,7 @@ def in_a_process_of_its_own(command: list[str], **more: str) -> str:
     return done.stdout
 
 
-def test_each_command_does_what_it_says(cluster: LocalCluster, port: int, tmp_path: Path) -> None:
+def test_each_command_does_what_it_says(cluster: LocalCluster, tmp_path: Path) -> None:
     """The life of a job, from an empty cluster to an empty cluster, by the command line."""
     # Jobs of the tests before are in the register: forgotten, which a coordinator that is started
     # again knows nothing of, or killed. What is stopped stays so.
@@ -355,7 +344,7 @@ def test_each_command_does_what_it_says(cluster: LocalCluster, port: int, tmp_pa
     job, hosts = f"life-{uuid.uuid4().hex[:8]}", cluster.hosts
     uri = f"s3://tests/{job}"
     s3 = tiered.S3(uri, every_steps=2, keep=None)
-    ranks = trainers(job, hosts[:2], port, s3=s3)
+    ranks = trainers(job, hosts[:2], s3=s3)
     for step in (2, 4):
         level = "durable"
         ray.get([t.save.remote(step, 10 * step + rank, level) for rank, t in enumerate(ranks)])

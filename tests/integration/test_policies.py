@@ -31,8 +31,8 @@ def cluster() -> Iterator[LocalCluster]:
 
 
 @pytest.fixture
-def trainer(cluster: LocalCluster, port: int) -> Iterator[Any]:
-    (actor,) = start_trainers(cluster.hosts[:1], port)
+def trainer(cluster: LocalCluster) -> Iterator[Any]:
+    (actor,) = start_trainers(cluster.hosts[:1])
     yield actor
     ray.kill(actor)
 
@@ -207,9 +207,9 @@ def test_the_best_step_is_kept_beside_the_newest(trainer: Any, job: str) -> None
 
 
 def test_an_automatic_cadence_is_the_same_on_all_ranks_and_follows_what_was_measured(
-    cluster: LocalCluster, job: str, port: int
+    cluster: LocalCluster, job: str
 ) -> None:
-    actors = start_trainers(cluster.hosts[:2], port)
+    actors = start_trainers(cluster.hosts[:2])
     memory = tiered.Memory(every_steps="auto", replicas=1, chunk_bytes=MIB)
     ray.get([a.start.remote(job, {"memory": memory}, 0) for a in actors], timeout=120)
     runs = [a.save_what_is_due.remote(range(1, 1500)) for a in actors]

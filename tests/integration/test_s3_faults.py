@@ -54,13 +54,13 @@ def s3(proxy: FaultProxy) -> tiered.S3:
 
 
 def test_hosts_that_all_die_in_mid_flush_leave_the_newest_durable_step(
-    cluster: LocalCluster, proxy: FaultProxy, s3: tiered.S3, job: str, port: int
+    cluster: LocalCluster, proxy: FaultProxy, s3: tiered.S3, job: str
 ) -> None:
     seed = random.randrange(1 << 32)
     moments = random.Random(seed).sample(range(1, 12), 2)
     settings = {"s3": s3, "state_bytes": STATE_BYTES}
     hosts = cluster.hosts[:2]
-    actors = start_trainers(hosts, port)
+    actors = start_trainers(hosts)
     begin(actors, job, **settings)
     save(actors, 20, level="durable")
     for turn, moment in enumerate(moments, 1):
@@ -69,7 +69,7 @@ def test_hosts_that_all_die_in_mid_flush_leave_the_newest_durable_step(
         proxy.wait_for(lambda seen, least=moment: len(seen) >= least, timeout_s=60)
         cluster.kill_host(*cluster.hosts)
         hosts = [cluster.add_host() for _ in range(3)][:2]
-        actors = start_trainers(hosts, port + turn)
+        actors = start_trainers(hosts)
         (start, restored), other = begin(actors, job, **settings)
         assert other[0] == start
         assert restored.source == "S3"
@@ -82,9 +82,9 @@ def test_hosts_that_all_die_in_mid_flush_leave_the_newest_durable_step(
 
 
 def test_what_has_not_changed_since_the_last_flush_is_not_sent_again(
-    cluster: LocalCluster, proxy: FaultProxy, s3: tiered.S3, job: str, port: int
+    cluster: LocalCluster, proxy: FaultProxy, s3: tiered.S3, job: str
 ) -> None:
-    actors = start_trainers(cluster.hosts[:1], port)
+    actors = start_trainers(cluster.hosts[:1])
     begin(actors, job, s3=s3, state_bytes=STATE_BYTES)
     for step in (20, 40):
         proxy.forget_requests()
@@ -93,7 +93,7 @@ def test_what_has_not_changed_since_the_last_flush_is_not_sent_again(
     assert proxy.count("UploadPart") == 1, "the first part has the step's number"
     kill_actors(cluster, actors)
     lose_all_memory(cluster)
-    again = start_trainers(cluster.hosts[:1], port + 1)
+    again = start_trainers(cluster.hosts[:1])
     ((start, restored),) = begin(again, job, s3=s3, state_bytes=STATE_BYTES)
     assert (start, restored.source) == (41, "S3")
     assert ray.get([a.has.remote(7) for a in again], timeout=60) == [True]
@@ -101,10 +101,10 @@ def test_what_has_not_changed_since_the_last_flush_is_not_sent_again(
 
 
 def test_a_server_that_hangs_under_a_running_job_delays_nothing_and_is_caught_up_with(
-    cluster: LocalCluster, s3_server: S3Server, s3: tiered.S3, job: str, port: int
+    cluster: LocalCluster, s3_server: S3Server, s3: tiered.S3, job: str
 ) -> None:
     hosts = cluster.hosts[:2]
-    actors = start_trainers(hosts, port)
+    actors = start_trainers(hosts)
     begin(actors, job, s3=s3)
     save(actors, 20, level="durable")
     os.killpg(s3_server.process_group, signal.SIGSTOP)
@@ -112,7 +112,7 @@ def test_a_server_that_hangs_under_a_running_job_delays_nothing_and_is_caught_up
         for step in (40, 60, 80):
             assert all("durable" not in levels for levels in save(actors, step))
         kill_actors(cluster, actors)
-        again = start_trainers(hosts, port + 1)
+        again = start_trainers(hosts)
         for start, restored in begin(again, job, s3=s3):
             assert (start, restored.source) == (81, "own host's RAM")
         assert_restored(again, 80)
@@ -126,9 +126,9 @@ def test_a_server_that_hangs_under_a_running_job_delays_nothing_and_is_caught_up
 
 
 def test_what_is_damaged_on_s3_is_passed_over_and_told(
-    cluster: LocalCluster, s3: tiered.S3, job: str, port: int
+    cluster: LocalCluster, s3: tiered.S3, job: str
 ) -> None:
-    actors = start_trainers(cluster.hosts[:1], port)
+    actors = start_trainers(cluster.hosts[:1])
     begin(actors, job, s3=s3)
     steps = (20, 40, 60, 80, 100)
     for step in steps:
@@ -153,11 +153,11 @@ def test_what_is_damaged_on_s3_is_passed_over_and_told(
         store.delete([manifest])
         store.create(manifest, register.encode_manifest("another", versions[40], records))
 
-    second = start_trainers(cluster.hosts[:1], port + 1)
+    second = start_trainers(cluster.hosts[:1])
     with pytest.raises(tiered.StepNotFoundError, match="from S3 is corrupt"):
         begin(second, job, s3=s3)
     kill_actors(cluster, second)
-    third = start_trainers(cluster.hosts[:1], port + 2)
+    third = start_trainers(cluster.hosts[:1])
     ((start, restored),) = begin(third, job, s3=s3)
     assert (start, restored.source) == (21, "S3")
     told = "\n".join(restored.passed_over)

@@ -69,13 +69,12 @@ def test_a_server_that_is_gone_delays_no_save_and_is_caught_up_with(
     cluster: LocalCluster,
     s3_server: S3Server,
     job: str,
-    port: int,
     down_s: float,
     max_attempts: int,
 ) -> None:
     told_before = {said: told(cluster, said) for said in (OPENED, CLOSED)}
     s3 = tiered.S3("s3://tests/gone", every_steps=BATCH, keep=100, max_attempts=max_attempts)
-    actors = start_trainers(cluster.hosts[:2], port)
+    actors = start_trainers(cluster.hosts[:2])
     begin(actors, job, s3=s3)
     step, before = run(actors, 0, 3.0)
     until(lambda: tiered.status(job).durable[-1:] == (step - BATCH,))
@@ -104,13 +103,13 @@ def test_a_server_that_is_gone_delays_no_save_and_is_caught_up_with(
 
 
 def test_memory_asks_nothing_of_s3_and_waits_for_none_of_it(
-    cluster: LocalCluster, proxy: FaultProxy, job: str, port: int
+    cluster: LocalCluster, proxy: FaultProxy, job: str
 ) -> None:
     hosts = cluster.hosts[:2]
     s3 = replace(NEVER, endpoint_url=proxy.endpoint_url)
 
     def next_life(number: int) -> tuple[list[Any], float]:
-        actors = start_trainers(hosts, port + number)
+        actors = start_trainers(hosts)
         every(actors, "pid")  # they are there
         began_s = time.monotonic()
         answers = begin(actors, job, s3=s3)
@@ -147,10 +146,10 @@ def test_memory_asks_nothing_of_s3_and_waits_for_none_of_it(
 
 
 def test_the_newest_step_is_flushed_at_once_where_a_host_goes(
-    cluster: LocalCluster, job: str, port: int
+    cluster: LocalCluster, job: str
 ) -> None:
     """By `tiered.drain`, by Ray's own notice of a preemption, and by a SIGTERM of the host."""
-    (actor,) = start_trainers(cluster.hosts[:1], port)
+    (actor,) = start_trainers(cluster.hosts[:1])
     begin([actor], job, s3=NEVER)
 
     def is_flushed(step: int) -> None:

@@ -47,16 +47,28 @@ def is_same(one: Any, other: Any) -> bool:
 class Trainer:
     """One rank. Each method runs in the actor's process."""
 
-    def __init__(self, rank: int, world_size: int, port: int) -> None:
-        if world_size > 1:
-            address = f"tcp://127.0.0.1:{port}"
-            torch.distributed.init_process_group(
-                "gloo", init_method=address, rank=rank, world_size=world_size
-            )
+    def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
         self.state: dict[str, Any] = {}
         self.handles: dict[int, tiered.SaveHandle] = {}
+
+    def listen(self) -> int:
+        """The port of the process group's store, which rank 0 has: one that nobody else took."""
+        self.store = self._store(0)
+        return self.store.port
+
+    def join(self, port: int) -> None:
+        """Make the process group."""
+        store = self._store(port) if self.rank else self.store
+        torch.distributed.init_process_group(
+            "gloo", store=store, rank=self.rank, world_size=self.world_size
+        )
+
+    def _store(self, port: int) -> torch.distributed.TCPStore:
+        return torch.distributed.TCPStore(
+            "127.0.0.1", port, self.world_size, is_master=self.rank == 0, wait_for_workers=False
+        )
 
     def pid(self) -> int:
         return os.getpid()
@@ -131,11 +143,15 @@ class Trainer:
         self.checkpointer.close()
 
 
-def start_trainers(hosts: list[str], port: int) -> list[Any]:
-    """One trainer on each of `hosts`, rank by rank."""
+def start_trainers(hosts: list[str], **options: Any) -> list[Any]:
+    """One trainer on each of `hosts`, rank by rank; returns before they have joined each other."""
     actors = []
     for rank, host in enumerate(hosts):
         where = NodeAffinitySchedulingStrategy(host, soft=False)
-        actor: Any = ray.remote(Trainer).options(num_cpus=0, scheduling_strategy=where)
-        actors.append(actor.remote(rank, len(hosts), port))
+        actor: Any = ray.remote(Trainer).options(num_cpus=0, scheduling_strategy=where, **options)
+        actors.append(actor.remote(rank, len(hosts)))
+    if len(actors) > 1:
+        port = actors[0].listen.remote()
+        for actor in actors:
+            actor.join.remote(port)
     return actors

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import time
 import uuid
 from typing import Any
@@ -17,6 +16,7 @@ from benchmarks.processes import ROOT
 from benchmarks.state import StateSpec
 from benchmarks.trainer import start_trainers
 from chaos.local_cluster import MIB, LocalCluster
+from chaos.ports import free_ports
 from tiered.config import HAND_OVER
 
 CALL_TIMEOUT_S = 240.0
@@ -221,7 +221,7 @@ class Ours:
 
     def _prepared(self, places: list[str], *, mine: bool) -> list[Any]:
         actors = start_trainers(places)
-        port = _free_port()
+        (port,) = free_ports(1)
         ray.get(
             [
                 a.prepare.remote(self.spec.as_dict(), rank, len(actors), port, mine=mine)
@@ -251,9 +251,3 @@ class Ours:
                 return next(h for h in others if h not in self._places)
             time.sleep(POLL_S)
         raise TimeoutError(f"host {spare[:8]} was not placed within {JOIN_TIMEOUT_S:.0f} s")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

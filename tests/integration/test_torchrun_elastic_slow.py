@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 
 import tiered
 from chaos.local_cluster import LocalCluster
+from chaos.ports import free_ports
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -85,17 +85,9 @@ class Agent:
 
 
 @pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def start(
-    cluster: LocalCluster, job: str, port: int, tmp_path: Path
-) -> Iterator[Callable[[str], Agent]]:
+def start(cluster: LocalCluster, job: str, tmp_path: Path) -> Iterator[Callable[[str], Agent]]:
     agents: list[Agent] = []
+    (port,) = free_ports(1)
 
     def run(host: str) -> Agent:
         agents.append(Agent(cluster, host, job, port, tmp_path))

@@ -218,7 +218,7 @@ def test_stop_ends_one_job_and_leaves_the_other_alone(cluster: LocalCluster) -> 
     assert not tiered.stop(over)
     assert until(lambda: tiered.stop(other)), "no trainer of the last job is left"
     until(lambda: not actors())
-    trainers(other, cluster.hosts[:1], 0)  # and everything starts again for whoever comes
+    trainers(other, cluster.hosts[:1])  # and everything starts again for whoever comes
     assert len(actors()) >= 2
 
 

@@ -35,6 +35,12 @@ IMAGE = np.random.default_rng(5).integers(0, 256, 11 * MIB, np.uint8)
 pytestmark = pytest.mark.usefixtures("pauses")
 
 
+def test_the_readme_has_the_trainers_policy() -> None:
+    readme = PAGE.parents[1] / "README.md"
+    (shown,) = re.findall(r"```json\n(.*?)```", readme.read_text(), re.DOTALL)
+    assert json.loads(shown) == json.loads(TRAINER)
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3Server]:
     with S3Server(policies={"trainer": TRAINER, "collector": COLLECTOR}) as running:

@@ -40,7 +40,10 @@ MOMENTS = {
     "after one shard of two": ([gone("^CompleteMultipartUpload ", after=1)], 20),
     "before the manifest": ([gone("^PutObject .*/index/step/")], 20),
     "after the manifest": (
-        [Fault("drop_reply", "^PutObject .*/index/step/"), gone("^GetObject |^ListObjectsV2 ", 2)],
+        [
+            Fault("drop_reply", "^PutObject .*/index/step/"),
+            gone("^(Get|Head)Object .*/index/step"),
+        ],
         40,
     ),
     "seeded": (None, None),

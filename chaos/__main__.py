@@ -17,7 +17,9 @@ from rich.console import Console
 from replication.errors import TieredError
 
 try:
-    from chaos import picture, report
+    from ray.exceptions import RayError
+
+    from chaos import picture, ray_client, report
     from chaos.checker import Report, check
     from chaos.history import read_history, write_history
     from chaos.run import Options, Run
@@ -70,12 +72,6 @@ def main(
         raise typer.BadParameter(
             "only 'ray' and 'none' need nothing but Ray's API", param_hint="--scenario"
         )
-    if address.startswith("ray://"):
-        raise typer.BadParameter(
-            "chaos needs a driver in the cluster, which Ray Client is not: call it with "
-            "`--address auto` on one of the hosts, or by `ray job submit`",
-            param_hint="--address",
-        )
     if s3_uri and not address:
         raise typer.BadParameter("a local cluster has an S3 of its own", param_hint="--s3-uri")
     if SCENARIOS[name].needs_root and os.geteuid() != 0:
@@ -88,6 +84,13 @@ def main(
     if only:
         chosen = replace(chosen, kinds=_kinds(chosen, only))
     seed = secrets.randbelow(1_000_000) if seed is None else seed
+    folder = out / f"{name}-{seed}"
+    if address.startswith("ray://") and not schedule:
+        arguments = _arguments(
+            seed=seed, minutes=minutes, ranks=ranks, scenario=name, s3_uri=s3_uri, gap_s=gap_s,
+            state_mib=state_mib, only=only,
+        )  # fmt: skip
+        raise typer.Exit(_run_there(console, address, arguments, folder))
     console.print(f"seed {seed}")
     plan = draw(seed, minutes, chosen)
     console.print(f"{name}: {chosen.about}; {len(plan)} faults planned in {minutes:g} minutes")
@@ -99,7 +102,6 @@ def main(
     options = Options(
         seed, name, chosen, minutes, hosts, ranks, address, s3_uri, state_bytes=state_mib << 20
     )
-    folder = out / f"{name}-{seed}"
     commit = _commit()  # of the code that runs, whatever is checked out meanwhile
     run = Run(options, plan, lambda line: console.print(line, soft_wrap=True, markup=False))
     outcome = run.outcome
@@ -121,6 +123,27 @@ def main(
     console.print(f"history, summary and timeline are in {folder}", soft_wrap=True)
     console.print(f"seed {seed}: ", end="")
     raise typer.Exit(_status(console, verdict))
+
+
+def _run_there(console: Console, address: str, arguments: list[str], folder: Path) -> int:
+    """Have a cluster that only Ray Client reaches run it; returns the exit status."""
+    try:
+        status = ray_client.run(address, arguments, folder.parent, sys.stdout.buffer)
+    except (TieredError, ConnectionError, RayError) as error:
+        console.print(f"{type(error).__name__}: {error}", soft_wrap=True, markup=False)
+        return 2
+    console.print(f"history, summary and timeline are now in {folder}", soft_wrap=True)
+    return status
+
+
+def _arguments(**options: object) -> list[str]:
+    """The options as a command has them; those that were not given are left out."""
+    given = {name: value for name, value in options.items() if value not in (None, "")}
+    return [part for name, value in given.items() for part in (_flag(name), str(value))]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _status(console: Console, verdict: Report) -> int:

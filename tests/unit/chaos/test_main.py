@@ -35,7 +35,7 @@ def run(*args: str) -> Result:
     [
         (("--scenario", "nosuch"), "'nosuch' is none of mix, processes"),
         (("--address", "auto", "--scenario", "mix"), "only 'ray' and 'none' need nothing but"),
-        (("--address", "ray://head:10001"), "with `--address auto` on one of the hosts"),
+        (("--address", "ray://head:10001", "--scenario", "mix"), "only 'ray' and 'none' need"),
         (("--s3-uri", "s3://bucket/p"), "a local cluster has an S3 of its own"),
         (("--ranks", "4"), "4 ranks need more than 4 hosts"),
         (("--only", "flip,rain"), "rain: the scenario has"),

@@ -301,8 +301,9 @@ class Run:
         """The lost steps are those that rank 0 ran again: by what it wrote down after each."""
         again = len(lines(self.folder / "steps-0")) - self.settings.steps
         assert summary.lost_steps is not None
-        # A failure may come between a step's save and the line that it is written down with.
-        assert abs(summary.lost_steps - again) <= summary.failures, f"{summary}, {again} run again"
+        # A life may end between the save of a step and the line that it is written down with.
+        ends = summary.failures + summary.resizes
+        assert abs(summary.lost_steps - again) <= ends, f"{summary}, {again} run again"
 
     def assert_exact(self, ranks: int = RANKS, want: torch.Tensor | None = None) -> None:
         want = expected(ranks, self.settings.steps) if want is None else want

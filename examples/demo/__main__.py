@@ -111,7 +111,12 @@ def demo(args: argparse.Namespace, screen: Screen) -> tuple[Facts, list[Event], 
         os.environ.update(s3.environment())
         screen.say(f"starting a Ray cluster of {HOSTS} hosts, one of them spare")
         cluster = stack.enter_context(
-            LocalCluster(HOSTS, object_store_bytes=STORE_BYTES, labels=slot_labels())
+            LocalCluster(
+                HOSTS,
+                object_store_bytes=STORE_BYTES,
+                labels=slot_labels(),
+                system_config={"worker_niceness": 15},  # Ray's own: the S3 server shares the cores
+            )
         )
         _on_signals(signal.default_int_handler)  # ray.init has put its own in place
         stack.callback(_on_signals, signal.SIG_IGN)  # first at the end: cleaning up is not cut off

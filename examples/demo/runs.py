@@ -86,7 +86,9 @@ class TrainRun:
         """What watches the run; without checkpoints there is nothing for tiered to do."""
         watch: list[Any] = [NoteFailure(self.settings.events_folder)]
         if self.settings.job:
-            watch.append(tiered.ray_train.Callback(self.settings.job))
+            # No warm spares: all hosts are one small machine, which would be busy with importing
+            # torch for them until the run is over.
+            watch.append(tiered.ray_train.Callback(self.settings.job, warm_spares=False))
         return watch
 
     def _fit(self) -> None:

@@ -102,7 +102,9 @@ def test_two_ranks_under_torchrun_start_one_local_ray_and_resume_together(
             memory = tiered.Memory(every_steps=1, replicas=0, backpressure="wait")
             ckpt = tiered.Checkpointer("torchrun", memory)
             start = ckpt.restore(state)
-            print(f"rank {rank} starts at {start} with {state['x'][0]} {state['rank']}")
+            # In one write with its line end: both ranks write to the same pipe.
+            found = f"{state['x'][0]} {state['rank']}"
+            sys.stdout.write(f"rank {rank} starts at {start} with {found}\\n")
             for step in range(start, start + 3):
                 state["x"] += rank + 1
                 state["rank"] = rank

@@ -76,7 +76,7 @@ def find(
 
 
 def _problem(value: Any, saved: Any, *, may_cast: bool) -> str:
-    is_tensor = isinstance(value, (torch.Tensor, *torch_versions.SHARDED_TENSORS))
+    is_tensor = isinstance(value, torch.Tensor) or torch_versions.is_sharded_tensor(value)
     if isinstance(saved, TensorStorageMetadata):
         if not is_tensor:
             return f"was saved as a tensor, and is a {type(value).__name__}"

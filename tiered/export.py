@@ -3,18 +3,16 @@
     shards         rank-00000.safetensors, ...: each rank's image as it is
     safetensors    one model as Hugging Face has it: model.safetensors, or several files with
                    model.safetensors.index.json; tensors only
-    dcp            a directory for torch.distributed.checkpoint.load
+    dcp            a directory for torch.distributed.checkpoint.load (`tiered.export_dcp`)
     torch          one file for torch.load(weights_only=True)
 
 All but `shards` have the state unsharded; of what each rank has one of, the lowest rank's.
 """
 
 import contextlib
-import io
 import json
 import os
 import shutil
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from io import BufferedIOBase
@@ -24,30 +22,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
 from torch.serialization import skip_data
 
-from replication.errors import TieredError
-from tiered import torch_versions
-from tiered.boxes import Box, cut, whole
+from tiered.boxes import Box
 from tiered.errors import ConfigError, StateError
 from tiered.image import ALIGNMENT, bytes_of, safetensors_name
 from tiered.saved_step import SavedStep
 from tiered.tree import Array, TensorRef, dotted
-from tiered.whole_step import WINDOW_BYTES, WholeStep, WholeTensor
+from tiered.whole_step import WholeStep, WholeTensor
 
 Format = Literal["shards", "safetensors", "dcp", "torch"]
 MAX_FILE_BYTES = 5 * 10**9  # of a safetensors file
@@ -71,7 +53,7 @@ def check_target(path: Path, export_format: str) -> None:
 
 def write_shards(step: SavedStep, folder: Path) -> list[Path]:
     """Write every rank's image."""
-    with _folder(folder) as partial:
+    with new_folder(folder) as partial:
         names = [f"rank-{rank:05d}.safetensors" for rank in range(step.world_size)]
         for name, reader in zip(names, step.readers, strict=True):
             with (partial / name).open("wb") as out:
@@ -114,7 +96,7 @@ def write_safetensors(
     if len(files) > 1:
         numbers = range(1, len(files) + 1)
         names = [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in numbers]
-    with _folder(folder) as partial:
+    with new_folder(folder) as partial:
         for name, content in zip(names, files, strict=True):
             with (partial / name).open("wb") as out:
                 out.write(_header(content))
@@ -177,7 +159,7 @@ def write_torch(step: WholeStep, path: Path) -> list[Path]:
             return value.item() if isinstance(value, np.generic) else value
 
         with FakeTensorMode():  # they have no memory
-            state = _mapped(step.tree, leaf)
+            state = mapped(step.tree, leaf)
         with skip_data(materialize_fake_tensors=True):
             torch.save(state, partial)
         try:
@@ -202,12 +184,12 @@ def write_torch(step: WholeStep, path: Path) -> list[Path]:
     return [path]
 
 
-def _mapped(tree: Any, leaf: Callable[[Any, str], Any], path: tuple[Any, ...] = ()) -> Any:
+def mapped(tree: Any, leaf: Callable[[Any, str], Any], path: tuple[Any, ...] = ()) -> Any:
     """The tree with what `leaf` makes of each value and its name."""
     if type(tree) is dict:
-        return {key: _mapped(value, leaf, (*path, key)) for key, value in tree.items()}
+        return {key: mapped(value, leaf, (*path, key)) for key, value in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)(_mapped(value, leaf, (*path, i)) for i, value in enumerate(tree))
+        return type(tree)(mapped(value, leaf, (*path, i)) for i, value in enumerate(tree))
     return leaf(tree, dotted(path))
 
 
@@ -233,105 +215,11 @@ def _offset(box: Box, tensor: WholeTensor) -> int:
     return offset
 
 
-# --- torch.distributed.checkpoint ---------------------------------------------------------------
-
-
-class _Planner(DefaultSavePlanner):
-    """Has DCP's own writer write the step: its values are read when it asks for them."""
-
-    def __init__(self, step: WholeStep) -> None:
-        super().__init__()
-        self._step = step
-
-        def leaf(value: Any, name: str) -> Any:
-            if isinstance(value, TensorRef):
-                shape, dtype = step.tensors[name].shape, step.tensors[name].dtype
-                return torch.empty(shape, dtype=dtype, device="meta")
-            return value
-
-        self._flat, self._paths = torch_versions.flattened(_mapped(step.tree, leaf))
-        flat = self._flat
-        self._tensors = [t for t in step.in_image_order() if isinstance(flat[t.name], torch.Tensor)]
-        # in the order of the plan, which the writer keeps
-        self._ahead = step.windows(self._tensors)
-        self._written: torch.Tensor | None = None
-
-    def create_local_plan(self) -> SavePlan:
-        """Called by `dcp.save`. Tensors come in parts of at most `WINDOW_BYTES`."""
-        items = []
-        for tensor in self._tensors:
-            properties, size = TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape)
-            for number, box in enumerate(cut(tensor.shape, WINDOW_BYTES // tensor.dtype.itemsize)):
-                place = torch.Size(box.offsets)
-                chunk = ChunkStorageMetadata(place, torch.Size(box.shape))
-                data = TensorWriteData(chunk, properties, size)
-                index = MetadataIndex(tensor.name, place, number)
-                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-        for name, value in self._flat.items():
-            if not isinstance(value, torch.Tensor):
-                items.append(WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO))
-        self.plan = SavePlan(items, planner_data=self._paths)
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """Called by the writer, for one item after the other.
-
-        torch 2.13's writer keeps every tensor of a file until the file's end, and needs none of
-        them once the next one is asked for: the memory of the last one is taken from it. (malloc
-        may keep what is smaller than the 32 MiB from which it asks the kernel.)
-        """
-        name = write_item.index.fqn
-        if write_item.type == WriteItemType.BYTE_IO:
-            value = self._flat[name]
-            if isinstance(value, Array):
-                tensor = self._step.tensors[name]
-                value = self._step.window(tensor, whole(tensor.shape)).numpy()
-            data = io.BytesIO()
-            torch.save(value, data)
-            return data
-        assert write_item.tensor_data is not None
-        chunk = write_item.tensor_data.chunk
-        wanted = Box(tuple(chunk.offsets), tuple(chunk.sizes))
-        if self._written is not None:
-            self._written.untyped_storage().resize_(0)
-        tensor, box, values = next(self._ahead)
-        if (tensor.name, box) != (name, wanted):  # a writer that asks in another order
-            values = self._step.window(self._step.tensors[name], wanted)
-        self._written = values.clone()  # as memory that numpy has seen cannot be taken
-        return self._written
-
-
-def write_dcp(step: WholeStep, folder: Path) -> list[Path]:
-    """Write a directory as `dcp.save` with its `FileSystemWriter` does."""
-    with _folder(folder) as partial:
-        # Nothing copied ahead: what it has asked for before is written then.
-        writer = FileSystemWriter(partial, thread_count=1, per_thread_copy_ahead=0)
-        with calling_dcp(f"{folder} cannot be written"):
-            torch_versions.save_alone(writer, _Planner(step))
-        names = sorted(path.name for path in partial.iterdir())
-    return [folder / name for name in names]
-
-
-@contextlib.contextmanager
-def calling_dcp(what: str) -> Iterator[None]:
-    """DCP's errors as ours: its own is a BaseException around each rank's; and no warning."""
-    try:
-        with warnings.catch_warnings():
-            # that there is no process group, which was said already
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
-    except CheckpointException as error:
-        for problem, _ in error.failures.values():
-            if isinstance(problem, TieredError):
-                raise problem from None
-        raise ConfigError(f"{what} by DCP: {error}") from error
-
-
 # --- files --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write into; it takes its name once all is written."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed

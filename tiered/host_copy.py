@@ -9,7 +9,6 @@ import copy
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from tiered import torch_versions
 
@@ -23,9 +22,9 @@ def copied(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _copied(value: Any, made: _Memory) -> Any:
-    if isinstance(value, torch_versions.SHARDED_TENSORS):
+    if torch_versions.is_sharded_tensor(value):
         return torch_versions.copied_sharded(value)
-    if isinstance(value, DTensor):
+    if torch_versions.is_dtensor(value):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, torch.Tensor):
         return _copied_tensor(value, made)

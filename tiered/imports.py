@@ -32,7 +32,7 @@ from tiered.boxes import strides
 from tiered.checkpointer import Checkpointer
 from tiered.config import S3, Memory, check_job_name, check_step
 from tiered.errors import ConfigError, StateError, StepNotFoundError
-from tiered.export import calling_dcp
+from tiered.export_dcp import calling_dcp
 from tiered.handle import SaveHandle
 from tiered.recovery import newest_on_s3, recover
 

@@ -14,7 +14,6 @@ from tiered.export import (
     MAX_FILE_BYTES,
     Format,
     check_target,
-    write_dcp,
     write_safetensors,
     write_shards,
     write_torch,
@@ -204,6 +203,8 @@ class Recovered:
             if format == "safetensors":
                 return write_safetensors(whole_step, target, max_file_bytes)
             if format == "dcp":
+                from tiered.export_dcp import write_dcp  # which says why here
+
                 return write_dcp(whole_step, target)
             return write_torch(whole_step, target)
 

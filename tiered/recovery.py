@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 import uuid
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -21,9 +22,11 @@ from tiered.history import Candidate, Resolution, ShardSources, latest_consisten
 from tiered.journal import Entry
 from tiered.ledger import read_manifest
 from tiered.overview import ClusterStatus
-from tiered.recovered import Recovered
 from tiered.replies import JobStatus
 from tiered.s3 import S3Store
+
+if TYPE_CHECKING:
+    from tiered.recovered import Recovered
 
 DRAIN_POLL_S = 0.5
 ASK_TIMEOUT_S = SETTLE_TIMEOUT_S + 3 * CALL_TIMEOUT_S
@@ -37,7 +40,7 @@ def recover(
     step: int | None = None,
     before: int | None = None,
     allow_pickle: bool = False,
-) -> Recovered:
+) -> "Recovered":
     """Find the newest consistent step of a job, from any process.
 
     It asks the coordinator of the running Ray cluster. With `s3` and no cluster running it looks at
@@ -81,6 +84,8 @@ def recover(
         known = s3 or cluster.ask(actor, "durable_settings", job, timeout_s=ASK_TIMEOUT_S)
         store = None if known is None else S3Store(known, job)
     assert resolution.version is not None
+    from tiered.recovered import Recovered  # imports torch, which most commands do without
+
     return Recovered(
         job=job,
         step=resolution.version.step,

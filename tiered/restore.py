@@ -11,12 +11,11 @@ import gc
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
-from tiered import typed
+from tiered import torch_versions, typed
 from tiered.boxes import Box, whole
 from tiered.errors import StateError
 from tiered.filling import Filling, is_same_type
@@ -34,6 +33,9 @@ from tiered.tree import (
     materialise,
     unmakable,
 )
+
+if TYPE_CHECKING:  # torch_versions says why not at run time
+    from torch.distributed.tensor import DTensor
 
 _SAME_MEMORY = "is the same memory as"
 
@@ -363,13 +365,13 @@ class _Plan:
                 continue
             entry = self.index.entries[dotted(inner)]
             template = self._templates.get(entry.path)
-            if isinstance(template, DTensor) and tuple(template.shape) == entry.shape:
+            if torch_versions.is_dtensor(template) and tuple(template.shape) == entry.shape:
                 local = template.to_local()
                 box = Box(place_of(template), tuple(local.shape))
                 one = self._want(ref.name, entry.path, box)
                 memory = torch.empty_like(local, dtype=ref.torch_dtype, requires_grad=False)
                 one.targets.append(memory)
-                self.sharded[ref.name] = DTensor.from_local(
+                self.sharded[ref.name] = type(template).from_local(
                     memory, template.device_mesh, template.placements, run_check=False,
                     shape=template.shape, stride=template.stride(),
                 )  # fmt: skip

@@ -17,12 +17,11 @@ import pickle
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import msgpack
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from tiered import torch_versions, typed
@@ -51,6 +50,9 @@ from tiered.tree import (
     dtype_name,
 )
 from tiered.typed import Typed
+
+if TYPE_CHECKING:  # torch_versions says why not at run time
+    from torch.distributed.tensor import DTensor
 
 RESERVED_NAMES = frozenset({TREE_NAME, "__metadata__"})
 
@@ -102,7 +104,7 @@ class Captured:
 
     tree: bytes
     tensors: dict[str, torch.Tensor]
-    sharded: dict[str, DTensor] = field(default_factory=dict)
+    sharded: "dict[str, DTensor]" = field(default_factory=dict)
     signature: tuple[Any, ...] = ()
 
 
@@ -169,7 +171,7 @@ class _Capture:
     is_in_set: bool = False
     cache: CaptureCache | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    sharded: dict[str, DTensor] = field(default_factory=dict)
+    sharded: "dict[str, DTensor]" = field(default_factory=dict)
     aliases: dict[tuple[Any, ...], TensorRef] = field(default_factory=dict)
     pointers: set[int] = field(default_factory=set)
     known: list[TensorDict] = field(default_factory=list)  # whose aliases are not in `aliases` yet
@@ -199,7 +201,7 @@ class _Capture:
             raise StateError(
                 dotted(path), f"a {kind.__name__} in a set has no name; use a list or a dict"
             )
-        if isinstance(value, torch_versions.SHARDED_TENSORS):
+        if torch_versions.is_sharded_tensor(value):
             return self.encode(_parts_of(value), path)
         if isinstance(value, torch.Tensor):
             return self.leaf(self.tensor(value, path))
@@ -360,7 +362,7 @@ class _Capture:
         if is_lazy(value):
             raise StateError(name, "it has no shape yet; run one batch through the lazy module")
         whole = value
-        if isinstance(value, DTensor):
+        if torch_versions.is_dtensor(value):
             if any(placement.is_partial() for placement in value.placements):
                 raise StateError(
                     name, "it is a sum that was not made yet (Partial); redistribute it"
@@ -386,7 +388,7 @@ class _Capture:
         self.aliases[alias] = ref
         self.tensors[name] = value
         self.signature.append((name, value.dtype, value.shape))
-        if isinstance(whole, DTensor):
+        if torch_versions.is_dtensor(whole):
             self.sharded[name] = whole
         return ref
 
@@ -439,7 +441,7 @@ def _check_name(name: str) -> None:
         raise StateError(name, f"this is no name for a tensor: {error}") from error
 
 
-def local_part_of(value: DTensor, name: str) -> torch.Tensor:
+def local_part_of(value: "DTensor", name: str) -> torch.Tensor:
     """This rank's part; nothing, in as many dimensions, where it is not in the tensor's mesh.
 
     Raises:
@@ -452,7 +454,7 @@ def local_part_of(value: DTensor, name: str) -> torch.Tensor:
     return torch.empty((0, *value.shape[1:]), dtype=value.dtype)
 
 
-def place_of(value: DTensor) -> tuple[int, ...]:
+def place_of(value: "DTensor") -> tuple[int, ...]:
     """Where the local shard starts in the whole tensor."""
     if value.device_mesh.get_coordinate() is None:
         return (0,) * len(value.shape)
@@ -527,7 +529,7 @@ class Present:
 
     tree: dict[Any, Any]
     tensors: dict[str, torch.Tensor]
-    sharded: dict[str, DTensor]
+    sharded: "dict[str, DTensor]"
 
 
 def capture_present(state: Mapping[str, Any]) -> Present:

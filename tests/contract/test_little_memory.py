@@ -60,7 +60,7 @@ def test_a_model_larger_than_a_process_may_be_is_exported(
 ) -> None:
     script = f"""
         import re, resource
-        import torch, torch.distributed.checkpoint, tiered, tiered.export
+        import torch, tiered, tiered.export, tiered.export_dcp
         found = tiered.recover({uri!r}, job={JOB!r})
         assert found.tensor("model.layer0.weight").shape[1] == 128  # all is imported now
         status = open("/proc/self/status").read()

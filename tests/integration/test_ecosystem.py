@@ -167,7 +167,7 @@ def test_a_model_larger_than_the_memory_it_takes_comes_in_and_goes_out_again(
     cluster: LocalCluster, tmp_path: Path, job: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tiered.whole_step.WINDOW_BYTES", 4 << 20)
-    monkeypatch.setattr("tiered.export.WINDOW_BYTES", 4 << 20)
+    monkeypatch.setattr("tiered.export_dcp.WINDOW_BYTES", 4 << 20)
     parts = {f"layer{n}.weight": torch.randn(3 << 20, 4) for n in range(3)}
     size_bytes = 3 * (48 << 20)
     bound = size_bytes // 3

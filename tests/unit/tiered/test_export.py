@@ -18,11 +18,11 @@ from tiered.boxes import Box
 from tiered.errors import ConfigError, StateError
 from tiered.export import (
     check_target,
-    write_dcp,
     write_safetensors,
     write_shards,
     write_torch,
 )
+from tiered.export_dcp import write_dcp
 from tiered.whole_step import WholeStep
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 def window(monkeypatch: pytest.MonkeyPatch) -> None:
     """So small that every tensor comes in several."""
     monkeypatch.setattr("tiered.whole_step.WINDOW_BYTES", 600)
-    monkeypatch.setattr("tiered.export.WINDOW_BYTES", 600)
+    monkeypatch.setattr("tiered.export_dcp.WINDOW_BYTES", 600)
 
 
 def make_state() -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from tests.unit.tiered.fake_shard import assert_same
 from tests.unit.tiered.test_export import make_state, whole_of
 from tiered.errors import ConfigError, StateError
-from tiered.export import write_dcp, write_safetensors
+from tiered.export import write_safetensors
+from tiered.export_dcp import write_dcp
 from tiered.imports import format_of, import_step, opened
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")

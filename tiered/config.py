@@ -135,7 +135,7 @@ class S3:
         upload_concurrency: Parts on their way at once, from one host.
         bandwidth_bytes_per_s: Cap on what one host uploads; None: no cap.
         connect_timeout_s: Until a connection is open.
-        read_timeout_s: Without a byte of the answer.
+        read_timeout_s: Without a byte of the answer, or of the request taken.
         max_attempts: Of one request, the first included.
         also_keep: Policies that keep more than the newest steps.
 

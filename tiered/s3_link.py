@@ -4,6 +4,7 @@ One client and its connections, the threads that move bytes, the cap on bandwidt
 the budget of retries. `ask` is the one place where a request is made, repeated, and given up.
 """
 
+import contextlib
 import logging
 import os
 import random
@@ -14,7 +15,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import boto3
-from botocore.awsrequest import AWSRequest
+from botocore.awsrequest import AWSHTTPConnection, AWSHTTPSConnection, AWSRequest
 from botocore.config import Config
 
 from tiered.breaker import Breaker, RetryBudget
@@ -372,7 +373,34 @@ def _new_client(settings: S3) -> "S3Client":
     except ValueError as error:  # botocore's word for a bad AWS_ENDPOINT_URL
         raise DurableStoreError(f"s3://{settings.bucket}", "connect", str(error)) from error
     client.meta.events.register("before-sign.s3", _sign_checksum)
+    _send_patiently(client, settings.read_timeout_s)
     return client
+
+
+def _send_patiently(client: "S3Client", timeout_s: float) -> None:
+    """Have a server as long to take what is sent as to answer.
+
+    urllib3 sends a request under the connect timeout, and waits for its answer under the other one;
+    so a server that takes nothing for that long has its upload broken off. No setting of botocore
+    changes that: a connection of these classes does. Where a botocore keeps them elsewhere, all is
+    as without.
+    """
+
+    def patient(connection: type[AWSHTTPConnection | AWSHTTPSConnection]) -> type:
+        class Patient(connection):  # type: ignore[misc,valid-type]
+            def request(self, *args: Any, **kwargs: Any) -> None:
+                if self.sock is None:
+                    self.connect()
+                self.timeout = timeout_s
+                super().request(*args, **kwargs)
+
+        return Patient
+
+    with contextlib.suppress(AttributeError):
+        pools = client._endpoint.http_session._pool_classes_by_scheme  # type: ignore[attr-defined]
+        for scheme, pool in pools.items():
+            names = {"ConnectionCls": patient(pool.ConnectionCls)}
+            pools[scheme] = type(pool.__name__, (pool,), names)
 
 
 def _sign_checksum(request: AWSRequest, **_: object) -> None:

@@ -115,8 +115,7 @@ class Loop:
         with tiered.Checkpointer(
             job=settings.job,
             memory=tiered.Memory(every_steps=MEMORY_EVERY, keep=2, replicas=1),
-            # Two cores for all hosts and the S3 server: it may be long before that reads on.
-            s3=tiered.S3(settings.s3_uri, every_steps=S3_EVERY, keep=5, connect_timeout_s=60.0),
+            s3=tiered.S3(settings.s3_uri, every_steps=S3_EVERY, keep=5),
         ) as ckpt:
             start = ckpt.restore(state)
             self.note_restored(ckpt.restored, start)

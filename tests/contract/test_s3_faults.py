@@ -225,6 +225,19 @@ def test_an_answer_that_does_not_come_is_asked_for_again(proxy: FaultProxy, root
     store.close()
 
 
+def test_a_server_that_takes_nothing_for_a_while_has_as_long_as_for_its_answer(
+    proxy: FaultProxy, root: str
+) -> None:
+    settings = S3(f"s3://{SHARED_BUCKET}", part_bytes=64 * MIB, connect_timeout_s=0.2)
+    store = S3Store(settings, root)
+    image = bytes(32 * MIB)  # more than the buffers of the sockets between hold
+    for name in ("on a new connection", "on one that is used again"):
+        with proxy.faulted(Fault("slow", "^PutObject ", delay_s=1.5)):
+            store.upload(name, chunks_of(image))
+    assert proxy.count("PutObject") == 2, "one was broken off and sent again"
+    store.close()
+
+
 # --- what does not pass
 
 

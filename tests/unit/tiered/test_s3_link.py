@@ -1,6 +1,7 @@
 """The way to the store: shared by settings, patient within a budget, silent while it is down."""
 
 import logging
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -166,6 +167,19 @@ def test_addressing_and_limits_reach_the_client(
     assert (config.connect_timeout, config.read_timeout) == (5.0, 30.0)
     assert (seen["region_name"], seen["profile_name"]) == ("eu-west-1", "p")
     assert seen["endpoint_url"] == settings.get("endpoint_url")
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_request_is_sent_under_the_timeout_of_its_answer(scheme: str) -> None:
+    link = link_to(S3(URI, region="eu-west-1", connect_timeout_s=1, read_timeout_s=20))
+    session: Any = link.client()._endpoint.http_session  # type: ignore[attr-defined]
+    connection = session._pool_classes_by_scheme[scheme].ConnectionCls("localhost", timeout=1)
+    ours, servers = socket.socketpair()
+    with ours, servers:
+        connection.sock = ours
+        connection.request("PUT", "/bucket/key", body=b"x")
+        assert ours.gettimeout() == 20
+    leave(link)
 
 
 # --- asking again

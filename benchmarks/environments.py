@@ -50,9 +50,11 @@ def python_of(name: str, requirements: Sequence[str], folder: Path = FOLDER) -> 
     shared = sysconfig.get_paths()["purelib"]
     own = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
     (own / "shared.pth").write_text(shared + "\n")
+    # Ignored: what the running environment has in the same version, whose programs are not here.
     _run(
         [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps",
-         "--no-warn-script-location", "--disable-pip-version-check", *requirements]
+         "--ignore-installed", "--no-warn-script-location",
+         "--disable-pip-version-check", *requirements]
     )  # fmt: skip
     done.write_text(wanted)
     return python

@@ -334,7 +334,8 @@ class StorageReader(DcpStorageReader):
         """Fill the planner's tensors and values; only chunks with something of them are read.
 
         Raises:
-            StateError: A tensor is of another dtype than was saved; nothing was changed.
+            StateError: A tensor is of another dtype than was saved, or a part is wanted of a plain
+                one that was different on each rank; nothing was changed.
             StepNotFoundError: No tier has an intact copy of a chunk. Says which tensors may be part
                 old, part new.
             WorldSizeError: Tensors differ between the ranks that saved them, which are no DTensors,
@@ -365,6 +366,8 @@ class StorageReader(DcpStorageReader):
             if self._world_size != saved.world_size:
                 paths = [one.path for one in wanted]
                 index.check_replicas(paths, self._world_size, str(saved))
+            else:
+                index.check_cut((one.path, one.box) for one in wanted)
             read_tensors(saved, index, wanted, saved.nearest(self._rank))
         for item, target, one in tensors:
             if not one.targets:

@@ -81,7 +81,8 @@ def restore_into(
 
     Raises:
         StateError: Keys are missing or too many, or a tensor does not fit; says which, all of
-            them, before anything is overwritten. Or an object refused its state.
+            them, before anything is overwritten. Or an object refused its state. Or a part is
+            wanted of a plain tensor that was different on each rank.
         WorldSizeError: Tensors are different on each rank, and no DTensors, so that another number
             of ranks cannot have them.
         StepNotFoundError: No tier has an intact copy of some chunk. Says which tensors in `state`
@@ -96,10 +97,12 @@ def restore_into(
         plan = None
         if is_same_world:
             plan = _Plan(target, step, [donor], strict=strict)
-        if plan is None or (plan.is_incomplete and step.world_size > 1):
+        if plan is None or (step.world_size > 1 and plan.needs_others):
             others = [r for r in range(step.world_size) if r != donor]
             plan = _Plan(target, step, [donor, *others], strict=strict)
-            if not is_same_world:
+            if is_same_world:
+                plan.check_cut()
+            else:
                 plan.check_replicas(world_size or step.world_size)
         plan.check()
         read_tensors(step, plan.index, plan.wanted.values(), step.nearest(rank))
@@ -242,9 +245,9 @@ class _Plan:
                 self.problems |= {dotted(p): what for p, what in unmakable(self.tree[key], (key,))}
 
     @property
-    def is_incomplete(self) -> bool:
-        """Whether other ranks' shards may have what these do not."""
-        return bool(self.missing or self.gaps or self.problems)
+    def needs_others(self) -> bool:
+        """Whether other ranks' shards may have what these do not, or have something else."""
+        return bool(self.missing or self.gaps or self.problems or self.index.cut(self._boxes))
 
     def check(self) -> None:
         """Refuse what cannot be filled.
@@ -261,6 +264,14 @@ class _Plan:
             )
         if problems := self.problems | self.gaps:
             raise StateError(next(iter(problems)), listed(problems))
+
+    def check_cut(self) -> None:
+        """See `StepIndex.check_cut`."""
+        self.index.check_cut(self._boxes)
+
+    @property
+    def _boxes(self) -> list[tuple[str, Box]]:
+        return [(one.path, one.box) for one in self.wanted.values()]
 
     def check_replicas(self, world_size: int) -> None:
         """See `StepIndex.check_replicas`; what is each rank's own may differ."""

@@ -177,13 +177,37 @@ class StepIndex:
         Raises:
             WorldSizeError: There are such tensors; names them.
         """
-        different = sorted(p for p in set(paths) if p in self._odd or self._is_different(p))
-        if different:
+        if different := self._different(paths):
             reason = (
                 f"{len(different)} tensors differ between its ranks and are no DTensors, so that "
                 f"nobody can say how to cut them anew: {', '.join(different[:NAMED])}"
             )
             raise WorldSizeError(world_size, len(self.views), where, reason)
+
+    def cut(self, wanted: Iterable[tuple[str, Box]]) -> list[str]:
+        """Plain tensors, by path, of which only a part is wanted: DDP's, to be sharded now."""
+        known = self.entries
+        parts = {path for path, box in wanted if box.shape != known[path].shape}
+        return sorted(path for path in parts if not known[path].is_sharded)
+
+    def check_cut(self, wanted: Iterable[tuple[str, Box]]) -> None:
+        """Refuse to cut plain tensors of which it is certain that ranks do not hold the same.
+
+        As `check_replicas`, for as many ranks as saved the step: each would take its part from a
+        whole of its own, and no two of them would fit together.
+
+        Raises:
+            StateError: There are such tensors; names them.
+        """
+        if different := self._different(self.cut(wanted)):
+            problem = (
+                "differs between the ranks that saved it and was no DTensor, so that nobody can "
+                "say whose is to be sharded now; load it as it was saved, a plain tensor"
+            )
+            raise StateError(different[0], listed(dict.fromkeys(different, problem)))
+
+    def _different(self, paths: Iterable[str]) -> list[str]:
+        return sorted(p for p in set(paths) if p in self._odd or self._is_different(p))
 
     def _is_different(self, path: str) -> bool:
         entry = self.entries.get(path)

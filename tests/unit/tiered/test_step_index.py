@@ -10,6 +10,7 @@ from tiered.boxes import Box, whole
 from tiered.errors import StateError, StepNotFoundError, WorldSizeError
 from tiered.restore import read_state, read_whole_state, restore_into
 from tiered.saved_step import SavedStep
+from tiered.state import TensorPart
 from tiered.step_index import StepIndex
 from tiered.tensor_reads import Wanted, read_tensors
 
@@ -93,6 +94,19 @@ def test_tensors_that_are_surely_each_ranks_own_are_refused_to_another_number_of
     same = {"w": torch.zeros(5000)}
     restore_into(same, step_of(values), 1, 2)  # as many ranks: each gets its own
     assert same["w"].tolist() == [1.0] * 5000
+
+
+def test_a_whole_that_is_to_be_a_part_now_is_refused_where_each_rank_had_another() -> None:
+    def load(*saved: float) -> list[list[float]]:
+        shards = [Shard({"w": torch.full((5000,), value)}) for value in saved]
+        parts = [TensorPart(torch.zeros(2500), (2500 * rank,), (5000,)) for rank in range(2)]
+        for rank, part in enumerate(parts):
+            restore_into({"w": part}, step_of(shards), rank, 2)
+        return [part.tensor.unique().tolist() for part in parts]
+
+    assert load(3.0, 3.0) == [[3.0], [3.0]]
+    with pytest.raises(StateError, match="w: differs between the ranks that saved it"):
+        load(3.0, 4.0)
 
 
 def test_stages_of_a_pipeline_find_their_layers_on_whichever_rank_had_them() -> None:

@@ -69,6 +69,7 @@ NAMESPACE = "tiered"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 TICK_S = 0.2
 HASHERS = 1  # threads: one hashes faster than a network sends, and training needs the processors
+VERIFIERS = min(8, os.cpu_count() or 1)  # threads; training waits for them
 OFFERS_AT_ONCE = 2  # per peer, as many as it has connections: no pause between two chunks
 RECEIVERS = 16  # threads; one that waits for a hung peer must not keep others from theirs
 
@@ -149,6 +150,8 @@ class Holder:
         self._spared_bytes = 0
         self._receivers = ThreadPoolExecutor(RECEIVERS, thread_name_prefix="tiered-receive")
         self._hashers = ThreadPoolExecutor(HASHERS, thread_name_prefix="tiered-hash")
+        self._rereaders = ThreadPoolExecutor(1, thread_name_prefix="tiered-reread")
+        self._verifiers = ThreadPoolExecutor(VERIFIERS, thread_name_prefix="tiered-verify")
         self._reports = Reports(observer, NAMESPACE)
         self._probes = Probes(self._peer, self._core.offers.peers)
         self._offer_slots: dict[HolderId, asyncio.Semaphore] = {}
@@ -404,14 +407,20 @@ class Holder:
         self._ways.pop(job, None)
 
     async def verify(self, keys: Sequence[ShardKey]) -> list[ShardKey]:
-        """Read every byte of these shards; return those that are missing or corrupt here."""
-        bad = []
-        for key in keys:
+        """Read every byte of these shards; return those that are missing or corrupt here.
+
+        Several chunks at a time: a new life waits for it, and a host may have hundreds of GB.
+        """
+
+        async def is_intact(key: ShardKey) -> bool:
             try:
-                await self._verified(key)
+                await self._verified(key, self._verifiers)
             except (ShardNotHeldError, ChunkCorruptError):
-                bad.append(key)
-        return bad
+                return False
+            return True
+
+        intact = await asyncio.gather(*map(is_intact, keys))
+        return [key for key, is_whole in zip(keys, intact, strict=True) if not is_whole]
 
     async def upload(
         self,
@@ -436,7 +445,7 @@ class Holder:
         """
         with contextlib.closing(store):
             await asyncio.to_thread(store.check)  # before a whole shard is read for nothing
-            record = await self._verified(key)
+            record = await self._verified(key, self._rereaders)
             known = None
             if earlier is not None and (runs := common_runs(record, earlier[1])):
                 known = Earlier(earlier[0], runs)
@@ -445,10 +454,12 @@ class Holder:
 
     # -- the shell ------------------------------------------------------------------------------
 
-    async def _verified(self, key: ShardKey) -> ShardRecord:
+    async def _verified(self, key: ShardKey, threads: ThreadPoolExecutor) -> ShardRecord:
         """Read every byte of a shard; a corrupt copy stops counting."""
-        record = self._core.record(key)
-        bad = await asyncio.to_thread(_first_corrupt, self._whole(record), record.digests)
+        record, run = self._core.record(key), asyncio.get_running_loop().run_in_executor
+        values = await asyncio.gather(*(run(threads, digest, c) for c in self._whole(record)))
+        pairs = enumerate(zip(values, record.digests, strict=True))
+        bad = next((index for index, (value, expected) in pairs if value != expected), None)
         if bad is not None:
             error = ChunkCorruptError("this host's memory", str(key), bad)
             logger.error("%s; the copy no longer counts", error)
@@ -607,8 +618,3 @@ def _first_bytes(chunk: Chunk, size_bytes: int) -> Chunk:
         return chunk
     (memory,) = chunk
     return [memory[:size_bytes]]
-
-
-def _first_corrupt(chunks: Sequence[Chunk], digests: Sequence[bytes]) -> int | None:
-    pairs = enumerate(zip(chunks, digests, strict=True))
-    return next((i for i, (chunk, expected) in pairs if digest(chunk) != expected), None)

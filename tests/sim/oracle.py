@@ -247,7 +247,9 @@ class Oracle:
             "%s committed, %d copies%s", version, event.copies, " degraded" * event.is_degraded
         )
         self.counts["commits"] += 1
-        self._judge_gap()
+        whole_s = self.whole_s.get(version, world.kernel.now_s)
+        is_stuck = event.is_degraded and world.kernel.now_s - whole_s >= STUCK_S
+        self._judge_gap(STALLED_S + (STUCK_S if is_stuck else 0.0))
         claimed = world.claimed_generation()
         is_overtaken = version.generation < claimed and not coordinator.is_current
         if version.generation < self.generation:
@@ -266,7 +268,6 @@ class Oracle:
         up = self._up()
         now_s = world.kernel.now_s
         is_cut = event.is_degraded and world.network.between_s > now_s - FOUND_S
-        is_stuck = event.is_degraded and now_s - self.whole_s.get(version, now_s) >= STUCK_S
         is_short = min(asked, up) > need and not is_cut and not is_stuck
         if is_short or (not event.is_degraded and need < asked and is_fixed):
             self.violated(
@@ -277,12 +278,15 @@ class Oracle:
             if len(nodes) < max(1, need):
                 self.violated("I6", f"{version} commits, rank {rank} was never on {need} hosts")
 
-    def _judge_gap(self) -> None:
-        """Where only links between hosts are cut, saves go on: the next buddy is soon found."""
+    def _judge_gap(self, most_s: float) -> None:
+        """Where only links between hosts are cut, saves go on: the next buddy is soon found.
+
+        If it has no room, a step is committed without it once it has waited for `STUCK_S`.
+        """
         now_s, before_s = self.world.kernel.now_s, self._committed_s
         self._committed_s = now_s
         is_judged = self.world.setup.profile == "links" and not self.world.faults.is_over
-        if is_judged and now_s - before_s > STALLED_S:
+        if is_judged and now_s - before_s > most_s:
             self.violated("L2", f"no commit for {now_s - before_s:.0f} s, and only links were cut")
 
     def _raise_mark(self) -> None:

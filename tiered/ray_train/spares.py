@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 
 HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"  # what a setup hook of Ray's comes down to
 MODULES = "TIERED_IMPORT_AHEAD"
-ALWAYS = ("torch", "ray.train.torch", "tiered.ray_train.callback", "tiered.checkpointer")
+ALWAYS = (
+    "torch", "torch._dynamo",  # what the first optimizer imports, as long again as torch itself
+    "ray.train.torch", "tiered.ray_train.callback", "tiered.checkpointer",
+)  # fmt: skip
 KEEP_S = 7 * 24 * 3600  # Ray ends idle processes; not these, and all when their job is over
 CALL_TIMEOUT_S = 2.0
 

@@ -286,16 +286,15 @@ class S3Store(DurableStore):
                 if not is_absent(error) and not is_too_short(error):
                     raise
                 raise self._damaged(path, explain(error, self.settings)) from error
-            total = answer.get("ContentRange", "").rpartition("/")[2]
-            if total.isdigit() and int(total) < start + size_bytes:
-                problem = f"the object has {total} bytes, not the {size_bytes} from {start}"
-                raise self._damaged(path, problem)
-            # 200 is the whole object, from a store that ignored the range: right only from byte 0.
-            is_whole = answer["ResponseMetadata"]["HTTPStatusCode"] == 200
-            is_range = answer["ContentLength"] == size_bytes and not (is_whole and start > 0)
             done = 0
             with closing(answer["Body"]) as body:
-                if is_range:
+                total = answer.get("ContentRange", "").rpartition("/")[2]
+                if total.isdigit() and int(total) < start + size_bytes:
+                    problem = f"the object has {total} bytes, not the {size_bytes} from {start}"
+                    raise self._damaged(path, problem)
+                # 200 is the whole object, of a store that ignored the range: right from byte 0.
+                is_whole = answer["ResponseMetadata"]["HTTPStatusCode"] == 200
+                if answer["ContentLength"] == size_bytes and not (is_whole and start > 0):
                     done = sum(_read_piece(body, piece) for piece in into)
             if done != size_bytes:
                 raise IncompleteReadError(actual_bytes=done, expected_bytes=size_bytes)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
 import ray
 from ray.exceptions import RayError
 
@@ -61,10 +62,10 @@ class Remote:
 
     def stop(self) -> None:
         """Interrupt the run, as Ctrl-C would."""
-        self._process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_TIMEOUT_S)
-        self._process.kill()
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            psutil.wait_procs([psutil.Process(self._process.pid)], timeout=STOP_TIMEOUT_S)
+            self._process.kill()
 
     def files(self) -> dict[str, bytes]:
         """All that the run has left, by its path below the folder; it is deleted here."""
@@ -92,7 +93,6 @@ def run(address: str, arguments: Sequence[str], out: Path, to: BinaryIO) -> int:
         Its exit status.
 
     Raises:
-        KeyboardInterrupt: As Ctrl-C does; what the run has recorded so far is kept.
         ConnectionError: No cluster answers there.
         DeadlineError: The cluster starts no actor.
         RayError: The actor was lost, and the run with it.
@@ -112,20 +112,15 @@ def run(address: str, arguments: Sequence[str], out: Path, to: BinaryIO) -> int:
             to.flush()
             start += len(printed)
             timeout_s = CALL_TIMEOUT_S
-        _fetch(remote, out)
+        for name, data in ray.get(remote.files.remote(), timeout=CALL_TIMEOUT_S).items():
+            path = out / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
     except KeyboardInterrupt:
         ray.get(remote.stop.remote(), timeout=STOP_TIMEOUT_S + CALL_TIMEOUT_S)
-        _fetch(remote, out)  # the history of a run that was interrupted can be judged, too
         raise
     finally:
         with contextlib.suppress(RayError, ConnectionError):  # it is gone already
             ray.kill(remote)
         ray.shutdown()
     return int(status)
-
-
-def _fetch(remote: Any, out: Path) -> None:
-    for name, data in ray.get(remote.files.remote(), timeout=CALL_TIMEOUT_S).items():
-        path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)

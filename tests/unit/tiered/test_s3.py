@@ -1,9 +1,11 @@
+import contextlib
 import io
 import os
 import pickle
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
+from unittest.mock import MagicMock
 
 import boto3
 import botocore.exceptions
@@ -14,7 +16,12 @@ from botocore.response import StreamingBody
 from botocore.stub import ANY, Stubber
 
 from tiered.config import S3
-from tiered.errors import ConfigError, DurableStoreDownError, DurableStoreError
+from tiered.errors import (
+    ConfigError,
+    DurableObjectError,
+    DurableStoreDownError,
+    DurableStoreError,
+)
 from tiered.s3 import S3Store
 
 URI = "s3://bucket/ckpt"
@@ -414,3 +421,18 @@ def test_keys_leave_out_folder_markers(client: Any, stub: Stubber) -> None:
     contents = [{"Key": name, "Size": 0, "LastModified": datetime.now(UTC)} for name in names]
     stub.add_response("list_objects_v2", {"Contents": contents})
     assert store_over(client).keys("") == ["a/b"]
+
+
+def test_an_object_that_is_too_short_leaves_no_connection_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answer = {
+        "Body": MagicMock(), "ContentLength": 5, "ContentRange": "bytes 0-4/5",
+        "ResponseMetadata": {"HTTPStatusCode": 206},
+    }  # fmt: skip
+    client = MagicMock(get_object=lambda **_: answer)
+    with contextlib.closing(S3Store(S3("s3://bucket"), "job")) as store:
+        monkeypatch.setattr(store.link, "client", lambda: client)
+        with pytest.raises(DurableObjectError, match="the object has 5 bytes, not the 10 from 0"):
+            store.read_into("shard", 0, [memoryview(bytearray(10))])
+    answer["Body"].close.assert_called_once_with()

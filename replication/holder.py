@@ -38,6 +38,7 @@ from replication.chunk_server import ChunkServer, ReadChunk
 from replication.dataplane import Access, open_transports
 from replication.durable import DurableStore, Earlier, common_runs
 from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
+from replication.fetch_once import FetchOnce
 from replication.inventory import Inventory, Reservation
 from replication.presence import is_present
 from replication.probes import Probes
@@ -147,6 +148,7 @@ class Holder:
         self._ways: dict[str, Way] = {}
         self._buffers = ReceiveBuffers()
         self._places = Places()
+        self._guests = FetchOnce(node_id)
         self._spared_bytes = 0
         self._receivers = ThreadPoolExecutor(RECEIVERS, thread_name_prefix="tiered-receive")
         self._hashers = ThreadPoolExecutor(HASHERS, thread_name_prefix="tiered-hash")
@@ -315,10 +317,7 @@ class Holder:
                 self._spared_bytes += wanted.size_bytes
                 return
         self._trim()
-        origin = Source(source.node_id, await self._peer(source), endpoint)
-        receive = asyncio.get_running_loop().run_in_executor
-        chunk = await receive(self._receivers, self._receive, origin, wanted, expected, way)
-        self._keep(fetched, chunk)
+        self._keep(fetched, await self._fetched(wanted, expected, source, endpoint, way))
 
     async def read_chunk(self, key: ShardKey, index: int) -> Chunk:
         """Return a chunk that is pinned here; Ray copies it for whoever asked.
@@ -341,6 +340,40 @@ class Holder:
             self._places.of(chunks[index]) if index in chunks else None
             for index in range(max(chunks) + 1)
         ]
+
+    async def bring(
+        self,
+        wanted: ChunkId,
+        expected: bytes,
+        source: HolderId,
+        endpoint: Endpoint | None = None,
+        way: Way = "auto",
+    ) -> list[Place] | None:
+        """Fetch a chunk for readers on this host, once for all of them; see `FetchOnce`.
+
+        Args:
+            wanted: Which chunk.
+            expected: Its checksum.
+            source: Who has it.
+            endpoint: Where the data plane of `source` listens, if it has one.
+            way: How to fetch it.
+
+        Returns:
+            Where it lies in this host's object store, for the next seconds; None if it is not in
+            it.
+
+        Raises:
+            ChunkCorruptError: What arrived does not have the checksum `expected`.
+            HolderUnavailableError: There is no room for it here, or `source` is gone.
+            ShardNotHeldError, ProtocolError: The source could not serve it.
+        """
+
+        async def fetch() -> Chunk:
+            return await self._fetched(wanted, expected, source, endpoint, way)
+
+        room_bytes = self._core.capacity_bytes - self._core.used_bytes
+        chunk = await self._guests.get(expected, wanted.size_bytes, fetch, room_bytes)
+        return self._places.of(chunk)
 
     async def access(self) -> Access:
         """Tell how to read from here by TCP; who may call actors may know the secret."""
@@ -489,6 +522,18 @@ class Holder:
         except KeyError:
             raise ShardNotHeldError(self._core.holder.node_id, str(key)) from None
 
+    async def _fetched(
+        self,
+        wanted: ChunkId,
+        expected: bytes,
+        source: HolderId,
+        endpoint: Endpoint | None,
+        way: Way,
+    ) -> Chunk:
+        origin = Source(source.node_id, await self._peer(source), endpoint)
+        receive = asyncio.get_running_loop().run_in_executor
+        return await receive(self._receivers, self._receive, origin, wanted, expected, way)
+
     def _receive(self, source: Source, wanted: ChunkId, expected: bytes, way: Way) -> Chunk:
         """Read a chunk into memory of the object store, hashing it as it comes; blocks."""
         lease, checksum = self._buffers.lease(wanted.size_bytes), Digest()
@@ -511,7 +556,10 @@ class Holder:
         What a collected step leaves so serves the next one; without shards nothing is kept.
         """
         core = self._core
-        self._buffers.trim(max(0, min(core.capacity_bytes - core.used_bytes, core.used_bytes)))
+        free_bytes = core.capacity_bytes - core.used_bytes
+        self._guests.trim(free_bytes)
+        guests_bytes = self._guests.held_bytes
+        self._buffers.trim(max(0, min(free_bytes - guests_bytes, core.used_bytes + guests_bytes)))
 
     @property
     def _endpoint(self) -> Endpoint | None:
@@ -599,6 +647,8 @@ class Holder:
         while True:
             await asyncio.sleep(TICK_S)
             self._feed(messages.Ticked())
+            if self._guests.held_bytes:
+                self._trim()
 
 
 def _serve(read: ReadChunk, secret: Secret, tls: Tls | None) -> ChunkServer | None:

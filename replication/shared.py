@@ -22,7 +22,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from replication.errors import HolderTimeoutError, HolderUnavailableError, ReplicationError
 from replication.pinning import MAPS, pin
-from replication.records import Buffer, Chunk, ChunkId, ShardKey
+from replication.records import ActorRef, Buffer, Chunk, ChunkId, Endpoint, HolderId, ShardKey, Way
 from replication.sink import Sink, gather
 from replication.transport import Source, check_size, read_whole
 
@@ -160,12 +160,38 @@ class SharedMemoryTransport:
 
     def read(self, source: Source, chunk: ChunkId, sink: Sink, timeout_s: float) -> None:
         """See Transport."""
-        views = self._views(source, chunk, timeout_s)
-        check_size(chunk, sum(view.nbytes for view in views), source.node_id)
-        missing_bytes = sink.missing_bytes
-        sink.fill(gather(views, sink.missing()))
-        with self._counting:
-            self.bytes_read += missing_bytes
+        with self._lock:
+            of_shard = self._places.get((source.node_id, chunk.key))
+            if of_shard is None:
+                of_shard = _answer(source.actor.places.remote(chunk.key), source, timeout_s)
+                self._places[source.node_id, chunk.key] = of_shard
+        places = of_shard[chunk.index] if chunk.index < len(of_shard) else None
+        self._read(source, chunk, places, sink)
+
+    def read_guest(
+        self,
+        host: Source,
+        chunk: ChunkId,
+        expected: bytes,
+        source: tuple[HolderId, Endpoint | None, Way],
+        sink: Sink,
+        timeout_s: float,
+    ) -> None:
+        """Fill `sink` with a chunk of another host, which this host's holder fetches for all.
+
+        Args:
+            host: The holder of this host.
+            chunk: Which chunk.
+            expected: Its checksum.
+            source: Who has it, where that listens, and how to fetch it; see `Holder.bring`.
+            sink: Gets the bytes that it still misses.
+            timeout_s: For the whole way.
+
+        Raises:
+            ReplicationError: As `Holder.bring` and `Transport.read` do.
+        """
+        answer = host.actor.bring.remote(chunk, expected, *source)
+        self._read(host, chunk, _answer(answer, host, timeout_s), sink)
 
     def fetch(self, source: Source, chunk: ChunkId, timeout_s: float) -> Chunk:
         """See Transport."""
@@ -177,14 +203,9 @@ class SharedMemoryTransport:
             self._sentinel, self._home = None, []
             self._places.clear()
 
-    def _views(self, source: Source, chunk: ChunkId, timeout_s: float) -> list[Buffer]:
+    def _read(self, source: Source, chunk: ChunkId, places: list[Place] | None, sink: Sink) -> None:
         with self._lock:
-            of_shard = self._places.get((source.node_id, chunk.key))
-            if of_shard is None:
-                of_shard = _ask(source, chunk.key, timeout_s)
-                self._places[source.node_id, chunk.key] = of_shard
             home = self._find_home()
-        places = of_shard[chunk.index] if chunk.index < len(of_shard) else None
         # Of other mappings only the system can say that they are still there.
         views = [view_of(place, home) for place in places or ()]
         if any(view is None for view in views):
@@ -193,7 +214,11 @@ class SharedMemoryTransport:
         found = [view for view in views if view is not None]
         if places is None or len(found) < len(places):
             raise HolderUnavailableError(source.node_id, "its memory is not mapped here")
-        return found
+        check_size(chunk, sum(view.nbytes for view in found), source.node_id)
+        missing_bytes = sink.missing_bytes
+        sink.fill(gather(found, sink.missing()))
+        with self._counting:
+            self.bytes_read += missing_bytes
 
     def _find_home(self) -> list[Mapping]:
         if self._sentinel is None:
@@ -203,10 +228,14 @@ class SharedMemoryTransport:
         return self._home
 
 
-def _ask(source: Source, key: ShardKey, timeout_s: float) -> list[list[Place] | None]:
-    reference = source.actor.places.remote(key)
+def _answer(reference: ActorRef, source: Source, timeout_s: float) -> Any:
+    """What a holder answers.
+
+    Raises:
+        ReplicationError: What it raised, or why it did not answer.
+    """
     try:
-        places: list[list[Place] | None] = ray.get(reference, timeout=timeout_s)
+        return ray.get(reference, timeout=timeout_s)
     except GetTimeoutError as error:
         raise HolderTimeoutError(source.node_id, f"silent for {timeout_s:g} s") from error
     except RayError as error:
@@ -214,4 +243,3 @@ def _ask(source: Source, key: ShardKey, timeout_s: float) -> list[list[Place] | 
         if isinstance(cause, ReplicationError):
             raise cause from error
         raise HolderUnavailableError(source.node_id, type(error).__name__) from error
-    return places

@@ -51,6 +51,7 @@ from tiered.errors import (
 from tiered.fetch import ShardReader, tiers_of
 from tiered.handle import SaveHandle
 from tiered.history import Resolution
+from tiered.host_fetch import by_own_holder, wanted_often
 from tiered.messages import Level
 from tiered.own_holder import OwnHolder
 from tiered.ownership import Ownership
@@ -354,10 +355,14 @@ class Checkpointer:
     def _open(self, resolution: Resolution, near: SharedMemoryTransport | None = None) -> SavedStep:
         s3, node_id, way = self.settings.s3, self._holder.node_id, self.settings.memory.transport
         store = S3Store(s3, self.job) if s3 is not None else None
-        readers = [
-            ShardReader(shard, tiers_of(shard, node_id, store, way, near))
-            for shard in resolution.shards
-        ]
+        near = near or SharedMemoryTransport()
+        readers = []
+        often = wanted_often(resolution.shards, self._worker.world_size)
+        for shard, is_wanted_often in zip(resolution.shards, often, strict=True):
+            tiers = tiers_of(shard, node_id, store, way, near)
+            if is_wanted_often:
+                tiers = by_own_holder(tiers, node_id, near)
+            readers.append(ShardReader(shard, tiers))
         return SavedStep(readers, node_id=node_id, allow_pickle=self._allow_pickle, store=store)
 
     def _report_rotten(self, saved: SavedStep, version: Version) -> None:

@@ -27,7 +27,16 @@ from replication.errors import (
     TieredError,
 )
 from replication.holder import NAMESPACE, holder_name
-from replication.records import ActorRef, Buffer, ByteRange, Chunk, ChunkId, HolderId, Way
+from replication.records import (
+    ActorRef,
+    Buffer,
+    ByteRange,
+    Chunk,
+    ChunkId,
+    Endpoint,
+    HolderId,
+    Way,
+)
 from replication.shared import SharedMemoryTransport
 from replication.sink import Sink
 from replication.stream import tls_like_ray
@@ -93,7 +102,7 @@ class HolderTier:
             self.label = OWN_HOST if holder.node_id == node_id else FORMER_HOST
         self.name = f"host {holder.node_id[:8]}"
         self._holder = holder
-        self._is_near = holder.node_id == node_id
+        self.is_near = holder.node_id == node_id
         self._near = near or SharedMemoryTransport()
         self._record = sources.record
         self._way = way
@@ -104,13 +113,13 @@ class HolderTier:
     def read(self, index: int) -> Chunk:
         """See Tier."""
         source, transport = self._find()
-        chunk = self._chunk(index)
+        chunk = self.chunk_id(index)
         return transport.fetch(source, chunk, fetch_timeout_s(chunk.size_bytes))
 
     def read_into(self, index: int, sink: Sink) -> None:
         """See Tier."""
         source, transport = self._find()
-        chunk = self._chunk(index)
+        chunk = self.chunk_id(index)
         transport.read(source, chunk, sink, fetch_timeout_s(chunk.size_bytes))
 
     def close(self) -> None:
@@ -124,8 +133,22 @@ class HolderTier:
         finally:
             self._lock.release()
 
-    def _chunk(self, index: int) -> ChunkId:
+    def chunk_id(self, index: int) -> ChunkId:
+        """One chunk's name and size."""
         return ChunkId(self._record.key, index, self._record.plan.chunk_sizes[index])
+
+    def digest(self, index: int) -> bytes:
+        """One chunk's checksum."""
+        return self._record.digests[index]
+
+    def way(self) -> tuple[HolderId, Endpoint | None, Way]:
+        """How another holder is to read from this one, which is asked once.
+
+        Raises:
+            HolderUnavailableError: It is gone, or did not answer.
+        """
+        source, _ = self._find()
+        return self._holder, source.endpoint, self._way
 
     def _find(self) -> tuple[Source, Transport]:
         """The holder, and the way to it; asked for once, by an actor call.
@@ -159,7 +182,7 @@ class HolderTier:
         except RayError as error:
             raise HolderUnavailableError(node_id, f"{type(error).__name__}: {error}") from error
         transport = open_transports(access.secret, tls_like_ray(os.environ))[self._way]
-        if self._is_near:
+        if self.is_near:
             transport = FallbackTransport(self._near, transport)
         return Source(node_id, handle, access.endpoint), transport
 

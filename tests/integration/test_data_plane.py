@@ -216,3 +216,27 @@ def test_hosts_that_die_in_the_middle_of_a_load(
     assert isinstance(problem, tiered.StepNotFoundError)
     assert "may have been overwritten: count, half, weight" in str(problem)
     assert state["nested"] == make_state(7, STATE_BYTES)["nested"]
+
+
+def test_what_ranks_of_a_host_have_in_common_comes_to_a_new_host_once(
+    cluster: LocalCluster, job: str
+) -> None:
+    common, shape = 6, {"state_bytes": MIB, "frozen": 6}
+    old, new = cluster.hosts[0], cluster.add_host()
+    actors = start_trainers([old, old])
+    begin(actors, job, **shape)
+    save(actors, 1)
+    end(cluster, actors)
+
+    wait_until(lambda: ask(new, "hello") is not None)
+    before = traffic(cluster.hosts)
+    again = start_trainers([new, new])
+    for start, restored in begin(again, job, **shape):
+        assert (start, restored.step) == (2, 1)
+        assert restored.source in ("its former host's RAM", "a buddy's RAM")
+    seen = [a.has.remote(10 + rank) for rank, a in enumerate(again)]
+    assert ray.get(seen, timeout=60) == [True, True]
+    after = traffic(cluster.hosts)
+    sent = sum(b.sent - a.sent for a, b in zip(before, after, strict=True))
+    assert common * MIB < sent < (common + 4) * MIB  # and not twice
+    end(cluster, again)

@@ -1,0 +1,99 @@
+"""Reading what several ranks of a host want of another host: by way of their own host's holder.
+
+It fetches each chunk once (`replication.fetch_once`), and the ranks read it in the memory that they
+share with it. That costs one more copy, so it is done only where it spares more than that.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import ray
+
+from replication.errors import HolderUnavailableError
+from replication.holder import NAMESPACE, holder_name
+from replication.records import ByteRange, Chunk
+from replication.shared import SharedMemoryTransport
+from replication.sink import Sink
+from replication.transport import Source, fetch_timeout_s
+from tiered.fetch import HolderTier, Tier
+from tiered.history import ShardSources
+
+
+def wanted_often(shards: Sequence[ShardSources], world_size: int) -> list[bool]:
+    """Of each rank's shard, whether several ranks are likely to read its bytes.
+
+    That is so when more ranks read than have saved, and of shards most of whose bytes another one
+    has, too, as the ranks of data parallelism do.
+
+    Args:
+        shards: Of the step, by rank.
+        world_size: Ranks that read it.
+    """
+    if world_size > len(shards):
+        return [True] * len(shards)
+    seen = Counter(digest for shard in shards for digest in set(shard.record.digests))
+
+    def is_mostly_shared(shard: ShardSources) -> bool:
+        record = shard.record
+        sizes = zip(record.plan.chunk_sizes, record.digests, strict=True)
+        shared_bytes = sum(size for size, digest in sizes if seen[digest] > 1)
+        return 2 * shared_bytes > record.plan.size_bytes
+
+    return [is_mostly_shared(shard) for shard in shards]
+
+
+class HostTier:
+    """The memory of another host, by way of the holder of the reader's own; a `tiered.fetch.Tier`.
+
+    Whatever goes wrong on this way, the next place to read from is that host itself.
+    """
+
+    def __init__(self, behind: HolderTier, node_id: str, near: SharedMemoryTransport) -> None:
+        """Ask nobody yet.
+
+        Args:
+            behind: The other host; its owner's to close.
+            node_id: The reader's host.
+            near: How to read from the reader's host.
+        """
+        self.label = behind.label
+        self.name = f"{behind.name}, by way of this host's holder"
+        self._behind = behind
+        self._node_id = node_id
+        self._near = near
+
+    def read(self, index: int) -> Chunk:
+        """See Tier."""
+        size_bytes = self._behind.chunk_id(index).size_bytes
+        memory = np.empty(size_bytes, dtype=np.uint8)
+        self.read_into(index, Sink([ByteRange(0, size_bytes)], [memory.data]))
+        return [memory]
+
+    def read_into(self, index: int, sink: Sink) -> None:
+        """See Tier."""
+        chunk, behind = self._behind.chunk_id(index), self._behind
+        try:
+            handle = ray.get_actor(holder_name(self._node_id), NAMESPACE)
+        except ValueError as error:  # Ray's word for: no such actor
+            raise HolderUnavailableError(self._node_id, "it is gone") from error
+        # Twice: for a chunk that is on its way for another rank, and fails, and is tried again.
+        timeout_s = 2 * fetch_timeout_s(chunk.size_bytes)
+        self._near.read_guest(
+            Source(self._node_id, handle), chunk, behind.digest(index), behind.way(), sink,
+            timeout_s,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """See Tier."""
+        self._near.close()
+
+
+def by_own_holder(tiers: Sequence[Tier], node_id: str, near: SharedMemoryTransport) -> list[Tier]:
+    """The same places to read from, those of other hosts first by way of the reader's holder."""
+    found: list[Tier] = []
+    for tier in tiers:
+        if isinstance(tier, HolderTier) and not tier.is_near:
+            found.append(HostTier(tier, node_id, near))
+        found.append(tier)
+    return found

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -52,7 +53,7 @@ class Agent:
     """One host's torchrun, and what its workers have said."""
 
     def __init__(self, cluster: LocalCluster, host: str, job: str, port: int, folder: Path) -> None:
-        self.host, self._out = host, folder / f"out-{host[:8]}"
+        self.host, self._out, self._port = host, folder / f"out-{host[:8]}", port
         script = folder / "train.py"
         script.write_text(SCRIPT)
         command = [
@@ -73,6 +74,11 @@ class Agent:
     def said(self, pattern: str) -> list[tuple[str, ...]]:
         """The groups of each line that matches, in order."""
         return [m.groups() for m in re.finditer(pattern, self._out.read_text())]
+
+    def has_store(self) -> bool:
+        """Whether somebody has the rendezvous' store: the first agent that came."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._port)) == 0
 
     def kill(self) -> None:
         """SIGKILL the agent and its workers."""
@@ -113,7 +119,9 @@ STARTS = r"rank (\d) of (\d) starts at (\d+) with (\d+)"
 def test_a_lost_host_s_agent_is_missed_and_the_job_shrinks_and_grows_from_memory(
     cluster: LocalCluster, job: str, tmp_path: Path, start: Callable[[str], Agent]
 ) -> None:
-    first, second = start(cluster.hosts[0]), start(cluster.hosts[1])
+    first = start(cluster.hosts[0])
+    until(first.has_store, first)  # its loss would be the end of the rendezvous
+    second = start(cluster.hosts[1])
     until(lambda: first.said(STARTS), first)
     assert first.said(STARTS)[0][1:] == ("2", "0", "0")
     until(lambda: max(tiered.status(job).committed, default=0) >= 10, first)

@@ -17,6 +17,8 @@ from typing import Any, Self
 
 import aiohttp
 
+from tests.waiting import wait_for
+
 PROGRAM = shutil.which("chromium") or shutil.which("google-chrome")
 START_S = 60.0
 ANSWER_S = 30.0
@@ -92,11 +94,7 @@ class Browser:
 
     def until(self, condition: Any, timeout_s: float = ANSWER_S) -> Any:
         """Wait until a condition holds; returns its value."""
-        deadline = time.monotonic() + timeout_s
-        while not (found := condition()):
-            assert time.monotonic() < deadline, self.text()
-            time.sleep(0.1)
-        return found
+        return wait_for(condition, timeout_s, self.text)
 
     def picture(self, path: Path) -> None:
         """The whole page as a PNG."""

@@ -26,6 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.torch import load_file
 
 import tiered
+from tests.waiting import wait_for
 from tiered.ray_train import open_checkpoint
 from tiered.ray_train.run import facts
 from tiered.ray_train.spares import MODULES
@@ -214,13 +215,6 @@ def lines(path: Path) -> list[list[str]]:
     return []
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float = WAIT_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited for too long"
-        time.sleep(0.02)
-
-
 class Run:
     """One `fit` in the background."""
 
@@ -287,7 +281,7 @@ class Run:
 
     def wait_for(self, condition: Callable[[], Any]) -> None:
         """Wait, as long as the run is running."""
-        wait_for(lambda: condition() or not self._thread.is_alive())
+        wait_for(lambda: condition() or not self._thread.is_alive(), WAIT_S)
         if self.error is not None:
             raise self.error
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,10 @@ from chaos.s3_server import S3Server
 from replication.holder import NAMESPACE, holder_name
 from replication.records import Version
 from tests.integration.trainers import MIB, is_same, make_state, start_trainers
+from tests.waiting import wait_for
 from tiered import register
 from tiered.coordinator import COORDINATOR_NAME
+from tiered.recovered import Recovered
 from tiered.s3 import S3Store
 
 pytestmark = pytest.mark.cluster
@@ -91,12 +92,13 @@ def test_state_survives_sigkill_of_its_trainer_right_after_save(
     assert "staged" in levels  # and perhaps, by now, replicated
 
     # The holder hashes what it has, and tells of it, without the trainer.
-    recovered = None
-    deadline_s = time.monotonic() + 60
-    while recovered is None:
-        assert time.monotonic() < deadline_s
+    def found() -> Recovered | None:
         with contextlib.suppress(tiered.StepNotFoundError):
-            recovered = tiered.recover(job)
+            return tiered.recover(job)
+        return None
+
+    recovered = wait_for(found)
+    assert recovered is not None
     assert recovered.step == 7
     assert recovered.world_size == 1
     assert is_same(recovered.state(), make_state(70))

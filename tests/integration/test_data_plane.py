@@ -3,8 +3,7 @@
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from chaos.local_cluster import LocalCluster
 from replication.holder import NAMESPACE, Traffic, holder_name
 from replication.sink import Sink
 from tests.integration.trainers import MIB, is_same, make_state, start_trainers
+from tests.waiting import wait_for
 from tiered.coordinator import COORDINATOR_NAME
 from tiered.fetch import HolderTier
 
@@ -63,12 +63,6 @@ def stop_serving(host: str) -> None:
     ray.get(holder.__ray_call__.remote(lambda self: self._server.close()), timeout=30)
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s
-
-
 def test_frozen_layers_are_kept_once_and_sent_once(cluster: LocalCluster, job: str) -> None:
     frozen, hosts = 8, cluster.hosts[:2]
     actors = start_trainers(hosts)
@@ -81,12 +75,12 @@ def test_frozen_layers_are_kept_once_and_sent_once(cluster: LocalCluster, job: s
         assert 0 < moved < 2 * MIB
         assert other.spared - one.spared == frozen * MIB
     for host in hosts:  # two steps of its own rank, and two of its buddy's
-        wait_until(lambda h=host: ask(h, "hello").shared_bytes == 2 * frozen * MIB)
+        wait_for(lambda h=host: ask(h, "hello").shared_bytes == 2 * frozen * MIB)
 
     for step in (3, 4):  # the step that brought the frozen bytes goes
         save(actors, step)
     for host in hosts:
-        wait_until(lambda h=host: {r.key.version.step for r in ask(h, "list_shards")} == {3, 4})
+        wait_for(lambda h=host: {r.key.version.step for r in ask(h, "list_shards")} == {3, 4})
     end(cluster, actors)
     again = start_trainers(hosts[::-1])  # each rank on its buddy's host
     for start, restored in begin(again, job, state_bytes=MIB, frozen=frozen):
@@ -228,7 +222,7 @@ def test_what_ranks_of_a_host_have_in_common_comes_to_a_new_host_once(
     save(actors, 1)
     end(cluster, actors)
 
-    wait_until(lambda: ask(new, "hello") is not None)
+    wait_for(lambda: ask(new, "hello") is not None)
     before = traffic(cluster.hosts)
     again = start_trainers([new, new])
     for start, restored in begin(again, job, **shape):

@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import tiered
 from chaos.local_cluster import LocalCluster
 from tests.integration.parallel import Ranks
-from tests.unit.replication.peers import wait_for
+from tests.waiting import wait_for
 from tiered.recovered import Recovered
 from tiered.restore import restore_into
 from tiered.saved_step import SavedStep

@@ -11,7 +11,7 @@ import time
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from chaos.ports import free_ports
 from chaos.s3_server import S3Server
 from tests.integration import browser
 from tests.integration.trainers import start_trainers
+from tests.waiting import wait_for
 from tiered.metrics import METRICS, PREFIX
 from tiered.web.server import listen, make_app
 
@@ -37,14 +38,6 @@ NEEDS_BROWSER = pytest.mark.skipif(browser.PROGRAM is None, reason="chromium is 
 NEEDS_PROMETHEUS = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="prometheus is not installed"
 )
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + DEADLINE_S
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +132,7 @@ def test_rays_own_export_has_every_metric_with_its_value(training: Training) -> 
         have = names() <= found.keys()
         return found if have and step and step[0][1] == training.step else None
 
-    found = until(complete)
+    found = wait_for(complete)
 
     def values(name: str, **labels: str) -> list[float]:
         series = found[f"ray_tiered_{name}"]
@@ -169,14 +162,14 @@ def test_a_coordinator_that_hangs_is_seen_by_its_clock_standing_still(
         values = [v for _, v in found.get("ray_tiered_seen_timestamp_seconds", ())]
         return max(values, default=0.0)
 
-    until(lambda: time.time() - seen_s() < 15.0)
+    wait_for(lambda: time.time() - seen_s() < 15.0)
     (process,) = coordinators(cluster)
     process.suspend()
     try:
-        until(lambda: 15.0 < time.time() - seen_s() < 600.0)  # still exported, and old
+        wait_for(lambda: 15.0 < time.time() - seen_s() < 600.0)  # still exported, and old
     finally:
         process.resume()
-    until(lambda: time.time() - seen_s() < 15.0)
+    wait_for(lambda: time.time() - seen_s() < 15.0)
 
 
 def test_the_page_serves_the_same_values(training: Training, web: str) -> None:
@@ -228,7 +221,7 @@ def _ask_everything(place: str, training: Training) -> None:
         except OSError:  # it does not listen yet
             return False
 
-    until(is_there)
+    wait_for(is_there)
     training.save(2)  # rates need something that grows
     dashboard = json.loads((MONITORING / "grafana.json").read_text())
     variables = {v["name"]: v for v in dashboard["templating"]["list"]}
@@ -239,7 +232,7 @@ def _ask_everything(place: str, training: Training) -> None:
     assert len(queries) > 15
     for query in queries:
         query = query.replace("$job", training.name)
-        until(lambda query=query: ask("query", query=query)["result"])
+        wait_for(lambda query=query: ask("query", query=query)["result"])
     up = ask("query", query="up")["result"]
     assert [series["value"][1] for series in up] == ["1"] * 4
     rules = [r for group in ask("rules")["groups"] for r in group["rules"]]
@@ -254,7 +247,7 @@ def test_rays_timeline_has_a_bar_for_each_save_and_restore(training: Training) -
         names = [bar["name"] for bar in found]
         return found if names.count("tiered.restore") >= 2 and "tiered.save" in names else None
 
-    found = until(bars)
+    found = wait_for(bars)
     assert all(bar["dur"] > 0 for bar in found)
     assert {bar["args"]["job"] for bar in found} == {training.name}
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,7 @@ import tiered
 from chaos.local_cluster import LocalCluster
 from replication.holder import NAMESPACE
 from tests.integration.trainers import start_trainers
+from tests.waiting import wait_for
 from tiered.cli.app import app
 from tiered.cluster import coordinator, end_actors
 
@@ -36,14 +37,6 @@ def tiered_command(*args: str) -> tuple[int, str]:
     done = CliRunner().invoke(app, args, env={"COLUMNS": "200"})
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done.exit_code, done.output
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + DEADLINE_S
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return found
 
 
 SETTINGS = {"memory": tiered.Memory(every_steps=1, replicas=1)}
@@ -66,7 +59,7 @@ def end(trainers: list[Any]) -> None:
         with contextlib.suppress(RayActorError):
             pid = ray.get(trainer.pid.remote(), timeout=DEADLINE_S)
             ray.kill(trainer)
-            until(lambda pid=pid: not psutil.pid_exists(pid))
+            wait_for(lambda pid=pid: not psutil.pid_exists(pid))
 
 
 def trainers(job: str, hosts: list[str], **more: Any) -> list[Any]:
@@ -123,9 +116,9 @@ def test_the_story_of_a_lost_host_is_told_by_the_command_line_alone(
     for trainer in old:
         ray.kill(trainer)
     cluster.add_host()
-    until(lambda: any(e.kind == "whole_again" for e in tiered.events(job)))
+    wait_for(lambda: any(e.kind == "whole_again" for e in tiered.events(job)))
     new = trainers(job, cluster.hosts[:2])
-    until(lambda: any(e.kind == "restored" and "0-1" in e.text for e in tiered.events(job)))
+    wait_for(lambda: any(e.kind == "restored" and "0-1" in e.text for e in tiered.events(job)))
     code, text = tiered_command("events", "--job", job, "--json")
     kinds = [entry["kind"] for entry in json.loads(text)]
     story = ("begin", "committed", "host_lost", "degraded", "begin", "chosen", "restored")
@@ -148,7 +141,7 @@ def test_the_story_of_a_lost_host_is_told_by_the_command_line_alone(
         assert (code, "✗ coordinator: no answer in 5 s" in text) == (1, True)
         code, text = tiered_command("up")
         assert (code, "it is started again" in text) == (0, True)
-    again = until(lambda: [e for e in tiered.events(job) if e.text == "started again"])
+    again = wait_for(lambda: [e for e in tiered.events(job) if e.text == "started again"])
     assert again
     assert "host_lost" in {e.kind for e in tiered.events(job)}
     end(new)
@@ -189,7 +182,7 @@ def test_a_name_in_use_is_refused_until_its_trainer_hangs_or_dies(
         start(third, job)
     gone = ray.get(second.pid.remote())
     ray.kill(second)
-    until(lambda: not psutil.pid_exists(gone))
+    wait_for(lambda: not psutil.pid_exists(gone))
     assert start(third, job) == 4
 
 
@@ -216,8 +209,8 @@ def test_stop_ends_one_job_and_leaves_the_other_alone(cluster: LocalCluster) -> 
         ray.kill(trainer)
 
     assert not tiered.stop(over)
-    assert until(lambda: tiered.stop(other)), "no trainer of the last job is left"
-    until(lambda: not actors())
+    assert wait_for(lambda: tiered.stop(other)), "no trainer of the last job is left"
+    wait_for(lambda: not actors())
     trainers(other, cluster.hosts[:1])  # and everything starts again for whoever comes
     assert len(actors()) >= 2
 
@@ -326,13 +319,13 @@ def test_each_command_does_what_it_says(cluster: LocalCluster, tmp_path: Path) -
     # again knows nothing of, or killed. What is stopped stays so.
     with contextlib.suppress(tiered.ConfigError):
         end_actors()
-    until(lambda: not actors())
+    wait_for(lambda: not actors())
     assert tiered_command("up")[0] == 0
     for left in tiered.cluster_status().jobs:
         tiered.stop(left.name)
     with contextlib.suppress(tiered.ConfigError):
         end_actors()
-    until(lambda: not actors())
+    wait_for(lambda: not actors())
     code, text = tiered_command("status")
     assert (code, "holds no checkpoints" in text, "tiered up" in text) == (4, True, True)
     assert tiered_command("up") == (0, "3 hosts hold checkpoints; see `tiered status`\n")
@@ -387,20 +380,20 @@ def test_each_command_does_what_it_says(cluster: LocalCluster, tmp_path: Path) -
     cluster.add_host()
     assert tiered_command("explain")[1].startswith("Step 5 (generation 1) would be restored now.")
 
-    until(
+    wait_for(
         lambda: (
             {h.node_id for h in tiered.cluster_status().hosts if h.state == "up"}
             == set(cluster.hosts)
         )
     )
-    until(
+    wait_for(
         lambda: tiered.cluster_status(job).jobs[0].newest_durable.step == 5
     )  # drain had it flushed
     answer = CliRunner().invoke(app, ["down"], input="n\n")
     assert (answer.exit_code, len(actors()) > 1) == (5, True)
     code, text = tiered_command("down", "--yes")
     assert (code, text) == (0, "ended 3 holders and the coordinator\n")
-    until(lambda: not actors())
+    wait_for(lambda: not actors())
     assert tiered_command("down", "--yes")[0] == 4
     code, text = tiered_command("recover", job, "--s3", uri)
     assert (code, "step 5 (generation 1), 2 ranks" in text, "rank 1: S3" in text) == (0, True, True)

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from tests.integration.test_cluster import (
     save,
 )
 from tests.integration.trainers import start_trainers
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -35,13 +36,6 @@ NEVER = tiered.S3("s3://tests/outage", every_steps=10**6)
 def proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
     with FaultProxy(s3_server.endpoint_url) as running:
         yield running
-
-
-def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.1)
 
 
 def run(actors: list[Any], first: int, for_s: float) -> tuple[int, list[float]]:
@@ -77,7 +71,7 @@ def test_a_server_that_is_gone_delays_no_save_and_is_caught_up_with(
     actors = start_trainers(cluster.hosts[:2])
     begin(actors, job, s3=s3)
     step, before = run(actors, 0, 3.0)
-    until(lambda: tiered.status(job).durable[-1:] == (step - BATCH,))
+    wait_for(lambda: tiered.status(job).durable[-1:] == (step - BATCH,))
     durable = set(tiered.status(job).durable)
 
     s3_server.crash()
@@ -91,7 +85,7 @@ def test_a_server_that_is_gone_delays_no_save_and_is_caught_up_with(
     assert len(committed) <= EVERY.keep + 2, "one step waits, and one is being flushed"
 
     step, _ = run(actors, step, 0.0)
-    until(lambda: tiered.status(job).durable[-1] == step - BATCH, timeout_s=120)
+    wait_for(lambda: tiered.status(job).durable[-1] == step - BATCH, timeout_s=120)
     missed = set(range(first_down, step - BATCH, BATCH))
     flushed = set(tiered.status(job).durable) - durable - {step - BATCH}
     assert flushed <= missed
@@ -153,7 +147,7 @@ def test_the_newest_step_is_flushed_at_once_where_a_host_goes(
     begin([actor], job, s3=NEVER)
 
     def is_flushed(step: int) -> None:
-        until(lambda: step in tiered.status(job).durable)
+        wait_for(lambda: step in tiered.status(job).durable)
 
     save([actor], 1)
     assert tiered.status(job).durable == ()

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 import tiered
 from chaos.local_cluster import LocalCluster
 from chaos.ports import free_ports
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -106,11 +106,11 @@ def start(cluster: LocalCluster, job: str, tmp_path: Path) -> Iterator[Callable[
 
 
 def until(condition: Callable[[], object], agent: Agent, timeout_s: float = 90.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert agent.process.poll() is None, agent._out.read_text()[-3000:]
-        assert time.monotonic() < deadline, agent._out.read_text()[-3000:]
-        time.sleep(0.1)
+    def said() -> str:
+        return agent._out.read_text()[-3000:]
+
+    wait_for(lambda: condition() or agent.process.poll() is not None, timeout_s, said)
+    assert agent.process.poll() is None, said()
 
 
 STARTS = r"rank (\d) of (\d) starts at (\d+) with (\d+)"

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,19 +20,12 @@ from replication.sink import Sink, gather, size_of
 from replication.stream import Deadline, Stream, Tls, accept, admit, load_tls
 from replication.transport import Source
 from replication.wire import Secret
+from tests.waiting import wait_for
 
 SECRET = Secret(b"the secret of the tests' cluster")
 KEY = ShardKey("job", Version(1, 2), 3)
 NODE = "0123456789abcdef"
 QUICK = ClientLimits(connect_s=2.0, read_s=2.0)
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
-    """Return when `condition` holds; fail when it does not in time."""
-    ends_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < ends_s, "the condition did not come true in time"
-        threading.Event().wait(0.001)
 
 
 def random_chunk(*sizes: int, seed: int = 0) -> Chunk:
@@ -84,8 +76,8 @@ def nothing_left() -> Iterator[None]:
     """Threads and sockets of the data plane that were opened inside are gone at the end."""
     sockets_before, threads_before = sockets(), set(threads())
     yield
-    wait_for(lambda: set(threads()) <= threads_before)
-    wait_for(lambda: sockets() <= sockets_before)
+    wait_for(lambda: set(threads()) <= threads_before, 5.0)
+    wait_for(lambda: sockets() <= sockets_before, 5.0)
 
 
 def source_of(endpoint: Endpoint | None) -> Source:

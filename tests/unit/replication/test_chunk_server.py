@@ -25,8 +25,8 @@ from tests.unit.replication.peers import (
     reading_plane,
     serving_plane,
     threads,
-    wait_for,
 )
+from tests.waiting import wait_for
 
 CHUNK = random_chunk(1000, 0, 3000)
 HELLO = wire.client_hello(b"c" * 32)

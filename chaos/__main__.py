@@ -132,7 +132,7 @@ def _run_there(console: Console, address: str, arguments: list[str], folder: Pat
     except (TieredError, ConnectionError, RayError) as error:
         console.print(f"{type(error).__name__}: {error}", soft_wrap=True, markup=False)
         return 2
-    console.print(f"history, summary and timeline are now in {folder}", soft_wrap=True)
+    console.print(f"what the run has left is now in {folder}", soft_wrap=True)
     return status
 
 

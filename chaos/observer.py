@@ -28,7 +28,8 @@ class Observer:
     def stop(self, timeout_s: float) -> None:
         """Ask no more."""
         self._is_over.set()
-        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
 
     def _run(self) -> None:
         while not self._is_over.wait(PERIOD_S):

@@ -12,11 +12,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import psutil
 import ray
 from ray.exceptions import RayError
 
@@ -28,9 +28,11 @@ READ_TIMEOUT_S = 5.0  # of one look at what the run has printed
 STOP_TIMEOUT_S = 120.0  # a run that is interrupted mends what it has broken
 
 # Ends the run when the process that started it is gone: the actor, and with it its client.
+# Ray starts its processes with SIGINT blocked, which a child inherits.
 GUARDED = (
     "import ctypes, signal, os, sys; "
     "ctypes.CDLL(None).prctl(1, signal.SIGINT); "
+    "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT}); "
     "os.execv(sys.executable, [sys.executable, '-m', 'chaos', *sys.argv[1:]])"
 )
 
@@ -62,10 +64,10 @@ class Remote:
 
     def stop(self) -> None:
         """Interrupt the run, as Ctrl-C would."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
-            psutil.wait_procs([psutil.Process(self._process.pid)], timeout=STOP_TIMEOUT_S)
-            self._process.kill()
+        self._process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_TIMEOUT_S)
+        self._process.kill()
 
     def files(self) -> dict[str, bytes]:
         """All that the run has left, by its path below the folder; it is deleted here."""
@@ -83,6 +85,9 @@ class Remote:
 def run(address: str, arguments: Sequence[str], out: Path, to: BinaryIO) -> int:
     """Have the command run in the cluster, to its end.
 
+    SIGINT (Ctrl-C) or SIGTERM interrupts it there, and what it has left is kept all the same; a
+    second one ends this process at once.
+
     Args:
         address: `ray://HOST:PORT`.
         arguments: Of the command, but for `--address` and `--out`.
@@ -90,37 +95,67 @@ def run(address: str, arguments: Sequence[str], out: Path, to: BinaryIO) -> int:
         to: Gets what it prints.
 
     Returns:
-        Its exit status.
+        Its exit status; 128 and the signal's number if it was interrupted.
 
     Raises:
         ConnectionError: No cluster answers there.
         DeadlineError: The cluster starts no actor.
         RayError: The actor was lost, and the run with it.
     """
-    ray.init(address, log_to_driver=False)
-    kind: Any = ray.remote(Remote)
-    remote = kind.options(num_cpus=0, max_concurrency=2).remote(list(arguments))
+    _connect(address)
+    with _signals() as received:
+        kind: Any = ray.remote(Remote)
+        remote = kind.options(num_cpus=0, max_concurrency=2).remote(list(arguments))
+        try:
+            status, start, stop = None, 0, None
+            timeout_s = CONNECT_TIMEOUT_S
+            while status is None:
+                if received and stop is None:
+                    to.write(b"interrupted: the run is being ended; once more: at once\n")
+                    stop = remote.stop.remote()  # meanwhile what it prints is read on
+                try:
+                    printed, status = ray.get(remote.read.remote(start), timeout=timeout_s)
+                except ray.exceptions.GetTimeoutError:
+                    raise DeadlineError(f"an actor on {address}", timeout_s) from None
+                to.write(printed)
+                to.flush()
+                start += len(printed)
+                timeout_s = CALL_TIMEOUT_S
+            for name, data in ray.get(remote.files.remote(), timeout=CALL_TIMEOUT_S).items():
+                path = out / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        finally:
+            with contextlib.suppress(RayError, ConnectionError):  # it is gone already
+                ray.kill(remote)
+            ray.shutdown()
+    return 128 + received[0] if received else int(status)
+
+
+def _connect(address: str) -> None:
     try:
-        status, start = None, 0
-        timeout_s = CONNECT_TIMEOUT_S
-        while status is None:
-            try:
-                printed, status = ray.get(remote.read.remote(start), timeout=timeout_s)
-            except ray.exceptions.GetTimeoutError:
-                raise DeadlineError(f"an actor on {address}", timeout_s) from None
-            to.write(printed)
-            to.flush()
-            start += len(printed)
-            timeout_s = CALL_TIMEOUT_S
-        for name, data in ray.get(remote.files.remote(), timeout=CALL_TIMEOUT_S).items():
-            path = out / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-    except KeyboardInterrupt:
-        ray.get(remote.stop.remote(), timeout=STOP_TIMEOUT_S + CALL_TIMEOUT_S)
-        raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error says it
+            ray.init(address, log_to_driver=False)
+    except ConnectionError as error:
+        raise ConnectionError(f"no Ray Client server answers at {address!r}: {error}") from None
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The first SIGINT or SIGTERM is only noted, as an exception would break Ray Client's calls."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for each in before:
+            signal.signal(each, note)
+        yield received
     finally:
-        with contextlib.suppress(RayError, ConnectionError):  # it is gone already
-            ray.kill(remote)
-        ray.shutdown()
-    return int(status)
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -53,6 +53,7 @@ LATE_S = 0.2  # at most
 MOMENT_TIMEOUT_S = 4.0  # a moment that does not come: strike at random
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 90.0
+BREAK_OFF_TIMEOUT_S = 20.0  # the same of a run that does not go to its end
 MISSED_STRIKES = (OSError, RuntimeError, ValueError, RayError, TieredError, psutil.Error,
                   subprocess.SubprocessError)  # fmt: skip
 
@@ -180,6 +181,9 @@ class Run:
         self._moments.proxy = self._world.proxy
         self._world.launcher = Launcher(work, self._launchers, self._heard_of, self._is_away)
         self._world.launcher.start()
+        # Before Ray is left: a thread that calls it later starts a cluster, or ends this process.
+        stack.callback(self._world.observer.stop, BREAK_OFF_TIMEOUT_S)
+        stack.callback(self._world.launcher.stop, BREAK_OFF_TIMEOUT_S)
 
     def _join_cluster(self, stack: ExitStack) -> None:
         options = self._options

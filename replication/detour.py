@@ -63,7 +63,7 @@ def _find(
 ) -> bool:
     """Give a host one more buddy, if that can be done; others may get another one for it."""
     taken = Counter(mate for mates in buddies.values() for mate in mates)
-    names = sorted(buddies)
+    names = list(buddies)  # in order
     came: dict[str, tuple[str, str | None]] = {}  # a taker -> who would send to it, instead of whom
     queue: deque[tuple[str, str | None]] = deque([(name, None)])
     while queue:

@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from replication.detour import Pair, detour, pair
-from replication.placement import Host, place
+from replication.placement import Host, Placement, place
 
 
 def most(names: tuple[str, ...], replicas: int, cut: frozenset[Pair]) -> int:
@@ -70,10 +70,34 @@ def test_few_others_change_theirs_for_one_cut_link() -> None:
     assert len(changed) <= 4
 
 
-def test_another_domain_is_chosen_where_there_is_one() -> None:
-    hosts = [Host(name, domain) for name, domain in zip("abcdef", "xyxyxy", strict=True)]
+def test_the_order_of_the_hosts_does_not_matter() -> None:
+    hosts = [Host(name) for name in "abcdef"]
+    placement = place(hosts, 1)
+    for link in combinations("abcdef", 2):
+        assert detour(placement, hosts[::-1], {link}) == detour(placement, hosts, {link})
+
+
+def test_who_lost_several_buddies_gets_another_for_each() -> None:
+    hosts = [Host(name) for name in "abcdefgh"]
+    placement = Placement(3, (tuple("abcd"), tuple("efgh")), ())
+    buddies = detour(placement, hosts, {("a", "b"), ("a", "c"), ("a", "d")})
+    assert set(buddies["a"]) < set("efgh")
+    assert {name: len(mates) for name, mates in buddies.items()} == dict.fromkeys("abcdefgh", 3)
+
+
+@pytest.mark.parametrize("labels", ["xyxyxy", "xxxyyy"])
+def test_another_domain_is_chosen_where_there_is_one(labels: str) -> None:
+    hosts = [Host(name, domain) for name, domain in zip("abcdef", labels, strict=True)]
     placement = place(hosts, 1)
     domains = {host.node_id: host.domain for host in hosts}
     for link in [pair(*group) for group in placement.groups]:
         for name, mates in detour(placement, hosts, {link}).items():
             assert [domains[mate] for mate in mates] == [{"x": "y", "y": "x"}[domains[name]]]
+
+
+def test_hosts_without_a_label_do_not_count_as_one_domain() -> None:
+    hosts = [*(Host(name) for name in "abcd"), Host("e", "x"), Host("f", "x")]
+    placement = Placement(1, (("a", "b"), ("c", "d"), ("e", "f")), ())
+    buddies = detour(placement, hosts, {("a", "b")})
+    assert buddies["a"] == ("c",)  # the next in the order of names
+    assert {name: buddies[name] for name in "ef"} == {"e": ("f",), "f": ("e",)}

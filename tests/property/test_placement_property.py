@@ -7,10 +7,18 @@ from itertools import combinations, permutations
 from random import Random
 
 import hypothesis.strategies as st
-from hypothesis import example, given, settings
+import pytest
+from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from replication.placement import Host, Placement, place, survival_probability, survives
+from replication.placement import (
+    Host,
+    Placement,
+    _domain_cost,
+    place,
+    survival_probability,
+    survives,
+)
 
 DOMAINS = st.sampled_from(["", "a", "a", "a", "b", "b", "c", "d", "e", "f"])
 Cost = tuple[int, int]
@@ -48,6 +56,15 @@ def groupings(hosts: tuple[Host, ...], k: int) -> Iterator[list[tuple[Host, ...]
         rest = tuple(host for host in hosts[1:] if host not in mates)
         for others in groupings(rest, k):
             yield [(hosts[0], *mates), *others]
+
+
+def partitions(count: int, most: int) -> Iterator[list[int]]:
+    """Every way to share hosts among domains, by the domains' sizes: the largest first."""
+    if count == 0:
+        yield []
+    for size in range(min(count, most), 0, -1):
+        for others in partitions(count - size, size):
+            yield [size, *others]
 
 
 @cache
@@ -107,22 +124,26 @@ def test_any_number_of_hosts_is_placed_once_balanced_and_deterministically(
     assert place(hosts, replicas, placement) == placement
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(DOMAINS, min_size=2, max_size=7).map(sorted), st.integers(1, 4))
-@example(list("aaaab"), 1)
-@example(list("aaaaabb"), 3)
-@example(list("aaaabcd"), 2)
-@example(list("aaaabcde"), 2)
-@example(list("aaabbcc"), 1)
-def test_domains_are_as_far_apart_as_brute_force_can_bring_them(
-    domains: list[str], replicas: int
-) -> None:
-    hosts = hosts_with(domains)
-    replicas = min(replicas, len(hosts) - 1)
+@pytest.mark.parametrize("count", range(2, 8))
+def test_domains_are_as_far_apart_as_brute_force_can_bring_them(count: int) -> None:
+    for sizes in partitions(count, count):
+        domains = [
+            d * (size > 1) for d, size in zip("abcdefgh", sizes, strict=False) for _ in range(size)
+        ]
+        hosts = hosts_with(domains)
+        for k in range(2, count + 1):
+            placement = place(hosts, k - 1)
 
-    found = cost_of(place(hosts, replicas), hosts)
+            found = cost_of(placement, hosts)
 
-    assert found == least_cost(tuple(domains), replicas + 1)
+            assert found == least_cost(tuple(domains), k), (domains, k)
+            in_ring = Counter(host.domain for host in hosts if host.node_id in placement.ring)
+            costs = [
+                _domain_cost(n, in_ring[d], len(placement.ring), len(placement.groups), k)
+                for d, n in Counter(domains).items()
+                if d
+            ]
+            assert (sum(e for e, _ in costs), sum(p for _, p in costs)) == found, (domains, k)
 
 
 @settings(max_examples=100, deadline=None)

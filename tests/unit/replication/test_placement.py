@@ -1,6 +1,10 @@
 """Placement: who backs up whom, and what that survives."""
 
 import dataclasses
+import os
+import re
+import subprocess
+import sys
 from collections import Counter
 from fractions import Fraction
 from itertools import combinations
@@ -128,7 +132,9 @@ def test_wrong_arguments_say_what_to_change() -> None:
         (1, (("a", "b", "c"),), ()),
         (2, (("a", "b", "c"), ("d", "e")), ()),
         (2, (("a", "b"),), ("c", "d", "e", "f")),
+        (2, (("a", "b"), ("c", "d")), ()),
         (2, ((),), ()),
+        (1, (), ("a",)),
         (2, (), ("a", "b")),
     ],
 )
@@ -137,6 +143,19 @@ def test_a_placement_that_keeps_no_promise_cannot_be_made(
 ) -> None:
     with pytest.raises(ValueError, match=r"replicas=|give each host once"):
         Placement(replicas, groups, in_ring)
+
+
+def test_a_wrong_placement_is_told_what_it_has_and_needs() -> None:
+    expected = (
+        "replicas=2 needs groups of 3 hosts (all hosts, if fewer), not [2, 3], "
+        "and a ring of none or at least 3, not 1"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        Placement(2, (("a", "b", "c"), ("d", "e")), ("f",))
+
+
+def test_a_ring_may_be_as_short_as_a_group() -> None:
+    assert Placement(2, (), ("a", "b", "c")).buddies("c") == ("a", "b")
 
 
 def test_values_cannot_be_changed() -> None:
@@ -192,6 +211,33 @@ def test_any_one_domain_may_be_lost_whatever_its_size() -> None:
         assert survives(placement, {h.node_id for h in hosts if h.domain == f"rack{lost}"})
 
 
+def test_the_nearest_buddies_in_a_new_ring_are_of_other_domains() -> None:
+    hosts = labelled("aabbc")
+    domains = {host.node_id: host.domain for host in hosts}
+
+    placement = place(hosts, 2)
+
+    assert all(domains[placement.buddies(i)[0]] != domains[i] for i in placement.ring)
+
+
+@pytest.mark.parametrize("turn", range(5))
+def test_a_ring_gives_up_an_order_that_leaves_all_copies_in_one_domain(turn: int) -> None:
+    names = ["a1", "a2", "a3", "b", "c"]
+    before = Placement(2, (), tuple(names[turn:] + names[:turn]))
+
+    after = place([Host(i, i[0]) for i in names], 2, before)
+
+    assert survives(after, {"a1", "a2", "a3"})
+
+
+@pytest.mark.parametrize("turn", range(5))
+def test_a_ring_keeps_an_order_that_is_safe(turn: int) -> None:
+    names = ["a1", "a2", "c", "a3", "b"]
+    before = Placement(2, (), tuple(names[turn:] + names[:turn]))
+
+    assert place([Host(i, i[0]) for i in names], 2, before) == before
+
+
 # stability
 
 
@@ -199,6 +245,25 @@ def test_order_of_the_hosts_does_not_matter() -> None:
     hosts = labelled("abcabcaab-")
 
     assert place(hosts[::-1], 2) == place(hosts, 2) == place(set(hosts), 2)
+
+
+def test_the_placement_is_the_same_in_every_process() -> None:
+    program = (
+        "from replication.placement import *\n"
+        "old = Placement(1, tuple((f'{d}1', f'{d}2') for d in 'abcdefgh'), ())\n"
+        "print(place({Host(i, i[0]) for i in old.members}, 1, old))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in (1, 2)
+    }
+
+    assert len(said) == 1
 
 
 def test_a_new_host_fills_the_hole_and_nobody_else_changes() -> None:
@@ -274,6 +339,47 @@ def test_a_group_in_one_domain_is_reopened_when_it_can_be_mended() -> None:
     assert len(set(bad.groups) & set(after.groups)) == 1
 
 
+def test_all_groups_in_one_domain_are_mended() -> None:
+    bad = Placement(1, (("a1", "a2"), ("b1", "b2"), ("c1", "c2")), ())
+    hosts = [Host(i, i[0]) for i in bad.members]
+
+    assert domains_of(place(hosts, 1, bad), hosts) == ["ab", "ac", "bc", ""]
+
+
+def test_a_group_in_one_domain_gives_a_host_to_the_ring() -> None:
+    bad = Placement(1, (("a1", "c1"), ("a2", "a3")), ("b1", "d1", "e1"))
+    hosts = [Host(i, i[0]) for i in bad.members]
+
+    after = place(hosts, 1, bad)
+
+    assert after.groups[0] == ("a1", "c1")
+    assert len({"a2", "a3"} & set(after.groups[1])) == len({"a2", "a3"} & set(after.ring)) == 1
+
+
+def test_the_group_that_joins_a_ring_is_one_of_domains_that_it_lacks() -> None:
+    groups = (("a2", "b2", "c2"), ("f1", "g1", "h1"))
+    before = Placement(2, groups, ("a1", "b1", "x1", "y1"))
+    hosts = [Host(i, i[0]) for i in before.members if i not in {"x1", "y1"}]
+
+    after = place(hosts, 2, before)
+
+    assert after.groups == (("a2", "b2", "c2"),)
+    assert set(after.ring) == {"a1", "b1", "f1", "g1", "h1"}
+
+
+def test_a_new_host_does_not_take_the_place_of_one_of_its_domain_in_the_ring() -> None:
+    before = Placement(1, (("a1", "b1"),), ("c1", "d1", "e1"))
+    hosts = [Host(i, i[0]) for i in ("a1", "c2", "c1", "d1", "e1")]
+
+    assert place(hosts, 1, before) == Placement(1, (("a1", "c2"),), before.ring)
+
+
+def test_the_only_group_keeps_its_order() -> None:
+    before = Placement(2, (("c", "a", "b"),), ())
+
+    assert place([Host(i) for i in "abc"], 2, before) == before
+
+
 def test_hosts_that_move_to_other_domains_are_placed_apart_again() -> None:
     before = place([Host(f"n{i}", "xy"[i % 2]) for i in range(8)], 1)
     half = {i for group in before.groups[:2] for i in group}
@@ -286,6 +392,7 @@ def test_another_number_of_replicas_starts_afresh() -> None:
     hosts = labelled("abcabcabcabc")
 
     assert place(hosts, 2, place(hosts, 1)) == place(hosts, 2)
+    assert place(hosts, 1, place(hosts, 2)) == place(hosts, 1)
 
 
 def test_growing_out_of_too_few_hosts() -> None:

@@ -131,7 +131,8 @@ def place(hosts: Collection[Host], replicas: int, previous: Placement | None = N
     for host, i in zip(loose, holes, strict=True):
         groups[i].append(host)
     _even_out(groups, changed)
-    return Placement(replicas, tuple(map(_ids, groups)), _ids(_ring_order(ring, past.ring, k)))
+    ring = _ring_order(ring, bool(past.ring), k)
+    return Placement(replicas, tuple(map(_ids, groups)), _ids(ring))
 
 
 def _dissolve(groups: list[list[Host]], pool: Counter[_Domain]) -> list[Host]:
@@ -180,7 +181,7 @@ def _domain_cost(size: int, x: int, ring: int, count: int, k: int) -> tuple[int,
 def _draw_ring(
     shares: Counter[_Domain], at_hand: list[Host], groups: list[list[Host]]
 ) -> tuple[list[Host], list[Host]]:
-    """Take the ring's hosts, from those at hand before any group; return it and who is left."""
+    """Take the ring's hosts, from those at hand, in order, before any group; and who is left."""
     wanted, ring, left = shares.copy(), list[Host](), list[Host]()
     for host in at_hand:
         chosen = wanted[_domain(host)] > 0
@@ -217,21 +218,19 @@ def _even_out(groups: list[list[Host]], changed: set[int]) -> None:
         tallies[most], tallies[least] = _tally(groups[most]), _tally(groups[least])
 
 
-def _ring_order(hosts: list[Host], old: Sequence[str], k: int) -> list[Host]:
-    """Order a ring: the old order if that exposes no more hosts than spreading every domain.
+def _ring_order(hosts: list[Host], is_old: bool, k: int) -> list[Host]:
+    """Order a ring: an old one's order if that exposes no more hosts than spreading every domain.
 
     Spread so, the largest domain has the most even positions, then the next among those left free,
     which are even too: two foreigners break the at most 2k - 3 others into runs shorter than k.
     """
-    rank = {node_id: i for i, node_id in enumerate(old)}
-    kept = sorted(hosts, key=lambda host: rank.get(host.node_id, len(old)))
-    spread, tally, free = kept.copy(), _tally(hosts), list(range(len(hosts)))
+    spread, tally, free = hosts.copy(), _tally(hosts), list(range(len(hosts)))
     for domain in sorted(tally, key=lambda domain: (-tally[domain], domain)):
         chosen = [free[i * len(free) // tally[domain]] for i in range(tally[domain])]
-        for i, host in zip(chosen, (h for h in kept if _domain(h) == domain), strict=True):
+        for i, host in zip(chosen, (h for h in hosts if _domain(h) == domain), strict=True):
             spread[i] = host
         free = [i for i in free if i not in chosen]
-    return kept if old and _exposed(kept, k) <= _exposed(spread, k) else spread
+    return hosts if is_old and _exposed(hosts, k) <= _exposed(spread, k) else spread
 
 
 def _exposed(ring: Sequence[Host], k: int) -> int:

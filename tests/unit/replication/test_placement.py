@@ -121,6 +121,8 @@ def test_wrong_arguments_say_what_to_change() -> None:
         place(named(3), -1)
     with pytest.raises(ValueError, match=r"give each host once.*: n1"):
         place([Host("n1", "a"), Host("n2"), Host("n1", "b")], 1)
+    with pytest.raises(ValueError, match=r"twice: n1, n2$"):
+        place([Host("n2"), Host("n1"), Host("n1"), Host("n2")], 1)
 
 
 @pytest.mark.parametrize(
@@ -346,6 +348,17 @@ def test_all_groups_in_one_domain_are_mended() -> None:
     assert domains_of(place(hosts, 1, bad), hosts) == ["ab", "ac", "bc", ""]
 
 
+def test_only_hosts_of_domains_that_repeat_are_exchanged() -> None:
+    bad = Placement(2, (("a1", "a2", "c1"), ("b1", "b2", "d1")), ())
+    hosts = [Host(i, i[0]) for i in bad.members]
+
+    after = place(hosts, 2, bad)
+
+    assert domains_of(after, hosts) == ["abc", "abd", ""]
+    assert "c1" in after.groups[0]
+    assert "d1" in after.groups[1]
+
+
 def test_a_group_in_one_domain_gives_a_host_to_the_ring() -> None:
     bad = Placement(1, (("a1", "c1"), ("a2", "a3")), ("b1", "d1", "e1"))
     hosts = [Host(i, i[0]) for i in bad.members]
@@ -516,4 +529,6 @@ def test_explanation_warns_of_each_danger() -> None:
 def test_explanation_does_not_warn_without_reason() -> None:
     assert "WARNING" not in explain_placement(place(labelled("abc--"), 1), labelled("abc--"))
     assert "WARNING" not in explain_placement(place(named(4), 1), [*named(4)])
+    assert "WARNING" not in explain_placement(place(named(2), 1), named(2))  # just enough
+    assert "WARNING" not in explain_placement(place(labelled("aa"), 0), labelled("aa"))
     assert "(?)" in explain_placement(place(named(4), 1), named(3))

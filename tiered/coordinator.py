@@ -158,11 +158,12 @@ class Coordinator:
 
         Raises:
             StepNotFoundError: There is none; says what was looked at.
-            DurableStoreError: S3 has it, and does not answer.
+            DurableStoreError: S3 has it, or may have it, and does not answer.
         """
         await self.hello()
         job = await self._known_job(job_name)
-        if job.settings is not None and job.settings.s3 is not None and job.needs_listing():
+        s3 = None if job.settings is None else job.settings.s3
+        if job.settings is not None and s3 is not None and job.needs_listing():
             self._feed(job, await self._executor.list_durable(job, job.settings))
         unreadable: list[str] = []
         while (version := (choice := job.resolve(step, before)).version) is not None:
@@ -172,9 +173,13 @@ class Coordinator:
                 generation = version.generation
                 return Resolution(generation, version, job.sources(version), passed_over)
             if is_transient:
-                raise DurableStoreError(str(settings_of(job).s3), "reading a manifest", problem)
+                store = settings_of(job).s3
+                assert store is not None, "a manifest was on S3"
+                raise DurableStoreError(store.uri, "reading a manifest", problem)
             job.durable.discard(version)  # S3 cannot serve it; nothing is deleted
             unreadable.append(f"{version} on S3: {problem}")
+        if s3 is not None and job.durable_problem is not None:
+            raise DurableStoreError(s3.uri, "listing the steps", job.durable_problem)
         wanted = "any step" if step is None else f"step {step}"
         raise StepNotFoundError(job_name, wanted, (*unreadable, *choice.passed_over))
 

@@ -187,7 +187,8 @@ def _s3_findings(
         "memory saves go on; check the store, and the hosts' way to it and credentials: "
         f"`tiered doctor --s3 {s3.uri}`"
     )
-    what = f"{at}, {behind} steps behind" + (f": {problem}" if problem else "")
+    late = f", {behind} steps behind" if behind else ""
+    what = f"{at}{late}" + (f": {problem}" if problem else "")
     return [Finding("warning", what, remedy)]
 
 

@@ -9,8 +9,9 @@ from replication import membership
 from replication.membership import Node
 from replication.records import HolderId, Life
 from tiered import messages as m
-from tiered.config import JobSettings, Memory
+from tiered.config import S3, JobSettings, Memory
 from tiered.coordinator import Coordinator
+from tiered.errors import DurableStoreError, StepNotFoundError
 from tiered.history import Choice
 from tiered.job import Job
 
@@ -64,5 +65,27 @@ def test_no_step_is_chosen_while_a_live_holder_has_not_told_what_it_has(
         assert len(asked) > 0
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(scenario())
+
+
+def test_what_s3_did_not_say_is_not_taken_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def denied(job: Job, settings: JobSettings) -> m.DurableListed:
+        return m.DurableListed(problem="the credentials are not valid")
+
+    async def scenario() -> None:
+        job = Job("job")
+        coordinator = coordinator_of(job)
+        monkeypatch.setattr(coordinator._dispatch, "run", lambda job, command: None)
+        monkeypatch.setattr(coordinator._executor, "list_durable", denied)
+        for holder in (A, B):
+            job.handle(m.HolderUp(holder, "", ()), 0.0)
+        with_s3 = JobSettings(SETTINGS.memory, S3("s3://bucket/runs"))
+        monkeypatch.setattr(Job, "settings", SETTINGS)
+        with pytest.raises(StepNotFoundError, match="no step of this job is in memory or on S3"):
+            await coordinator.resolve("job")
+        monkeypatch.setattr(Job, "settings", with_s3)
+        with pytest.raises(DurableStoreError, match="at s3://bucket/runs failed: the credentials"):
+            await coordinator.resolve("job")
 
     asyncio.run(scenario())

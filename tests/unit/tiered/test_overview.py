@@ -94,6 +94,13 @@ def test_what_s3_has_may_not_be_known() -> None:
     assert finding.what == ("it is not known what is on S3, 10 steps behind: S3 was not listed yet")
 
 
+def test_where_nothing_is_committed_nothing_is_behind() -> None:
+    job = begun(s3=S3_SETTINGS)
+    job.durable_problem = "the credentials are not valid"
+    whats = [finding.what for finding in job_overview(job, 12.0).findings]
+    assert "it is not known what is on S3: the credentials are not valid" in whats
+
+
 def test_s3_that_hangs_is_said_before_the_upload_ends() -> None:
     job = begun(s3=S3_SETTINGS)
     commit(job, 10)

@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -105,6 +106,12 @@ def main(
     commit = _commit()  # of the code that runs, whatever is checked out meanwhile
     run = Run(options, plan, lambda line: console.print(line, soft_wrap=True, markup=False))
     outcome = run.outcome
+
+    def interrupt(number: int, frame: object) -> None:
+        run.is_interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         run.run()
     except (TieredError, ConnectionError) as error:

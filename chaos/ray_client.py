@@ -138,7 +138,8 @@ def _connect(address: str) -> None:
             warnings.simplefilter("ignore")  # the error says it
             ray.init(address, log_to_driver=False)
     except ConnectionError as error:
-        raise ConnectionError(f"no Ray Client server answers at {address!r}: {error}") from None
+        reason = str(error).rstrip().rpartition("\n")[2]  # of a server that fails: its traceback
+        raise ConnectionError(f"no Ray Client server answers at {address!r}: {reason}") from None
 
 
 @contextlib.contextmanager

@@ -104,6 +104,8 @@ class Run:
 
     Attributes:
         outcome: What has happened so far.
+        is_interrupted: Set by a signal's handler: the run ends with KeyboardInterrupt, also where
+            the handler's own is lost, as in a call of Ray's that ignores what is raised in it.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Run:
         self._plan = plan
         self._say = say
         self.outcome = Outcome()
+        self.is_interrupted = False
         self._heard: dict[int, float] = {}
         self._settings: tiered.S3 | None = None
         self._mends: list[tuple[float, int, str, Aim]] = []
@@ -355,6 +358,8 @@ class Run:
         """Go on, mending what is due, until `condition` holds or the time is up."""
         deadline_s = time.monotonic() + timeout_s
         while True:
+            if self.is_interrupted:
+                raise KeyboardInterrupt
             now_s = time.monotonic()
             if self._mends and self._mends[0][0] <= now_s:
                 self._mend(heapq.heappop(self._mends))

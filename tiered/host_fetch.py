@@ -62,6 +62,7 @@ class HostTier:
         self._behind = behind
         self._node_id = node_id
         self._near = near
+        self._host: Source | None = None
 
     def read(self, index: int) -> Chunk:
         """See Tier."""
@@ -73,20 +74,26 @@ class HostTier:
     def read_into(self, index: int, sink: Sink) -> None:
         """See Tier."""
         chunk, behind = self._behind.chunk_id(index), self._behind
-        try:
-            handle = ray.get_actor(holder_name(self._node_id), NAMESPACE)
-        except ValueError as error:  # Ray's word for: no such actor
-            raise HolderUnavailableError(self._node_id, "it is gone") from error
         # Twice: for a chunk that is on its way for another rank, and fails, and is tried again.
         timeout_s = 2 * fetch_timeout_s(chunk.size_bytes)
         self._near.read_guest(
-            Source(self._node_id, handle), chunk, behind.digest(index), behind.way(), sink,
+            self._own_holder(), chunk, behind.digest(index), behind.way(), sink,
             timeout_s,
         )  # fmt: skip
 
     def close(self) -> None:
         """See Tier."""
         self._near.close()
+
+    def _own_holder(self) -> Source:
+        """Looked up once, not for each chunk."""
+        if self._host is None:
+            try:
+                handle = ray.get_actor(holder_name(self._node_id), NAMESPACE)
+            except ValueError as error:  # Ray's word for: no such actor
+                raise HolderUnavailableError(self._node_id, "it is gone") from error
+            self._host = Source(self._node_id, handle)
+        return self._host
 
 
 def by_own_holder(tiers: Sequence[Tier], node_id: str, near: SharedMemoryTransport) -> list[Tier]:

@@ -113,7 +113,13 @@ def shard(monkeypatch: pytest.MonkeyPatch) -> Shard:
     return Shard({"x": torch.arange(5000, dtype=torch.float32)})
 
 
-def test_the_own_holder_is_asked_for_a_chunk_by_its_checksum(shard: Shard) -> None:
+def test_the_own_holder_is_asked_for_a_chunk_by_its_checksum(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up: list[str] = []
+    monkeypatch.setattr(
+        ray, "get_actor", lambda name, space: looked_up.append(name) or handle_of(name, space)
+    )
     near, behind = Near(shard), Behind(shard)
     tier = HostTier(behind, "here", near)
     memory = np.zeros(shard.record.plan.chunk_sizes[1], dtype=np.uint8)
@@ -126,6 +132,7 @@ def test_the_own_holder_is_asked_for_a_chunk_by_its_checksum(shard: Shard) -> No
         near.asked
         == [("here", "tiered/holder-here", behind.chunk_id(1), expected, (THERE, None, "ray"))] * 2
     )
+    assert len(looked_up) == 1
 
 
 def test_when_the_own_holder_cannot_help_the_other_host_is_read(

@@ -217,7 +217,7 @@ def test_what_ranks_of_a_host_have_in_common_comes_to_a_new_host_once(
 ) -> None:
     common, shape = 6, {"state_bytes": MIB, "frozen": 6}
     alone = tiered.Memory(every_steps=1, replicas=0, chunk_bytes=MIB)  # nothing is copied there
-    old, new = cluster.hosts[0], cluster.add_host()
+    old, new = cluster.add_host(), cluster.add_host()  # whose ports are open
     actors = start_trainers([old, old])
     begin(actors, job, alone, **shape)
     save(actors, 1)

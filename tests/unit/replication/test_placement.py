@@ -532,3 +532,44 @@ def test_explanation_does_not_warn_without_reason() -> None:
     assert "WARNING" not in explain_placement(place(named(2), 1), named(2))  # just enough
     assert "WARNING" not in explain_placement(place(labelled("aa"), 0), labelled("aa"))
     assert "(?)" in explain_placement(place(named(4), 1), named(3))
+
+
+def test_the_whole_explanation_of_a_placement_that_is_in_danger() -> None:
+    hosts = [Host(f"node{i}-of-many", "rack") for i in range(3)]
+    late = Host("late-to-come")
+    text = explain_placement(place(hosts, 1), [*hosts, late])
+
+    assert text.splitlines() == [
+        "3 hosts, replicas=1",
+        "  ring, each backed up by the next 1: "
+        "node0-of (rack), node1-of (rack), node2-of (rack)",
+        "  1 lost at once: all data survives with P = 1.000000 (1)",
+        "  2 lost at once: all data survives with P = 0.000000 (0)",
+        "  3 lost at once: all data survives with P = 0.000000 (0)",
+        "WARNING: not placed, so without copies: late-to- (own domain)",
+        *(
+            f"WARNING: the ring from node{i}-of lies within domain rack: "
+            f"node{i}-of (rack), node{(i + 1) % 3}-of (rack)"
+            for i in range(3)
+        ),
+    ]
+
+
+def test_the_whole_explanation_of_too_few_hosts() -> None:
+    text = explain_placement(place(named(2), 2), named(1))
+
+    assert text.splitlines() == [
+        "2 hosts, replicas=2",
+        "  group 0: n0000 (own domain), n0001 (?)",
+        "  1 lost at once: all data survives with P = 1.000000 (1)",
+        "  2 lost at once: all data survives with P = 0.000000 (0)",
+        "WARNING: replicas=2 needs 3 hosts: only 2 copies are kept",
+    ]
+
+
+def test_a_set_of_copies_that_is_partly_of_unknown_domains_is_not_warned_of() -> None:
+    placement = Placement(1, (("a", "gone"), ("b", "c")), ())
+    text = explain_placement(placement, [Host("a", "x"), Host("b", "x"), Host("c", "x")])
+
+    warnings = [line for line in text.splitlines() if "WARNING" in line]
+    assert warnings == ["WARNING: group 1 lies within domain x: b (x), c (x)"]

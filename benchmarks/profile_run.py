@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks import observer
 from benchmarks.contender import Loaded, Saved
 from benchmarks.ours import Ours
 from benchmarks.profiling import RATE_HZ, ProfilerError, Profilers, Spot, spots
@@ -16,6 +17,7 @@ from benchmarks.suite import Plan
 
 SAVE, RESTORE = "save (benchmarks/trainer.py)", "restore (tiered/checkpointer.py)"
 LEAST_SHARE = 0.02
+IDLE_CPUS = 0.2  # what the processes of two hosts keep busy always, at most
 TRAINER, MAIN_THREAD = "trainer", "MainThread;"
 Raw = dict[str, list[str]]  # py-spy's lines by role
 Say = Callable[[str], None]
@@ -77,8 +79,10 @@ def profile(plan: Plan, say: Say) -> Profile:
 
 
 def _save(ours: Ours) -> Saved:
+    """Save what has changed, when the memory for it is ready, as it is after some training."""
     step = ours.last_step + 1
     ours.stamp(step)
+    observer.wait_until_quiet(lambda: observer.tree(ours.pids()), IDLE_CPUS)
     return ours.save(step)
 
 

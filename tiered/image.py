@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from replication.records import Buffer, Chunk, ShardKey, ShardPlan
+from tiered.collector import collector_paused
 from tiered.errors import StateError
 from tiered.state import Captured
 from tiered.tree import TREE_NAME
@@ -116,17 +117,18 @@ def lay_out(captured: Captured) -> Layout:
         parts = [part.rjust(20, "0") if part.isdigit() else part for part in _NUMBERS.split(name)]
         return -tensor.element_size(), -tensor.numel(), parts, name
 
-    for name, tensor in sorted(captured.tensors.items(), key=place):
-        size = tensor.numel() * tensor.element_size()
-        shape = list(tensor.shape)
-        dtype = _NAMES.get(tensor.dtype)
-        if dtype is None:
-            dtype, shape = "U8", [*shape, tensor.element_size()]
-        entries.append({"dtype": dtype, "shape": shape})
-        spans.append(Span(name, offset, offset + size))
-        offset += size
-    kinds = {name: (t.dtype, t.shape) for name, t in captured.tensors.items()}
-    return Layout(captured.signature, tuple(spans), offset, tuple(entries), kinds)
+    with collector_paused():
+        for name, tensor in sorted(captured.tensors.items(), key=place):
+            size = tensor.numel() * tensor.element_size()
+            shape = list(tensor.shape)
+            dtype = _NAMES.get(tensor.dtype)
+            if dtype is None:
+                dtype, shape = "U8", [*shape, tensor.element_size()]
+            entries.append({"dtype": dtype, "shape": shape})
+            spans.append(Span(name, offset, offset + size))
+            offset += size
+        kinds = {name: (t.dtype, t.shape) for name, t in captured.tensors.items()}
+        return Layout(captured.signature, tuple(spans), offset, tuple(entries), kinds)
 
 
 def chunk_sizes(layout: Layout, first_bytes: int, chunk_bytes: int) -> tuple[int, ...]:

@@ -7,9 +7,8 @@ does not have takes it from the shard of rank r mod N, but for objects that are 
 (`tiered.PerRank`), which it leaves as they are.
 """
 
-import gc
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import torch
 
 from tiered import torch_versions, typed
 from tiered.boxes import Box, whole
+from tiered.collector import collector_paused
 from tiered.errors import StateError
 from tiered.filling import Filling, is_same_type
 from tiered.rng import is_per_rank
@@ -88,7 +88,7 @@ def restore_into(
         StepNotFoundError: No tier has an intact copy of some chunk. Says which tensors in `state`
             are part old, part new: they are not to be used.
     """
-    with closing(step), _collector_paused():
+    with closing(step), collector_paused():
         is_same_world = world_size in (None, step.world_size)
         target = _Target(state, capture_present(state))
         donor = rank if is_same_world else rank % step.world_size
@@ -111,22 +111,6 @@ def restore_into(
         tuple(plan.missing), tuple(plan.unexpected), tuple(target.kept.values()),
         is_resharded=len(plan.index.views) > 1,
     )  # fmt: skip
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No collection of garbage meanwhile: a plan makes objects by the thousand, and drops none.
-
-    With torch imported each full collection looks at a few hundred thousand objects; they took
-    half of the time of a restore of 10,000 tensors.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def read_state(step: SavedStep, rank: int = 0) -> dict[Any, Any]:

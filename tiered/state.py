@@ -25,6 +25,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from tiered import torch_versions, typed
+from tiered.collector import collector_paused
 from tiered.errors import StateError
 from tiered.tree import (
     ARRAY_DTYPES,
@@ -359,14 +360,15 @@ class _Capture:
         global_shape: tuple[int, ...] | None = None,
     ) -> TensorRef:
         name = dotted(path)
-        if is_lazy(value):
+        if type(value) not in PLAIN and is_lazy(value):
             raise StateError(name, "it has no shape yet; run one batch through the lazy module")
-        whole = value
-        if torch_versions.is_dtensor(value):
+        whole: DTensor | None = None
+        if type(value) not in PLAIN and torch_versions.is_dtensor(value):
             if any(placement.is_partial() for placement in value.placements):
                 raise StateError(
                     name, "it is a sum that was not made yet (Partial); redistribute it"
                 )
+            whole = value
             offsets, global_shape = place_of(value), tuple(value.shape)
             value = local_part_of(value, name)
         if value.requires_grad or type(value) is not torch.Tensor:
@@ -388,7 +390,7 @@ class _Capture:
         self.aliases[alias] = ref
         self.tensors[name] = value
         self.signature.append((name, value.dtype, value.shape))
-        if torch_versions.is_dtensor(whole):
+        if whole is not None:
             self.sharded[name] = whole
         return ref
 
@@ -513,8 +515,9 @@ def capture(
         StateError: A value cannot be saved; names its key.
     """
     work = _Capture(allow_pickle, cache=cache)
-    tree = work.encode_state(state)
-    return Captured(_pack(tree), work.tensors, work.sharded, tuple(work.signature))
+    with collector_paused():
+        tree = work.encode_state(state)
+        return Captured(_pack(tree), work.tensors, work.sharded, tuple(work.signature))
 
 
 @dataclass(frozen=True, slots=True)

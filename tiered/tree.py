@@ -111,7 +111,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def dotted(path: Path) -> str:
     """The path as a tensor's name: its parts joined by dots."""
-    return ".".join(str(part) for part in path)
+    return ".".join(map(str, path))
 
 
 @dataclass(frozen=True, slots=True)

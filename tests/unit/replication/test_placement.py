@@ -541,8 +541,7 @@ def test_the_whole_explanation_of_a_placement_that_is_in_danger() -> None:
 
     assert text.splitlines() == [
         "3 hosts, replicas=1",
-        "  ring, each backed up by the next 1: "
-        "node0-of (rack), node1-of (rack), node2-of (rack)",
+        "  ring, each backed up by the next 1: node0-of (rack), node1-of (rack), node2-of (rack)",
         "  1 lost at once: all data survives with P = 1.000000 (1)",
         "  2 lost at once: all data survives with P = 0.000000 (0)",
         "  3 lost at once: all data survives with P = 0.000000 (0)",

@@ -134,10 +134,12 @@ def profile(
     """Where each second of our saves and restores goes, function by function."""
     plan = plan_of(size_mib, tensors, ranks, repeat, chunk_mib)
     out.mkdir(parents=True, exist_ok=True)
+    about = machine.describe()
     with quiet(out / "logs" / "profile.log") as console:
         found = profile_run.profile(plan, console.print)
         console.print(profile_run.show(found))
-    (out / "profile.json").write_text(json.dumps(found.as_dict(), indent=1) + "\n")
+    facts = {"command": "profile", "options": options_of(plan), "machine": about}
+    (out / "profile.json").write_text(json.dumps(facts | found.as_dict(), indent=1) + "\n")
 
 
 @app.command()

@@ -79,7 +79,7 @@ def buddy_restore(samples: Sequence[RestoreSample]) -> Ratio | None:
 
 
 def begin_s(samples: Sequence[RestoreSample]) -> float | None:
-    """Of a restore's whole call, what is not reading: finding out what to restore."""
+    """Of a restore's whole call, what is not reading: what to restore, and how to save."""
     return median(s.whole_s - s.seconds for s in samples) if samples else None
 
 

@@ -66,7 +66,7 @@ def draw_scaling(cases: Sequence[Case], path: Path) -> Path:
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_ylim(bottom=0)
     panels[0].set_ylabel("speed relative to the limit")
-    panels[0].legend(fontsize=8, frameon=False)
+    panels[-1].legend(fontsize=8, frameon=False, bbox_to_anchor=(1.0, 0.95))  # below the limit
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path

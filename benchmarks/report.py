@@ -117,8 +117,8 @@ def _begin_lines(ours: Outcome) -> Iterator[Text]:
     times = [f"{kind} {s:.3f} s" for kind, samples in kinds if (s := figures.begin_s(samples))]
     if times:
         yield Text(
-            f"before it reads, a restore agrees on a step and has every copy verified: "
-            f"{', '.join(times)}"
+            "beside reading, a restore agrees on a step, has every copy verified, and plans the "
+            f"first save: {', '.join(times)}"
         )
 
 

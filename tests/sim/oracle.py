@@ -22,6 +22,7 @@ nothing was wrong between it and the head for `GRACE_S` before the generation wa
 since.
 """
 
+import itertools
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -298,9 +299,10 @@ class Oracle:
         keep = self.world.setup.settings.memory.keep
         own = sorted(self.commits[self.generation])[-keep:]
         if (missing := keep - len(own)) > 0:
-            older = [v for v in self.copies if v.generation < self.generation]
-            whole = [v for v in older if self.is_on_branch(v) and self._is_counted(v)]
-            own = [*sorted(whole)[-missing:], *own]
+            older = [v for v in self.copies if self.mark < v and v.generation < self.generation]
+            newest = sorted(older, reverse=True)
+            whole = (v for v in newest if self.is_on_branch(v) and self._is_counted(v))
+            own = sorted([*itertools.islice(whole, missing), *own])
         if len(own) == keep and own[0] > self.mark:
             self.mark = own[0]
             self.protected = {v for v in self.protected if v >= self.mark}

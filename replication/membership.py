@@ -220,7 +220,7 @@ class Membership:
             state.is_up = False
             assert state.holder is not None
             return [HolderLost(state.holder)]
-        if not event.is_dead and state.misses == HOPELESS_MISSES:
+        if state.misses == HOPELESS_MISSES:
             state.misses = MISSES  # and again later, should that not help
             return [ReplaceHolder(event.node_id)]
         return []

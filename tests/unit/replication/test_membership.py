@@ -124,6 +124,25 @@ def test_the_successor_of_a_holder_that_died_hung_is_replaced_if_it_hangs_too() 
     assert core.handle(Missed("a", is_dead=False)) == [ReplaceHolder("a")]
 
 
+def test_a_holder_that_never_answers_loses_nothing_and_is_replaced_when_that_takes_too_long() -> (
+    None
+):
+    members = Membership()
+    members.handle(NodesSeen((NODE,)))
+    assert miss(members, HOPELESS_MISSES - 1) == []
+    assert miss(members, 1) == [ReplaceHolder("a")]
+
+
+def test_hosts_that_leave_together_are_lost_in_the_order_of_their_ids() -> None:
+    names = [f"n{i:02}" for i in range(12)]
+    members = Membership()
+    members.handle(NodesSeen(tuple(Node(name, "", 100) for name in names[::-1])))
+    for name in names[::-1]:
+        members.handle(Answered(HolderId(name, "1")))
+    lost = [HolderLost(HolderId(name, "1")) for name in names]
+    assert members.handle(NodesSeen(())) == lost
+
+
 # --- links between hosts that live ---------------------------------------------------------------
 
 
@@ -198,3 +217,15 @@ def test_a_word_counts_while_whoever_says_it_lives_and_once_it_has_been_there_fo
     assert [members.handle(said) for _ in range(MISSES)] == [[HolderJoined(A, "")], [], [CUT]]
     assert members.handle(NodesSeen((Node("b", "", 100),))) == [HolderLost(A), WELL]
     assert members.handle(Answered(B)) == []
+
+
+def test_a_link_is_not_blamed_before_both_ends_have_answered_for_a_while() -> None:
+    members = Membership()
+    members.handle(NodesSeen((Node("a", "", 100), Node("b", "", 100))))
+    said = Answered(A, frozenset({B}))
+    for _ in range(MISSES - 1):
+        members.handle(Answered(B))
+        members.handle(said)
+        assert members.cut == frozenset()
+    assert members.handle(said) == []  # one of them alone is not enough
+    assert members.handle(Answered(B)) == [CUT]

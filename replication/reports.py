@@ -5,6 +5,7 @@ is never told as it was: a copy found corrupt is no longer reported as whole, no
 """
 
 import asyncio
+import contextlib
 import logging
 
 import ray
@@ -52,6 +53,10 @@ class Reports:
 
     async def send_forever(self, holder: HolderId) -> None:
         """Tell what there is to tell, in batches."""
+        # The first time brings in the modules of the observer's class: a second in which a new
+        # host's holder would hardly answer, just when it is given its first copies.
+        with contextlib.suppress(Exception):
+            await self._find()
         pause_s = PAUSE_S
         while True:
             await self._is_due.wait()
@@ -68,10 +73,14 @@ class Reports:
             else:
                 pause_s = PAUSE_S
 
+    async def _find(self) -> ActorRef:
+        actor: ActorRef
+        actor = await asyncio.to_thread(ray.get_actor, self._observer, self._namespace)
+        return actor
+
     async def _send(self, holder: HolderId) -> None:
         whole, corrupt = list(self._whole.values()), sorted(self._corrupt)
-        observer: ActorRef
-        observer = await asyncio.to_thread(ray.get_actor, self._observer, self._namespace)
+        observer = await self._find()
         if corrupt:
             answer = observer.report_corrupt.remote(holder, corrupt)
             await asyncio.wait_for(answer, REPORT_TIMEOUT_S)

@@ -192,7 +192,7 @@ class _Capture:
         if value is None or kind in (bool, float, str, bytes):
             return value
         if kind is int:
-            if -(2**63) <= value < 2**64:
+            if self.is_target or -(2**63) <= value < 2**64:
                 return value
             size = value.bit_length() // 8 + 1
             return msgpack.ExtType(EXT_BIGINT, value.to_bytes(size, "little", signed=True))

@@ -398,6 +398,15 @@ def test_training_goes_on_bit_for_bit(name: str, warm_steps: int) -> None:
     assert original.optimizer.param_groups[0]["lr"] == resumed.optimizer.param_groups[0]["lr"]
 
 
+@pytest.mark.parametrize("key", [-(2**63) - 1, 2**63, 2**64, -1])
+def test_a_dict_with_keys_of_any_size_is_filled(key: int) -> None:
+    target = torch.zeros(2)
+    state = fill({"a": {key: target, "x": {key: 1}}}, {"a": {key: torch.ones(2), "x": {key: 2}}})
+    assert state["a"][key] is target
+    assert target.tolist() == [1, 1]
+    assert state["a"]["x"] == {key: 2}
+
+
 def test_an_optimizer_keeps_its_int_keys() -> None:
     training = Training(1, "sgd")
     training.run(0, 1)

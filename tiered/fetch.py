@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import ray
@@ -250,8 +250,7 @@ def tiers_of(
     return tiers
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Bytes that are wanted, and where they go.
 
     Attributes:
@@ -485,7 +484,9 @@ def _scattered(
             continue
         if at < low:
             skip(at, low)
-        places.append(piece.into[low - piece.start : high - piece.start].data)
+        is_all = high - low == piece.into.nbytes
+        into = piece.into if is_all else piece.into[low - piece.start : high - piece.start]
+        places.append(into.data)
         at = high
     if at < stop:
         skip(at, stop)

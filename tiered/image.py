@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,8 +41,7 @@ _NAMES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Where a tensor's bytes are, counted from the start of the image's tensor data."""
 
     name: str
@@ -179,8 +178,9 @@ def bytes_of(tensor: torch.Tensor) -> Buffer:
     dense = tensor.detach() if tensor.requires_grad else tensor
     if dense.device.type != "cpu" or not dense.is_contiguous():
         dense = dense.cpu().contiguous()
-    flat = dense.as_strided((dense.numel(),), (1,))  # a dimension of size 1 may have any stride
-    memory: Buffer = flat.view(torch.uint8).numpy()
+    if not dense.dim() or dense.stride(-1) != 1:  # a dimension of size 1 may have any stride
+        dense = dense.as_strided((dense.numel(),), (1,))
+    memory: Buffer = dense.view(torch.uint8).numpy().reshape(-1)
     return memory
 
 

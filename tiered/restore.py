@@ -334,9 +334,9 @@ class _Plan:
         if self._owners.setdefault(current.name, saved.name) != saved.name:
             return f"{_SAME_MEMORY} {current.name}, and was not when saved"
         one = self._want(saved.name, entry.path, box)
-        if one.box == box and not any(tensor is other for other in one.targets):
-            one.targets.append(tensor)
-        elif one.box != box:  # saved tied, sharded in two ways now
+        if one.box == box:
+            one.targets.append(tensor)  # perhaps again: tied, it is one tensor
+        else:  # saved tied, sharded in two ways now
             self._want(f"{saved.name}@{entry.path}", entry.path, box).targets.append(tensor)
         if current.name in self._target.present.sharded:
             self.sharded.setdefault(saved.name, self._target.present.sharded[current.name])
@@ -355,8 +355,9 @@ class _Plan:
         """What no tensor of the state is there for: an optimizer's state before its first step."""
         kept = set(self._target.kept.values())
         for inner, ref in leaves(tree, path):
-            is_kept = any(dotted(inner[:depth]) in kept for depth in range(1, len(inner)))
-            if ref.name in self.wanted or dotted(inner) in self.problems or is_kept:
+            if ref.name in self.wanted or dotted(inner) in self.problems:
+                continue
+            if kept and any(dotted(inner[:depth]) in kept for depth in range(1, len(inner))):
                 continue
             entry = self.index.entries[dotted(inner)]
             template = self._templates.get(entry.path)

@@ -16,7 +16,7 @@ import itertools
 import pickle
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import msgpack
@@ -114,20 +114,20 @@ class Captured:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorDict:
-    """A dict of plain tensors as it was captured, to be known again.
+    """A dict of plain tensors as it was looked at, to be known again.
 
     A model's state_dict() holds thousands of tensors whose memory stays where it is. Looking at
     each anew (its name, its kind, its aliases) takes longer than copying a small one.
     """
 
-    keys: tuple[Any, ...]
+    keys: tuple[str, ...]
     memory: list[int]
     dtypes: list[torch.dtype]
     shapes: list[torch.Size]
     strides: list[tuple[int, ...]]
-    names: tuple[str, ...]
+    names: list[str]
+    refs: list[TensorRef]
     encoded: dict[Any, Any]
-    aliases: dict[tuple[Any, ...], TensorRef]
     pointers: frozenset[int]
 
     def __eq__(self, other: object) -> bool:
@@ -163,6 +163,8 @@ CaptureCache = dict[Path, TensorDict]  # what `capture` remembers between saves 
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 _POINTER, _STRIDE = torch.Tensor.data_ptr, torch.Tensor.stride
 _DTYPE, _SHAPE = torch.Tensor.dtype.__get__, torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+_DEVICE = torch.Tensor.device.__get__
+_STR = frozenset({str})
 
 
 @dataclass(slots=True)
@@ -175,7 +177,7 @@ class _Capture:
     sharded: "dict[str, DTensor]" = field(default_factory=dict)
     aliases: dict[tuple[Any, ...], TensorRef] = field(default_factory=dict)
     pointers: set[int] = field(default_factory=set)
-    known: list[TensorDict] = field(default_factory=list)  # whose aliases are not in `aliases` yet
+    known: list[tuple[list[torch.Tensor], list[TensorRef]]] = field(default_factory=list)
     signature: list[Any] = field(default_factory=list)
 
     def encode_state(self, state: Mapping[str, Any]) -> dict[Any, Any]:
@@ -222,61 +224,55 @@ class _Capture:
         return self.encode_rare(value, path)
 
     def encode_dict(self, value: Mapping[Any, Any], path: Path) -> dict[Any, Any]:
-        if self.cache is None or not value:
-            return {self.key(k, path): self.encode(v, (*path, k)) for k, v in value.items()}
-        known = self.cache.get(path)
+        known = None if self.cache is None else self.cache.get(path)
+        if known is None or not known.is_same(value):
+            known = self._looked_at(value, path)
         if (
-            known is not None
-            and known.is_same(value)
-            and self.pointers.isdisjoint(known.pointers)
-            and self.tensors.keys().isdisjoint(known.names)
+            known is None
+            or not self.pointers.isdisjoint(known.pointers)
+            or not self.tensors.keys().isdisjoint(known.names)
         ):
-            self.tensors.update(zip(known.names, value.values(), strict=True))
-            self.pointers |= known.pointers
-            self.known.append(known)
-            self.signature.append(known)
-            return known.encoded
-        before = len(self.tensors), len(self.signature)
-        encoded = {self.key(k, path): self.encode(v, (*path, k)) for k, v in value.items()}
-        self._remember(path, value, encoded, *before)
-        return encoded
+            return {self.key(k, path): self.encode(v, (*path, k)) for k, v in value.items()}
+        tensors = list(value.values())
+        self.tensors.update(zip(known.names, tensors, strict=True))
+        self.pointers |= known.pointers
+        self.known.append((tensors, known.refs))
+        self.signature.append(known)
+        if self.cache is not None:
+            self.cache[path] = known
+        return known.encoded
 
-    def _remember(
-        self,
-        path: Path,
-        value: Mapping[Any, Any],
-        encoded: dict[Any, Any],
-        tensors: int,
-        parts: int,
-    ) -> None:
-        """Remember a dict of plain tensors, each with memory of its own.
+    def _looked_at(self, value: Mapping[Any, Any], path: Path) -> TensorDict | None:
+        """A dict of plain tensors, each with memory of its own, looked at as one; None if not.
 
-        On the CPU or a CUDA device: there an address stands for one place on one of them.
+        On the CPU or a CUDA device: there an address stands for one place on one of them. Whatever
+        is odd about one of them is found, and said, when each is looked at by itself.
         """
-        assert self.cache is not None
-        self.cache.pop(path, None)
-        is_plain = all(
-            type(v) in PLAIN and v.device.type in ("cpu", "cuda") for v in value.values()
-        )
-        names = tuple(dotted((*path, key)) for key in value)
-        own = list(itertools.islice(self.tensors, tensors, None))
-        if not is_plain or own != list(names):
-            return  # something else in it, or tied weights
-        aliases = [(_alias(self.tensors[n]), n) for n in names if self.tensors[n].numel()]
-        if any(n != self.aliases[alias].name for alias, n in aliases):
-            return
-        self.cache[path] = known = TensorDict(
-            tuple(value),
-            list(map(_POINTER, value.values())),
-            list(map(_DTYPE, value.values())),
-            list(map(_SHAPE, value.values())),
-            list(map(_STRIDE, value.values())),
-            names,
-            encoded,
-            {alias: self.aliases[alias] for alias, _ in aliases},
-            frozenset(v.data_ptr() for v in value.values() if v.numel()),
-        )
-        self.signature[parts:] = [known]
+        tensors = list(value.values())
+        is_plain = PLAIN.issuperset(map(type, tensors)) and _STR.issuperset(map(type, value))
+        if not is_plain or not tensors or len(path) >= MAX_DEPTH:
+            return None
+        names = [dotted((*path, key)) for key in value]
+        try:
+            for name, tensor in zip(names, tensors, strict=True):
+                check_name(name)
+                check_tensor(name, tensor)
+        except StateError:
+            return None
+        memory = list(map(_POINTER, tensors))
+        used = [place for place, tensor in zip(memory, tensors, strict=True) if tensor.numel()]
+        pointers = frozenset(used)
+        if len(pointers) != len(used):
+            return None  # tied, or parts of each other
+        if not {device.type for device in set(map(_DEVICE, tensors))} <= {"cpu", "cuda"}:
+            return None
+        dtypes, shapes = list(map(_DTYPE, tensors)), list(map(_SHAPE, tensors))
+        kinds = zip(names, map(dtype_name, dtypes), map(tuple, shapes), strict=True)
+        refs = list(itertools.starmap(TensorRef, kinds))
+        return TensorDict(
+            tuple(value), memory, dtypes, shapes, list(map(_STRIDE, tensors)), names, refs,
+            dict(zip(value, map(self.leaf, refs), strict=True)), pointers,
+        )  # fmt: skip
 
     def encode_rare(self, value: Any, path: Path) -> Any:
         kind = type(value)
@@ -350,7 +346,7 @@ class _Capture:
     def parts(self, value: TensorParts, path: Path) -> TensorRef:
         paths = [path, *((*path[:-1], f"{path[-1]}#{n}") for n in range(1, len(value.parts)))]
         refs = [self.part(part, where) for part, where in zip(value.parts, paths, strict=True)]
-        return replace(refs[0], more=tuple(refs[1:]))
+        return refs[0]._replace(more=tuple(refs[1:]))
 
     def tensor(
         self,
@@ -377,17 +373,18 @@ class _Capture:
         alias = _alias(value, offsets, global_shape)
         if value.numel():
             if self.known and value.data_ptr() in self.pointers:
-                for known_dict in self.known:
-                    self.aliases.update(known_dict.aliases)
+                for tensors, refs in self.known:
+                    self.aliases.update(zip(map(_alias, tensors), refs, strict=True))
                 self.known.clear()
             if known := self.aliases.get(alias):
                 return known
             self.pointers.add(value.data_ptr())
-        _check_name(name)
+        check_name(name)
         if name in self.tensors:
             raise StateError(name, "two values have this name once their paths are joined by dots")
         ref = TensorRef(name, dtype_name(value.dtype), tuple(value.shape), offsets, global_shape)
-        self.aliases[alias] = ref
+        if value.numel():
+            self.aliases[alias] = ref
         self.tensors[name] = value
         self.signature.append((name, value.dtype, value.shape))
         if whole is not None:
@@ -434,7 +431,12 @@ def check_tensor(name: str, value: torch.Tensor) -> None:
         raise StateError(name, "its memory has been freed (resharded?); gather it first")
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Refuse what cannot be a tensor's name in an image.
+
+    Raises:
+        StateError: It is reserved, or no text that can be written down.
+    """
     if name in RESERVED_NAMES:
         raise StateError(name, "this name is reserved; rename the tensor")
     try:

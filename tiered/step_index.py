@@ -15,7 +15,7 @@ No I/O.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from replication.records import ShardRecord
 from tiered.boxes import Box, Sizes, overlap, whole, without
@@ -43,8 +43,7 @@ class ShardView:
     record: ShardRecord
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """A part of a tensor, as one rank saved it: row-major bytes without gaps.
 
     Attributes:
@@ -77,8 +76,7 @@ class Entry:
     parts: list[Part] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """What to read: `box` of the whole tensor, out of one rank's part of it."""
 
     part: Part

@@ -4,14 +4,15 @@ One msgpack document with extension types; docs/FORMAT.md describes them. Whoeve
 nothing: a tree may come from S3, and nothing in it is unpickled unless the user says so.
 """
 
+import functools
 import io
 import itertools
 import pickle
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -41,9 +42,8 @@ ARRAY_DTYPES = {
 _NUMPY_SCALAR = re.compile(r"[<>|=]?[biufc][0-9]{1,2}")
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """A tensor in the tree.
+class TensorRef(NamedTuple):
+    """A tensor in the tree; a tuple, as there are thousands and each is made several times.
 
     Attributes:
         name: Its key in the shard's image.
@@ -86,14 +86,13 @@ class TensorRef:
         (others,) = more
         if global_shape is None or any(type(other[0]) is not str for other in others):
             raise TypeError(f"more parts {others!r} of {name!r}")
-        parts = (replace(first, name=n, shape=_sizes(s), offsets=_sizes(o)) for n, s, o in others)
-        return replace(first, more=tuple(parts))
+        parts = (first._replace(name=n, shape=_sizes(s), offsets=_sizes(o)) for n, s, o in others)
+        return first._replace(more=tuple(parts))
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch's object."""
-        dtype = getattr(torch, self.dtype, None)
-        if not isinstance(dtype, torch.dtype) or self.dtype.startswith("q"):  # quantized
+        if (dtype := _dtype_of(self.dtype)) is None:
             raise StateError(self.name, f"dtype {self.dtype!r} is not known to this torch")
         return dtype
 
@@ -104,6 +103,14 @@ def _sizes(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
+@functools.lru_cache(maxsize=256)
+def _dtype_of(name: str) -> torch.dtype | None:
+    dtype = getattr(torch, name, None)
+    is_known = isinstance(dtype, torch.dtype) and not name.startswith("q")  # quantized
+    return dtype if is_known else None
+
+
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """`torch.bfloat16` -> `bfloat16`."""
     return str(dtype).removeprefix("torch.")
@@ -196,7 +203,7 @@ def _check_depth(document: Any) -> None:
             raise StateError("", f"the checkpoint's tree is more than {MAX_DEPTH} deep")
         if isinstance(value, Typed):
             waiting.append((value.content, depth))
-        elif isinstance(value, dict | list | tuple):
+        elif isinstance(value, dict | list | tuple) and not isinstance(value, TensorRef):
             children = value.values() if isinstance(value, dict) else value
             waiting.extend((child, depth + 1) for child in children)
 
@@ -250,7 +257,7 @@ def renamed(tree: Any, name: Callable[[str], str]) -> Any:
     """The tree with other names in its references."""
     if isinstance(tree, TensorRef):
         more = tuple(renamed(part, name) for part in tree.more)
-        return replace(tree, name=name(tree.name), more=more)
+        return tree._replace(name=name(tree.name), more=more)
     if isinstance(tree, Array):
         return Array(renamed(tree.ref, name))
     if isinstance(tree, Typed):
@@ -270,9 +277,10 @@ def unmakable(tree: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
         yield from unmakable(tree.content, path)
     elif isinstance(tree, dict):
         for key, value in tree.items():
-            yield from unmakable(value, (*path, key))
+            if type(value) is not TensorRef:
+                yield from unmakable(value, (*path, key))
             yield from unmakable(key, path) if isinstance(key, Typed) else ()
-    elif isinstance(tree, list | tuple | set):
+    elif isinstance(tree, list | tuple | set) and not isinstance(tree, TensorRef):
         for index, value in enumerate(tree):
             yield from unmakable(value, (*path, index))
 

@@ -211,6 +211,20 @@ def test_tied_tensors_are_saved_once_and_come_back_tied() -> None:
     assert back["d"][0] == 1
 
 
+def test_what_is_tied_across_dicts_is_saved_once_whichever_comes_first() -> None:
+    shared, own, empty = torch.ones(4), torch.zeros(4), torch.zeros(0)
+    dicts = {"w": shared, "v": own}, {"w": own + 2, "u": shared, "e": empty}
+    for first, second in (dicts, dicts[::-1]):
+        for cache in (None, {}):
+            state = {"first": first, "second": {"in": second}, "last": [shared, own]}
+            names = list(capture(state, cache=cache).tensors)
+            assert names == list(capture(state, cache=cache).tensors)
+            assert len(names) == 4  # shared, own, own + 2, empty
+            back = through(state)
+            assert back["last"][0] is back["first"]["u" if "u" in first else "w"]
+            assert back["last"][0] is back["second"]["in"]["u" if "u" in second else "w"]
+
+
 @pytest.mark.parametrize(
     "views",
     [
@@ -393,9 +407,10 @@ def _freed() -> torch.Tensor:
 def test_a_tensor_without_plain_bytes_is_refused_by_name(
     make: Callable[[], torch.Tensor], problem: str, allow_pickle: bool
 ) -> None:
-    with pytest.raises(StateError, match=problem) as caught:
-        capture({"a": [make()]}, allow_pickle=allow_pickle)
-    assert caught.value.key == "a.0"
+    for holder in ([make()], {"0": make(), "other": torch.ones(1)}):
+        with pytest.raises(StateError, match=problem) as caught:
+            capture({"a": holder}, allow_pickle=allow_pickle)
+        assert caught.value.key == "a.0"
 
 
 @pytest.mark.parametrize(
@@ -477,6 +492,15 @@ def test_everything_that_can_be_saved_is_shallow_enough_to_be_read(
     assert_same({"a": value}, through({"a": value}))
     with pytest.raises(StateError, match=f"more than {MAX_DEPTH} deep"):
         capture({"a": wrap(value)})
+
+
+def test_tensors_are_as_shallow_as_all_else() -> None:
+    value: Any = {"x": torch.ones(1)}
+    for _ in range(MAX_DEPTH - 2):
+        value = {"k": value}
+    assert_same({"a": value}, through({"a": value}))
+    with pytest.raises(StateError, match=f"more than {MAX_DEPTH} deep"):
+        capture({"a": {"k": value}})
 
 
 def test_a_target_is_captured_whatever_it_holds() -> None:

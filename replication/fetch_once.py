@@ -1,9 +1,9 @@
-"""Chunks of other hosts that several processes of this host want: each comes once.
+"""Chunks from elsewhere that several processes of this host want: each comes once.
 
 Ranks of data parallelism have the same bytes under keys of their own, and of a world that has
 grown several ranks read one shard. On a host that has no copy each of them would fetch every chunk
-for itself. So they ask their own host's holder, which fetches it once, told apart by its checksum,
-and they all read it in the memory that they share.
+for itself, from another host or from S3. So they ask their own host's holder, which fetches it
+once, told apart by its checksum, and they all read it in the memory that they share.
 
 Rules:
     1. Whoever asks for a chunk that is on its way waits for it. When it cannot be had, all who wait
@@ -19,10 +19,44 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from replication.durable import DurableStore
 from replication.errors import HolderUnavailableError
-from replication.records import Chunk
+from replication.records import Chunk, Endpoint, HolderId, Way
 
 KEEP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class AtHolder:
+    """A place to fetch a chunk from: another host's memory.
+
+    Attributes:
+        holder: Who has it.
+        endpoint: Where its data plane listens, if it has one.
+        way: How to fetch it.
+    """
+
+    holder: HolderId
+    endpoint: Endpoint | None = None
+    way: Way = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class AtStore:
+    """A place to fetch a chunk from: an object of a durable store.
+
+    Attributes:
+        store: The store; whoever fetches from it closes it.
+        object_key: Under what the object is stored.
+        start: Where in it the chunk begins.
+    """
+
+    store: DurableStore
+    object_key: str
+    start: int
+
+
+Origin = AtHolder | AtStore
 
 
 @dataclass(slots=True)

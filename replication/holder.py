@@ -38,7 +38,7 @@ from replication.chunk_server import ChunkServer, ReadChunk
 from replication.dataplane import Access, open_transports
 from replication.durable import DurableStore, Earlier, common_runs
 from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
-from replication.fetch_once import FetchOnce
+from replication.fetch_once import AtStore, FetchOnce, Origin
 from replication.inventory import Inventory, Reservation
 from replication.presence import is_present
 from replication.probes import Probes
@@ -341,22 +341,13 @@ class Holder:
             for index in range(max(chunks) + 1)
         ]
 
-    async def bring(
-        self,
-        wanted: ChunkId,
-        expected: bytes,
-        source: HolderId,
-        endpoint: Endpoint | None = None,
-        way: Way = "auto",
-    ) -> list[Place] | None:
+    async def bring(self, wanted: ChunkId, expected: bytes, origin: Origin) -> list[Place] | None:
         """Fetch a chunk for readers on this host, once for all of them; see `FetchOnce`.
 
         Args:
             wanted: Which chunk.
             expected: Its checksum.
-            source: Who has it.
-            endpoint: Where the data plane of `source` listens, if it has one.
-            way: How to fetch it.
+            origin: Where from.
 
         Returns:
             Where it lies in this host's object store, for the next seconds; None if it is not in
@@ -364,12 +355,15 @@ class Holder:
 
         Raises:
             ChunkCorruptError: What arrived does not have the checksum `expected`.
-            HolderUnavailableError: There is no room for it here, or `source` is gone.
-            ShardNotHeldError, ProtocolError: The source could not serve it.
+            HolderUnavailableError: There is no room for it here, or its holder is gone.
+            ShardNotHeldError, ProtocolError: The holder could not serve it.
+            Exception: Whatever the store raises.
         """
 
         async def fetch() -> Chunk:
-            return await self._fetched(wanted, expected, source, endpoint, way)
+            if isinstance(origin, AtStore):
+                return await asyncio.to_thread(self._download, wanted, expected, origin)
+            return await self._fetched(wanted, expected, origin.holder, origin.endpoint, origin.way)
 
         room_bytes = self._core.capacity_bytes - self._core.used_bytes
         chunk = await self._guests.get(expected, wanted.size_bytes, fetch, room_bytes)
@@ -542,6 +536,16 @@ class Holder:
         self._transports[way].read(source, wanted, sink, timeout_s)
         if checksum.digest() != expected:
             raise ChunkCorruptError(f"host {source.node_id[:8]}", str(wanted.key), wanted.index)
+        return lease.pin()
+
+    def _download(self, wanted: ChunkId, expected: bytes, origin: AtStore) -> Chunk:
+        """Read a chunk of a durable store into memory of the object store; blocks."""
+        lease, checksum = self._buffers.lease(wanted.size_bytes), Digest()
+        with contextlib.closing(origin.store) as store:
+            store.read_into(origin.object_key, origin.start, [lease.view])
+        checksum.update(lease.view)
+        if checksum.digest() != expected:
+            raise ChunkCorruptError("the durable store", str(wanted.key), wanted.index)
         return lease.pin()
 
     def _unprepare(self, job: str, before: float = math.inf) -> None:

@@ -21,8 +21,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from replication.errors import HolderTimeoutError, HolderUnavailableError, ReplicationError
+from replication.fetch_once import Origin
 from replication.pinning import MAPS, pin
-from replication.records import ActorRef, Buffer, Chunk, ChunkId, Endpoint, HolderId, ShardKey, Way
+from replication.records import ActorRef, Buffer, Chunk, ChunkId, ShardKey
 from replication.sink import Sink, gather
 from replication.transport import Source, check_size, read_whole
 
@@ -173,24 +174,24 @@ class SharedMemoryTransport:
         host: Source,
         chunk: ChunkId,
         expected: bytes,
-        source: tuple[HolderId, Endpoint | None, Way],
+        origin: Origin,
         sink: Sink,
         timeout_s: float,
     ) -> None:
-        """Fill `sink` with a chunk of another host, which this host's holder fetches for all.
+        """Fill `sink` with a chunk from elsewhere, which this host's holder fetches for all.
 
         Args:
             host: The holder of this host.
             chunk: Which chunk.
             expected: Its checksum.
-            source: Who has it, where that listens, and how to fetch it; see `Holder.bring`.
+            origin: Where the holder is to fetch it from.
             sink: Gets the bytes that it still misses.
             timeout_s: For the whole way.
 
         Raises:
             ReplicationError: As `Holder.bring` and `Transport.read` do.
         """
-        answer = host.actor.bring.remote(chunk, expected, *source)
+        answer = host.actor.bring.remote(chunk, expected, origin)
         self._read(host, chunk, _answer(answer, host, timeout_s), sink)
 
     def fetch(self, source: Source, chunk: ChunkId, timeout_s: float) -> Chunk:

@@ -19,13 +19,14 @@ from ray.exceptions import GetTimeoutError, RayError
 from replication.cancelling import CancellableSink
 from replication.checksum import Digest, digest
 from replication.dataplane import STREAMS, Access, open_transports
-from replication.durable import DurableStore
+from replication.durable import DurableStore, upload_timeout_s
 from replication.errors import (
     ChunkCorruptError,
     HolderTimeoutError,
     HolderUnavailableError,
     TieredError,
 )
+from replication.fetch_once import AtHolder, AtStore
 from replication.holder import NAMESPACE, holder_name
 from replication.records import (
     ActorRef,
@@ -33,7 +34,6 @@ from replication.records import (
     ByteRange,
     Chunk,
     ChunkId,
-    Endpoint,
     HolderId,
     Way,
 )
@@ -141,14 +141,18 @@ class HolderTier:
         """One chunk's checksum."""
         return self._record.digests[index]
 
-    def way(self) -> tuple[HolderId, Endpoint | None, Way]:
+    def origin(self, _index: int) -> AtHolder:
         """How another holder is to read from this one, which is asked once.
 
         Raises:
             HolderUnavailableError: It is gone, or did not answer.
         """
         source, _ = self._find()
-        return self._holder, source.endpoint, self._way
+        return AtHolder(self._holder, source.endpoint, self._way)
+
+    def timeout_s(self, index: int) -> float:
+        """How long one chunk may take."""
+        return fetch_timeout_s(self._record.plan.chunk_sizes[index])
 
     def _find(self) -> tuple[Source, Transport]:
         """The holder, and the way to it; asked for once, by an actor call.
@@ -190,8 +194,7 @@ class HolderTier:
 class DurableTier:
     """S3, or any other durable store."""
 
-    label = DURABLE
-    name = "S3"
+    label = name = DURABLE
 
     def __init__(self, store: DurableStore, sources: ShardSources) -> None:
         self._store = store
@@ -211,16 +214,32 @@ class DurableTier:
             self._fill(index, [np.frombuffer(view, dtype=np.uint8) for view in views])
             sink.advance(total)
 
+    def chunk_id(self, index: int) -> ChunkId:
+        """One chunk's name and size."""
+        return ChunkId(self._record.key, index, self._record.plan.chunk_sizes[index])
+
+    def digest(self, index: int) -> bytes:
+        """One chunk's checksum."""
+        return self._record.digests[index]
+
+    def origin(self, index: int) -> AtStore:
+        """How a holder is to read it."""
+        key = register.shard_key(self._record.key.version, self._record.key.rank)
+        return AtStore(self._store, key, sum(self._record.plan.chunk_sizes[:index]))
+
+    def timeout_s(self, index: int) -> float:
+        """How long one chunk may take; the store has deadlines of its own."""
+        return upload_timeout_s(self._record.plan.chunk_sizes[index])
+
     def _fill(self, index: int, into: Chunk) -> None:
         """Read a chunk to where it belongs, twice if need be.
 
         Bytes that were damaged on the way may be whole the next time.
         """
-        sizes, expected = self._record.plan.chunk_sizes, self._record.digests[index]
-        key = register.shard_key(self._record.key.version, self._record.key.rank)
+        origin = self.origin(index)
         for _ in range(2):
-            self._store.read_into(key, sum(sizes[:index]), [piece.data for piece in into])
-            if digest(into) == expected:
+            self._store.read_into(origin.object_key, origin.start, [piece.data for piece in into])
+            if digest(into) == self.digest(index):
                 return
 
     def close(self) -> None:
@@ -435,7 +454,8 @@ class ShardReader:
             raise error
         logger.warning("%s %s; trying the next copy", self.sources.record.key, error)
         is_corrupt = isinstance(error, ChunkCorruptError | DurableObjectError)
-        self.is_rotten = self.is_rotten or (is_corrupt and tier.label == DURABLE)
+        # By way of a holder the bytes may be damaged after they came from there.
+        self.is_rotten = self.is_rotten or (is_corrupt and tier.name == DURABLE)
         self._ask_last(tier)
         return str(error)
 

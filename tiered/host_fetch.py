@@ -1,4 +1,4 @@
-"""Reading what several ranks of a host want of another host: by way of their own host's holder.
+"""Reading what several ranks of a host want from elsewhere: by way of their own host's holder.
 
 It fetches each chunk once (`replication.fetch_once`), and the ranks read it in the memory that they
 share with it. That costs one more copy, so it is done only where it spares more than that.
@@ -15,8 +15,8 @@ from replication.holder import NAMESPACE, holder_name
 from replication.records import ByteRange, Chunk
 from replication.shared import SharedMemoryTransport
 from replication.sink import Sink
-from replication.transport import Source, fetch_timeout_s
-from tiered.fetch import HolderTier, Tier
+from replication.transport import Source
+from tiered.fetch import DurableTier, HolderTier, Tier
 from tiered.history import ShardSources
 
 
@@ -44,16 +44,18 @@ def wanted_often(shards: Sequence[ShardSources], world_size: int) -> list[bool]:
 
 
 class HostTier:
-    """The memory of another host, by way of the holder of the reader's own; a `tiered.fetch.Tier`.
+    """Another host's memory, or S3, by way of the reader's own holder; a `tiered.fetch.Tier`.
 
-    Whatever goes wrong on this way, the next place to read from is that host itself.
+    Whatever goes wrong on this way, the next place to read from is the one behind it.
     """
 
-    def __init__(self, behind: HolderTier, node_id: str, near: SharedMemoryTransport) -> None:
+    def __init__(
+        self, behind: HolderTier | DurableTier, node_id: str, near: SharedMemoryTransport
+    ) -> None:
         """Ask nobody yet.
 
         Args:
-            behind: The other host; its owner's to close.
+            behind: That place; its owner's to close.
             node_id: The reader's host.
             near: How to read from the reader's host.
         """
@@ -75,11 +77,10 @@ class HostTier:
         """See Tier."""
         chunk, behind = self._behind.chunk_id(index), self._behind
         # Twice: for a chunk that is on its way for another rank, and fails, and is tried again.
-        timeout_s = 2 * fetch_timeout_s(chunk.size_bytes)
+        timeout_s = 2 * behind.timeout_s(index)
         self._near.read_guest(
-            self._own_holder(), chunk, behind.digest(index), behind.way(), sink,
-            timeout_s,
-        )  # fmt: skip
+            self._own_holder(), chunk, behind.digest(index), behind.origin(index), sink, timeout_s
+        )
 
     def close(self) -> None:
         """See Tier."""
@@ -97,10 +98,10 @@ class HostTier:
 
 
 def by_own_holder(tiers: Sequence[Tier], node_id: str, near: SharedMemoryTransport) -> list[Tier]:
-    """The same places to read from, those of other hosts first by way of the reader's holder."""
+    """The same places to read from, those not on the host first by way of the reader's holder."""
     found: list[Tier] = []
     for tier in tiers:
-        if isinstance(tier, HolderTier) and not tier.is_near:
+        if isinstance(tier, DurableTier) or (isinstance(tier, HolderTier) and not tier.is_near):
             found.append(HostTier(tier, node_id, near))
         found.append(tier)
     return found

@@ -22,7 +22,7 @@ from tests.integration.test_cluster import (
     kill_actors,
     save,
 )
-from tests.integration.trainers import start_trainers
+from tests.integration.trainers import MIB, start_trainers
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
@@ -173,3 +173,28 @@ def test_the_newest_step_is_flushed_at_once_where_a_host_goes(
     every([actor], "close")
     while len(cluster.hosts) < 3:
         cluster.add_host()
+
+
+def test_what_ranks_of_a_host_have_in_common_comes_from_s3_once(
+    cluster: LocalCluster, proxy: FaultProxy, job: str
+) -> None:
+    common, shape = 6, {"state_bytes": MIB, "frozen": 6}
+    alone = tiered.Memory(every_steps=1, replicas=0, chunk_bytes=MIB)
+    s3 = tiered.S3("s3://tests/common", every_steps=1, endpoint_url=proxy.endpoint_url)
+    old = cluster.add_host()
+    actors = start_trainers([old, old])
+    begin(actors, job, memory=alone, s3=s3, **shape)
+    save(actors, 1)
+    wait_for(lambda: tiered.status(job).durable == (1,))
+    cluster.kill_host(old)
+    proxy.forget_requests()
+
+    new = cluster.add_host()
+    again = start_trainers([new, new])
+    for start, restored in begin(again, job, memory=alone, s3=s3, **shape):
+        assert (start, restored.step, restored.source) == (2, 1, "S3")
+    assert_restored(again, 1)
+    read_bytes = sum(r.response_bytes for r in proxy.requests if r.operation == "GetObject")
+    assert common * MIB < read_bytes < (common + 4) * MIB  # and not twice
+    every(again, "close")
+    cluster.kill_host(new)

@@ -9,13 +9,16 @@ import pytest
 from replication import messages
 from replication.buffers import ReceiveBuffers
 from replication.checksum import digest
-from replication.errors import FencedError, HolderUnavailableError
+from replication.errors import ChunkCorruptError, FencedError, HolderUnavailableError
+from replication.fetch_once import AtStore
 from replication.holder import Holder
 from replication.inventory import Inventory
 from replication.records import Chunk, ChunkId, HolderId, ShardKey, ShardPlan, Version
 from replication.scrub import Scrub
 from replication.sink import Sink
 from replication.wire import Secret
+from tests.contract.fake_store import FakeStore
+from tiered.errors import DurableObjectError
 
 KEY = ShardKey("job", Version(1, 10), 0)
 PLAN = ShardPlan(1, (3,))
@@ -282,5 +285,30 @@ def test_a_fence_lets_go_of_what_older_generations_prepared() -> None:
             await holder.prepare("job", 0, 1, ["a"], chunk(1))
         await holder.forget("job")
         assert list(holder._prepared) == [("other", 0)]
+
+    asyncio.run(run())
+
+
+def test_a_chunk_of_the_durable_store_is_brought_once_for_all_readers() -> None:
+    async def run() -> None:
+        holder, store = holder_with_a_shard(), FakeStore()
+        store.objects["shard"] = b"front and more"
+        wanted, origin = ChunkId(KEY, 1, 3), AtStore(store, "shard", 6)
+        expected = digest(chunk(*b"and"))
+        calls = [holder.bring(wanted, expected, origin) for _ in range(3)]
+        await asyncio.gather(*calls)
+        guest = await holder._guests.get(expected, 3, nothing, 100)
+        assert [buffer.tobytes() for buffer in guest] == [b"and"]
+        assert store.calls == [("read", "shard")]
+
+        store.objects["shard"] = b"front or more!"
+        other = digest(chunk(*b"xyz"))
+        with pytest.raises(ChunkCorruptError, match="durable store"):
+            await holder.bring(wanted, other, origin)
+        with pytest.raises(DurableObjectError, match="not there"):
+            await holder.bring(wanted, other, AtStore(store, "none", 6))
+
+    async def nothing() -> Chunk:
+        raise AssertionError("it is here")
 
     asyncio.run(run())

@@ -8,13 +8,15 @@ Rules (the specification's names in brackets):
     3. A life of another run does not take the name from a trainer that is there: it is refused. A
        trainer that does not answer, for whatever reason, is fenced off: recovery waits for nobody.
     4. A job is stopped by a generation that never starts: whoever trains is fenced off by it.
-    5. A step is chosen from what holders and S3 are known to have, and believed only after its
-       copies were read end to end.
+    5. A step is chosen from what holders and S3 are known to have, and believed only after a copy
+       of each shard was read end to end. The others are read when that one is not intact: who
+       restores checks what it reads, and a new life would wait for hosts that read everything.
 
 The order is: seek the owner, list S3, claim, fence, choose, verify, record, answer. `tiered.job`
 hands each event to the method of its name; one of a begin that is over changes nothing.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from replication.errors import FencedError, PlacementError, TieredError
@@ -284,16 +286,26 @@ class Generations:
             return self._refuse(StepNotFoundError(known.name, wanted, tuple(notes)))
         if version is None or self._is_believed(begin, version):
             return [m.RecordParent(generation, version)]
-        copies: dict[HolderId, list[ShardKey]] = {}
-        ranks = known.copies.get(version, {})
-        for rank in sorted(ranks):
-            for holder in known.intact(version, rank):
-                copies.setdefault(holder, []).append(ShardKey(known.name, version, rank))
         needs_manifest = version in known.durable and not known.is_in_memory(version)
+        copies = self._copies_to_read(begin, version)
         begin.is_reading = True
         begin.being_read = {(h, key) for h, keys in copies.items() for key in keys}
         by_holder = tuple((h, tuple(keys)) for h, keys in sorted(copies.items()))
         return [m.VerifyShards(generation, version, by_holder, needs_manifest)]
+
+    def _copies_to_read(self, begin: Begin, version: Version) -> dict[HolderId, list[ShardKey]]:
+        """One copy of each shard of which none was read yet, spread over the holders."""
+        known = self.known
+        copies: dict[HolderId, list[ShardKey]] = {}
+        load_bytes = Counter[HolderId]()
+        for rank in sorted(known.copies.get(version, {})):
+            key, held = ShardKey(known.name, version, rank), known.intact(version, rank)
+            if not held or any((holder, key) in begin.intact for holder in held):
+                continue
+            reader = min(held, key=lambda h: (load_bytes[h], held[h].is_replica, h))
+            copies.setdefault(reader, []).append(key)
+            load_bytes[reader] += held[reader].plan.size_bytes
+        return copies
 
     def _is_believed(self, begin: Begin, version: Version) -> bool:
         """Whether a copy of each rank's shard was read whole, or S3 has the step.

@@ -654,6 +654,50 @@ def test_what_was_not_read_in_time_counts_again_when_a_begin_is_refused() -> Non
     assert list(job.intact(Version(1, 10), 0)) == [A, B]
 
 
+# --- what is read before a life is answered ------------------------------------------------------
+
+
+def read_by(commands: Iterable[m.Command]) -> list[tuple[HolderId, tuple[int, ...]]]:
+    """Who is to read which ranks' shards."""
+    (read,) = of(m.VerifyShards, commands)
+    return [(holder, tuple(key.rank for key in keys)) for holder, keys in read.copies]
+
+
+def test_one_copy_of_each_shard_is_read_where_least_is_to_be_read() -> None:
+    job = begun(holders=(A, B, C), ranks=4)
+    where = {0: (A, B), 1: (A, B), 2: (B, C), 3: (C, A)}  # whose, and the buddy
+    sizes = {0: 9, 1: 2, 2: 3, 3: 4}
+    for rank, holders in where.items():
+        for holder in holders:
+            shard = record(10, rank, ranks=4, size=sizes[rank], is_replica=holder != holders[0])
+            job.handle(m.ShardReported(holder, shard), 10.0)
+    job.handle(m.BeginAsked(Life("two"), 0, 4, JobSettings(MEMORY)), 11.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 11.0)
+    commands = job.handle(m.HoldersFenced(2), 11.0)
+    # Rank 0's own host has most to read by then, so rank 1's is read by the buddy.
+    assert read_by(commands) == [(A, (0,)), (B, (1,)), (C, (2, 3))]
+
+    version = Version(1, 10)
+    keys = [record(10, rank, ranks=4).key for rank in range(4)]
+    read = m.ShardsVerified(2, version, ((B, keys[1]),), unread=((C, keys[2]), (C, keys[3])))
+    commands = job.handle(read, 12.0)
+    assert read_by(commands) == [(A, (1, 3)), (B, (2,))]  # not rank 0's again
+    assert of(m.RecordParent, job.handle(m.ShardsVerified(2, version, ()), 13.0))
+    assert [shard.holders for shard in job.sources(version)] == [(A, B), (A,), (B,), (A,)]
+
+
+def test_a_step_whose_last_unread_copy_goes_meanwhile_is_passed_over() -> None:
+    job, key = begun(), record(20).key
+    commit(job, 10)
+    commit(job, 20)
+    job.handle(asked("two", JobSettings(MEMORY)), 30.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 30.0)
+    assert read_by(job.handle(m.HoldersFenced(2), 30.0)) == [(A, (0,))]
+    job.handle(m.HolderDown(B), 31.0)
+    commands = job.handle(m.ShardsVerified(2, Version(1, 20), ((A, key),)), 31.0)
+    assert [c.version for c in of(m.VerifyShards, commands)] == [Version(1, 10)]
+
+
 # --- ranks that ask late -------------------------------------------------------------------------
 
 

@@ -267,9 +267,11 @@ def test_what_memory_has_is_not_asked_of_s3_unless_it_is_corrupt() -> None:
     assert not of(m.ListDurable, commands)
     assert of(m.ClaimGeneration, commands)
     job.handle(m.GenerationClaimed(2, is_ours=True), 0.0)
-    assert of(m.VerifyShards, job.handle(m.HoldersFenced(2), 0.0))
-    bad = tuple((holder, record(1, 10).key) for holder in (A, B))
-    commands = job.handle(m.ShardsVerified(2, version, bad), 0.0)
+    commands = job.handle(m.HoldersFenced(2), 0.0)
+    for holder in (A, B):  # the second copy is read as the first one was bad
+        copy = holder, record(1, 10).key
+        assert [c.copies for c in of(m.VerifyShards, commands)] == [((holder, (copy[1],)),)]
+        commands = job.handle(m.ShardsVerified(2, version, (copy,)), 0.0)
     assert of(m.ListDurable, commands)
     assert not of(m.RecordParent, commands)
     commands = job.handle(m.DurableListed((version,), {1: None}, newest_generation=1), 0.0)

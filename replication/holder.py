@@ -31,20 +31,19 @@ from typing import assert_never
 import ray
 
 from replication import messages
+from replication.arrivals import Arrivals
 from replication.background import Background
-from replication.buffers import ReceiveBuffers
-from replication.checksum import Digest, digest
+from replication.checksum import digest
 from replication.chunk_server import ChunkServer, ReadChunk
-from replication.dataplane import Access, open_transports
+from replication.dataplane import Access
 from replication.durable import DurableStore, Earlier, common_runs
 from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
-from replication.fetch_once import AtStore, FetchOnce, Origin
+from replication.fetch_once import AtHolder, Origin
 from replication.inventory import Inventory, Reservation
 from replication.presence import is_present
 from replication.probes import Probes
 from replication.records import (
     ActorRef,
-    ByteRange,
     Chunk,
     ChunkId,
     Endpoint,
@@ -59,9 +58,9 @@ from replication.records import (
 from replication.release import RELEASE
 from replication.reports import Reports
 from replication.shared import Place, Places
-from replication.sink import Sink, size_of
+from replication.sink import size_of
 from replication.stream import Tls, tls_like_ray
-from replication.transport import Source, fetch_timeout_s
+from replication.transport import fetch_timeout_s
 from replication.wire import Secret
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,6 @@ TICK_S = 0.2
 HASHERS = 1  # threads: one hashes faster than a network sends, and training needs the processors
 VERIFIERS = min(8, os.cpu_count() or 1)  # threads; training waits for them
 OFFERS_AT_ONCE = 2  # per peer, as many as it has connections: no pause between two chunks
-RECEIVERS = 16  # threads; one that waits for a hung peer must not keep others from theirs
 
 
 def holder_name(node_id: str) -> str:
@@ -144,13 +142,10 @@ class Holder:
         self._secret = secret
         tls = tls_like_ray(os.environ)
         self._server = _serve(self._pinned, secret, tls)
-        self._transports = open_transports(secret, tls)
+        self._arrivals = Arrivals(node_id, secret, tls, self._peer)
         self._ways: dict[str, Way] = {}
-        self._buffers = ReceiveBuffers()
         self._places = Places()
-        self._guests = FetchOnce(node_id)
         self._spared_bytes = 0
-        self._receivers = ThreadPoolExecutor(RECEIVERS, thread_name_prefix="tiered-receive")
         self._hashers = ThreadPoolExecutor(HASHERS, thread_name_prefix="tiered-hash")
         self._rereaders = ThreadPoolExecutor(1, thread_name_prefix="tiered-reread")
         self._verifiers = ThreadPoolExecutor(VERIFIERS, thread_name_prefix="tiered-verify")
@@ -317,7 +312,8 @@ class Holder:
                 self._spared_bytes += wanted.size_bytes
                 return
         self._trim()
-        self._keep(fetched, await self._fetched(wanted, expected, source, endpoint, way))
+        origin = AtHolder(source, endpoint, way)
+        self._keep(fetched, await self._arrivals.fetch(wanted, expected, origin))
 
     async def read_chunk(self, key: ShardKey, index: int) -> Chunk:
         """Return a chunk that is pinned here; Ray copies it for whoever asked.
@@ -359,14 +355,8 @@ class Holder:
             ShardNotHeldError, ProtocolError: The holder could not serve it.
             Exception: Whatever the store raises.
         """
-
-        async def fetch() -> Chunk:
-            if isinstance(origin, AtStore):
-                return await asyncio.to_thread(self._download, wanted, expected, origin)
-            return await self._fetched(wanted, expected, origin.holder, origin.endpoint, origin.way)
-
         room_bytes = self._core.capacity_bytes - self._core.used_bytes
-        chunk = await self._guests.get(expected, wanted.size_bytes, fetch, room_bytes)
+        chunk = await self._arrivals.fetch_once(wanted, expected, origin, room_bytes)
         return self._places.of(chunk)
 
     async def access(self) -> Access:
@@ -382,9 +372,7 @@ class Holder:
     async def traffic(self) -> Traffic:
         """How many bytes came and went, and how."""
         sent = 0 if self._server is None else self._server.counters.bytes_sent
-        ways: tuple[Way, ...] = ("tcp", "ray")
-        received: dict[str, int] = {way: self._transports[way].bytes_read for way in ways}
-        return Traffic(received, sent, self._spared_bytes)
+        return Traffic(self._arrivals.received_bytes, sent, self._spared_bytes)
 
     async def fence(self, job: str, generation: int) -> None:
         """Refuse older generations of `job` from now on."""
@@ -516,38 +504,6 @@ class Holder:
         except KeyError:
             raise ShardNotHeldError(self._core.holder.node_id, str(key)) from None
 
-    async def _fetched(
-        self,
-        wanted: ChunkId,
-        expected: bytes,
-        source: HolderId,
-        endpoint: Endpoint | None,
-        way: Way,
-    ) -> Chunk:
-        origin = Source(source.node_id, await self._peer(source), endpoint)
-        receive = asyncio.get_running_loop().run_in_executor
-        return await receive(self._receivers, self._receive, origin, wanted, expected, way)
-
-    def _receive(self, source: Source, wanted: ChunkId, expected: bytes, way: Way) -> Chunk:
-        """Read a chunk into memory of the object store, hashing it as it comes; blocks."""
-        lease, checksum = self._buffers.lease(wanted.size_bytes), Digest()
-        sink = Sink([ByteRange(0, wanted.size_bytes)], [lease.view], checksum.update)
-        timeout_s = fetch_timeout_s(wanted.size_bytes)
-        self._transports[way].read(source, wanted, sink, timeout_s)
-        if checksum.digest() != expected:
-            raise ChunkCorruptError(f"host {source.node_id[:8]}", str(wanted.key), wanted.index)
-        return lease.pin()
-
-    def _download(self, wanted: ChunkId, expected: bytes, origin: AtStore) -> Chunk:
-        """Read a chunk of a durable store into memory of the object store; blocks."""
-        lease, checksum = self._buffers.lease(wanted.size_bytes), Digest()
-        with contextlib.closing(origin.store) as store:
-            store.read_into(origin.object_key, origin.start, [lease.view])
-        checksum.update(lease.view)
-        if checksum.digest() != expected:
-            raise ChunkCorruptError("the durable store", str(wanted.key), wanted.index)
-        return lease.pin()
-
     def _unprepare(self, job: str, before: float = math.inf) -> None:
         """Let go of memory for saves of older generations, which will not come."""
         old = [k for k, r in self._prepared.items() if k[0] == job and r.generation < before]
@@ -555,15 +511,8 @@ class Holder:
             del self._prepared[rank]
 
     def _trim(self) -> None:
-        """Keep as much memory for chunks to come as the budget leaves, and no more than is used.
-
-        What a collected step leaves so serves the next one; without shards nothing is kept.
-        """
-        core = self._core
-        free_bytes = core.capacity_bytes - core.used_bytes
-        self._guests.trim(free_bytes)
-        guests_bytes = self._guests.held_bytes
-        self._buffers.trim(max(0, min(free_bytes - guests_bytes, core.used_bytes + guests_bytes)))
+        used_bytes = self._core.used_bytes
+        self._arrivals.trim(self._core.capacity_bytes - used_bytes, used_bytes)
 
     @property
     def _endpoint(self) -> Endpoint | None:
@@ -651,7 +600,7 @@ class Holder:
         while True:
             await asyncio.sleep(TICK_S)
             self._feed(messages.Ticked())
-            if self._guests.held_bytes:
+            if self._arrivals.has_guests:
                 self._trim()
 
 

@@ -55,7 +55,8 @@ def chunk(*values: int) -> Chunk:
 def holder_with_a_shard(period_s: float = 600.0) -> Holder:
     holder = Holder("node", 100, "observer", Secret(bytes(32)))
     holder._core = Inventory(HolderId("node", "1"), 100, Scrub(period_s))
-    holder._buffers = ReceiveBuffers(lambda chunk: [buffer.copy() for buffer in chunk])  # no Ray
+    copies = ReceiveBuffers(lambda chunk: [buffer.copy() for buffer in chunk])  # no Ray
+    holder._arrivals.buffers = copies
     holder._chunks[KEY] = {0: chunk(1, 2, 3)}
     holder._feed(messages.ChunkFetched(KEY, PLAN, 0, digest(chunk(1, 2, 3))))
     return holder
@@ -181,7 +182,7 @@ def test_of_an_offered_chunk_that_is_here_as_an_earlier_one_no_byte_moves(
 ) -> None:
     async def run() -> None:
         holder = holder_with_a_shard()
-        holder._transports["auto"] = way = NoTransport()
+        holder._arrivals.transports["auto"] = way = NoTransport()
         expected = digest(chunk(1, 2, 3))
         await holder.take_chunk(LATER, PLAN, 0, expected, SOURCE)
         assert way.bytes_read == 0
@@ -196,7 +197,7 @@ def test_an_earlier_chunk_that_rotted_is_not_shared_but_told_of(observer: Observ
     async def run() -> None:
         holder = holder_with_a_shard()
         holder._chunks[KEY][0] = chunk(1, 2, 4)
-        holder._transports["auto"] = way = NoTransport()
+        holder._arrivals.transports["auto"] = way = NoTransport()
         await holder.take_chunk(LATER, PLAN, 0, digest(chunk(1, 2, 3)), SOURCE)
         assert way.bytes_read == 3
         assert [record.key for record in await holder.list_shards()] == [LATER]
@@ -297,7 +298,7 @@ def test_a_chunk_of_the_durable_store_is_brought_once_for_all_readers() -> None:
         expected = digest(chunk(*b"and"))
         calls = [holder.bring(wanted, expected, origin) for _ in range(3)]
         await asyncio.gather(*calls)
-        guest = await holder._guests.get(expected, 3, nothing, 100)
+        guest = await holder._arrivals._guests.get(expected, 3, nothing, 100)
         assert [buffer.tobytes() for buffer in guest] == [b"and"]
         assert store.calls == [("read", "shard")]
 

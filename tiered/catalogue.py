@@ -45,6 +45,7 @@ class Catalogue:
     def __init__(self, name: str) -> None:
         self.name = name
         self.claims: dict[int, m.Claim] = {}
+        self.generation = 0  # the newest claimed; 0 before the first
         self.parents: dict[int, Version | None] = {}
         self.passed_over: dict[int, tuple[str, ...]] = {}
         self.holders: dict[HolderId, str] = {}
@@ -71,11 +72,6 @@ class Catalogue:
         self._set_aside: list[tuple[HolderId, ShardRecord]] = []
 
     @property
-    def generation(self) -> int:
-        """The newest claimed generation, 0 before the first."""
-        return max(self.claims, default=0)
-
-    @property
     def is_stopped(self) -> bool:
         """Whether somebody has stopped the job, and nobody has begun since."""
         return bool(self.claims) and self.claims[self.generation].life.startswith(STOP)
@@ -83,7 +79,8 @@ class Catalogue:
     @property
     def settings(self) -> JobSettings | None:
         """The settings of the newest claimed generation."""
-        return self.claims[max(self.claims)].settings if self.claims else None
+        newest = self.claims.get(self.generation)
+        return None if newest is None else newest.settings
 
     @property
     def staying(self) -> dict[HolderId, str]:
@@ -200,15 +197,10 @@ class Catalogue:
         ranks = self.copies[version].values()
         return any(record.is_replica for held in ranks for record in held.values())
 
-    def is_in_memory(self, version: Version) -> bool:
-        """Whether each rank's shard of a step has a copy on a live host."""
-        found = (c for c in self.candidates() if c.version == version)
-        return any(0 < c.world_size == len(c.in_memory) for c in found)
-
     def needs_listing(self) -> bool:
         """Whether S3 may have a step that neither memory has, nor anybody here knows of."""
         unanswered = self.flushes.publishing | self.unsure
-        return self.durable_problem is not None or not all(map(self.is_in_memory, unanswered))
+        return self.durable_problem is not None or not all(map(self.is_whole, unanswered))
 
     def has_sources(self, version: Version | None) -> bool:
         """Whether it is known where to read each rank's shard of this version."""
@@ -316,7 +308,12 @@ class Catalogue:
             return None, "newer steps were committed before every shard of it was replicated"
         return None, ""
 
-    # -- copies come and go ----------------------------------------------------------------------
+    # -- claims, and copies, come and go ---------------------------------------------------------
+
+    def add_claim(self, claim: m.Claim) -> None:
+        """A generation has an owner."""
+        self.claims[claim.generation] = claim
+        self.generation = max(self.generation, claim.generation)
 
     def add_copy(self, holder: HolderId, record: ShardRecord) -> None:
         """A holder has a shard; one that is not wanted any more, or differs, counts as nothing."""

@@ -87,11 +87,11 @@ class Eviction:
         if not memory.also_keep:
             return frozenset()
         whole = [
-            c.version
-            for c in known.candidates()
-            if 0 < c.world_size == len(c.in_memory)
-            and (c.version in known.commits or c.version.generation < known.generation)
-            and is_on_branch(c.version, known.parents)
+            v
+            for v in known.copies
+            if (v in known.commits or v.generation < known.generation)
+            and is_on_branch(v, known.parents)
+            and known.is_whole(v)
         ]
         return kept_by(memory.also_keep, [known.saved_step(v) for v in whole])
 

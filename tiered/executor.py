@@ -73,7 +73,7 @@ class Executor:
         if not claimed.is_ours or claim.settings.s3 is None:
             return claimed
         there = self._ask_s3(ledger.claim_on_s3, claim)
-        has_step = any(map(job.is_in_memory, job.copies))
+        has_step = any(map(job.is_whole, job.copies))
         done, _ = await asyncio.wait([there], timeout=S3_CLAIM_TIMEOUT_S if has_step else None)
         return there.result() if done else claimed
 

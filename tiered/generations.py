@@ -236,7 +236,7 @@ class Generations:
             begin.claim = replace(claim, generation=event.generation + 1)
             return [m.ClaimGeneration(begin.claim)]
         begin.is_claimed = True
-        self.known.claims[claim.generation] = claim
+        self.known.add_claim(claim)
         self.known.admissions = Admissions()
         return self._fence()
 
@@ -277,7 +277,7 @@ class Generations:
         if s3 is not None and problem is not None:
             # It may well have a newer step than what is known: starting afresh, or from an older
             # step that only S3 has, would abandon that.
-            if version is None or not (begin.step is not None or known.is_in_memory(version)):
+            if version is None or not (begin.step is not None or known.is_whole(version)):
                 return self._refuse(DurableStoreError(s3.uri, "reading the index", problem))
             notes.append(f"steps on S3: {problem}")
         begin.choice = Choice(version, tuple(notes))
@@ -286,7 +286,7 @@ class Generations:
             return self._refuse(StepNotFoundError(known.name, wanted, tuple(notes)))
         if version is None or self._is_believed(begin, version):
             return [m.RecordParent(generation, version)]
-        needs_manifest = version in known.durable and not known.is_in_memory(version)
+        needs_manifest = version in known.durable and not known.is_whole(version)
         copies = self._copies_to_read(begin, version)
         begin.is_reading = True
         begin.being_read = {(h, key) for h, keys in copies.items() for key in keys}

@@ -57,7 +57,8 @@ class Job(Catalogue):
         """Take one event; return what has to be done because of it."""
         match event:
             case m.Recalled():
-                self.claims.update({c.generation: c for c in event.claims})
+                for claim in event.claims:
+                    self.add_claim(claim)
                 self.parents.update(event.parents)
                 self.is_rebuilding = bool(event.claims)
                 return []
@@ -161,11 +162,13 @@ class Job(Catalogue):
         if not self.claims or self.is_rebuilding:
             return []
         by_node = {h.node_id: h for h in self.holders}
-        self.placement = place(self.placed_hosts, self.replicas, self.placement)
-        ways = detour(self.placement, self.placed_hosts, self.cut) if self.cut else None
+        hosts = self.placed_hosts
+        self.placement = place(hosts, self.replicas, self.placement)
+        ways = detour(self.placement, hosts, self.cut) if self.cut else None
+        staying = [host.node_id for host in hosts]
         commands: list[m.Command] = []
         buddies = {
-            holder: tuple(by_node[n] for n in self._buddies_of(node_id, ways))
+            holder: tuple(by_node[n] for n in self._buddies_of(node_id, staying, ways))
             for node_id, holder in by_node.items()
         }
         counted = frozenset(self.staying)
@@ -175,13 +178,14 @@ class Job(Catalogue):
         self.buddies = buddies
         return commands
 
-    def _buddies_of(self, node_id: str, ways: Buddies | None) -> tuple[str, ...]:
+    def _buddies_of(
+        self, node_id: str, staying: list[str], ways: Buddies | None
+    ) -> tuple[str, ...]:
         """Where a host's shards go; all copies of a leaving host's are elsewhere."""
         assert self.placement is not None
-        staying = sorted(h.node_id for h in self.staying)
-        if node_id in staying:
+        first = bisect.bisect_left(staying, node_id)
+        if staying[first : first + 1] == [node_id]:
             return self.placement.buddies(node_id) if ways is None else ways[node_id]
-        first = bisect.bisect(staying, node_id)
         reached = [n for n in staying[first:] + staying[:first] if pair(node_id, n) not in self.cut]
         return tuple(reached[: self.copies_needed])
 

@@ -209,7 +209,7 @@ def test_a_coordinator_deletes_orphans_and_nothing_else_and_not_all_at_once(
     begin_upload(store, Version(1, 20), 777)
     job = Job(store.root)
     settings = JobSettings(Memory(), replace(store.settings, keep=1))
-    job.claims[1] = Claim(1, Life("life"), RANKS, settings)
+    job.add_claim(Claim(1, Life("life"), RANKS, settings))
     executor = Executor(fleet=None)  # type: ignore[arg-type]
     asyncio.run(executor.collect_orphans(job))
     assert steps_of(store) == [10, 20, 30], "the grace period"

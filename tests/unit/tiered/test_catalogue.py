@@ -8,7 +8,7 @@ import pytest
 from replication.records import HolderId, Life, Version
 from tests.unit.tiered.test_job import MEMORY, A, B, C, D, begin, begun, record
 from tiered import messages as m
-from tiered.config import Memory
+from tiered.config import JobSettings, Memory
 from tiered.job import Job
 
 VERSION = Version(1, 10)
@@ -101,11 +101,11 @@ def test_a_step_is_in_memory_when_it_is_and_not_when_another_is() -> None:
     for rank in (0, 1):
         job.add_copy(A, record(10, rank, ranks=2))
     job.add_copy(A, record(20, ranks=2))
-    assert job.is_in_memory(VERSION)
-    assert not job.is_in_memory(Version(1, 20))
-    assert not job.is_in_memory(Version(1, 30))
+    assert job.is_whole(VERSION)
+    assert not job.is_whole(Version(1, 20))
+    assert not job.is_whole(Version(1, 30))
     job.holders.pop(A)
-    assert not job.is_in_memory(VERSION)
+    assert not job.is_whole(VERSION)
 
 
 def test_of_no_step_nothing_has_to_be_found() -> None:
@@ -244,3 +244,16 @@ def test_two_holders_on_one_host_are_one_host() -> None:
     assert job.is_whole(VERSION)
     assert not job.is_whole(VERSION, 2)
     assert job.copies_of(VERSION, 0) == {"a"}
+
+
+def test_the_newest_claim_counts_in_whatever_order_they_come() -> None:
+    job = Job("job")
+    assert job.generation == 0
+    assert job.settings is None
+    for generation, keep in ((1, 2), (3, 4), (2, 3)):
+        settings = JobSettings(replace(MEMORY, keep=keep), None)
+        job.add_claim(m.Claim(generation, Life(f"life-{generation}"), 1, settings))
+    assert job.generation == 3
+    assert job.settings is not None
+    assert job.settings.memory.keep == 4
+    assert sorted(job.claims) == [1, 2, 3]

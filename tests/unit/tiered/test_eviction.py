@@ -12,7 +12,7 @@ from tiered.retention import KeepBest, KeepEvery
 
 def known(s3: S3 | None) -> Catalogue:
     catalogue = Catalogue("job")
-    catalogue.claims[1] = m.Claim(1, Life("life"), 1, JobSettings(Memory(), s3))
+    catalogue.add_claim(m.Claim(1, Life("life"), 1, JobSettings(Memory(), s3)))
     catalogue.durable = {Version(1, 10)}
     return catalogue
 

@@ -585,7 +585,7 @@ def test_a_life_that_does_not_say_who_it_is_neither_asks_nor_is_asked_for(
     first: Owner | None, second: Owner | None
 ) -> None:
     job = recalled(JobSettings(MEMORY), {1: None})
-    job.claims[1] = replace(job.claims[1], owner=first)
+    job.add_claim(replace(job.claims[1], owner=first))
     job.handle(m.HolderUp(A, "", ()), 0.0)
     job.handle(m.Ticked(), 1.0)
     commands = job.handle(replace(asked("two", JobSettings(MEMORY)), owner=second), 1.0)

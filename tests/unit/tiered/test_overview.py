@@ -118,7 +118,7 @@ def test_s3_that_hangs_is_said_before_the_upload_ends() -> None:
 def owned(job: Job) -> Job:
     """With a process as rank 0 of its newest generation."""
     owner = Owner("run", "a", "node-a", 123, 0.0, "mark")
-    job.claims[job.generation] = replace(job.claims[job.generation], owner=owner)
+    job.add_claim(replace(job.claims[job.generation], owner=owner))
     return job
 
 

@@ -20,7 +20,7 @@ choose, flush_event, read_listing = Generations._choose, Job._flush_event, regis
 
 
 def each_rank_resolves_alone(self: Catalogue, generation: int | None = None) -> Resolution:
-    readable = [v for v in self.copies if self.is_in_memory(v)]  # when this rank asks
+    readable = [v for v in self.copies if self.is_whole(v)]  # when this rank asks
     version = max(readable, default=None)
     shards = () if version is None else self.sources(version)
     return Resolution(generation or self.generation, version, shards, ())

@@ -331,6 +331,44 @@ def test_of_two_groups_in_one_domain_the_one_that_changed_anyway_gives_a_host_aw
     assert domains_of(after, hosts)[:2] == ["aa", "ab"]
 
 
+@pytest.mark.parametrize(
+    ("before", "ring", "hosts", "groups"),
+    [  # by how the exchanges remember which groups have changed
+        # each changes the one with too many, and the one with too few
+        (
+            "c1d1 b1a1 d2d3 b2b3",
+            "d4 d5 c2",
+            "c1 d1 b1 a1 d3 b2 b3 d4 d5 c2",
+            "c1d1 a1b3 d3b1 b2d4 c2d5",
+        ),
+        (
+            "a1b1 b2d1 a2a3 d2d3 e1e2 d4c1",
+            "",
+            "a1 b2 d1 a2 a3 d2 d3 e1 e2 d4",
+            "b2d1 a2e2 d2a3 e1d4 a1d3",
+        ),
+        # and they stay so, after the next exchange
+        (
+            "a1c1 d1d2 e1d3 a2e2",
+            "c2 e3 e4",
+            "d1 d2 d3 a2 e2 e3 e4 a3 d4 c3",
+            "d1e4 d3e3 a2e2 a3d4 c3d2",
+        ),
+        # also if it is one of theirs
+        ("c1a1 c2c3 b1a2 b2b3 c4c5", "", "c1 a1 c2 a2 b2 b3 c5 a3", "c1a1 a2b3 b2c2 c5a3"),
+    ],
+)
+def test_who_has_changed_goes_on_exchanging_and_whole_groups_stay(
+    before: str, ring: str, hosts: str, groups: str
+) -> None:
+    past = Placement(1, tuple((g[:2], g[2:]) for g in before.split()), tuple(ring.split()))
+
+    after = place([Host(i, i[0]) for i in hosts.split()], 1, past)
+
+    assert ["".join(group) for group in after.groups] == groups.split()
+    assert not after.ring
+
+
 def test_a_group_in_one_domain_is_reopened_when_it_can_be_mended() -> None:
     hosts = labelled("aabbcc")
     bad = Placement(1, (("n00", "n01"), ("n02", "n04"), ("n03", "n05")), ())
@@ -385,6 +423,23 @@ def test_a_new_host_does_not_take_the_place_of_one_of_its_domain_in_the_ring() -
     hosts = [Host(i, i[0]) for i in ("a1", "c2", "c1", "d1", "e1")]
 
     assert place(hosts, 1, before) == Placement(1, (("a1", "c2"),), before.ring)
+
+
+def test_a_ring_takes_hosts_of_a_group_that_ends_rather_than_of_one_that_stays() -> None:
+    hosts = [Host(i, i[0]) for i in ("a1", "c1", "d1", "b1", "d2")]
+
+    after = place(hosts, 1, Placement(1, (("a1", "c1"), ("d1", "b1")), ()))
+
+    assert after == Placement(1, (("d1", "b1"),), ("a1", "c1", "d2"))
+
+
+def test_a_ring_keeps_its_hosts_rather_than_taking_those_of_a_group_that_ends() -> None:
+    hosts = [Host(i, i[0]) for i in ("b1", "c2", "c4", "c5", "d2")]
+    before = Placement(1, (("c1", "b1"), ("c2", "d1"), ("c3", "c4")), ("c5", "d2", "b2"))
+
+    after = place(hosts, 1, before)
+
+    assert after == Placement(1, (("c4", "b1"),), ("c5", "d2", "c2"))
 
 
 def test_the_only_group_keeps_its_order() -> None:

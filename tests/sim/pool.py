@@ -15,6 +15,7 @@ A_CHUNK = 50
 W, T = TypeVar("W"), TypeVar("T")
 
 Findings = list[tuple[int, list[str]]]  # seeds that broke a promise, and what each broke
+Caught = tuple[int, str]  # a seed that noticed that its core is broken, and what it saw
 
 
 def run_seeds(
@@ -40,13 +41,20 @@ def run_seeds(
 
 def run_mutants(
     seeds: Mapping[str, range], *, jobs: int | None = None
-) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+) -> Iterator[tuple[str, list[Caught]]]:
     """Run small seeds of broken cores; yield for each the seeds that noticed, and what."""
     chunks = {name: _chunks(of_it) for name, of_it in seeds.items()}
     work = [(name, chunk) for name, of_it in chunks.items() for chunk in of_it]
     results = _map(_run_mutant_chunk, work, jobs)
     for name, of_it in chunks.items():
         yield name, [caught for _ in of_it for caught in next(results)]
+
+
+def catch_mutants(
+    seeds: Mapping[str, range], *, jobs: int | None = None
+) -> Iterator[tuple[str, Caught | None]]:
+    """Run small seeds of broken cores until one notices; yield for each which did first."""
+    yield from zip(seeds, _map(_catch_mutant, list(seeds.items()), jobs), strict=True)
 
 
 def _chunks(seeds: range, size: int = A_CHUNK) -> list[range]:
@@ -81,8 +89,17 @@ def _run_chunk(work: tuple[range, Callable[[int], Setup]]) -> tuple[Findings, Co
     return findings, totals
 
 
-def _run_mutant_chunk(work: tuple[str, range]) -> list[tuple[int, str]]:
-    name, seeds = work
-    found = [(seed, broken[0]) for seed in seeds if (broken := violations_of(name, seed))]
+def _run_mutant_chunk(work: tuple[str, range]) -> list[Caught]:
+    found = list(_caught(*work))
     gc.collect()
     return found
+
+
+def _catch_mutant(work: tuple[str, range]) -> Caught | None:
+    found = next(_caught(*work), None)
+    gc.collect()
+    return found
+
+
+def _caught(name: str, seeds: range) -> Iterator[Caught]:
+    return ((seed, broken[0]) for seed in seeds if (broken := violations_of(name, seed)))

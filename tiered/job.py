@@ -22,7 +22,7 @@ import bisect
 from typing import TYPE_CHECKING, assert_never
 
 from replication.detour import Buddies, detour, pair
-from replication.placement import place
+from replication.placement import Host, place
 from replication.records import HolderId, Version
 from tiered import messages as m
 from tiered.catalogue import Catalogue
@@ -45,6 +45,7 @@ class Job(Catalogue):
         self.eviction = Eviction(self)
         self.repair = Repair(self)
         self._remind_due_s = 0.0
+        self._placed: tuple[list[Host], int] | None = None  # hosts, and replicas
 
     @property
     def begin(self) -> Begin | None:
@@ -163,7 +164,10 @@ class Job(Catalogue):
             return []
         by_node = {h.node_id: h for h in self.holders}
         hosts = self.placed_hosts
-        self.placement = place(hosts, self.replicas, self.placement)
+        if (hosts, self.replicas) != self._placed:  # else they would be placed as they are
+            self._placed = (hosts, self.replicas)
+            self.placement = place(hosts, self.replicas, self.placement)
+        assert self.placement is not None
         ways = detour(self.placement, hosts, self.cut) if self.cut else None
         staying = [host.node_id for host in hosts]
         commands: list[m.Command] = []

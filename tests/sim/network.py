@@ -6,6 +6,7 @@ back once, or a timeout does. A call that timed out may have been served, and ma
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from replication.errors import HolderUnavailableError, TieredError
@@ -81,6 +82,7 @@ class _Call:
     deadline_s: float
     serve: Callable[[Reply], None]
     done: Reply | None
+    is_answered: bool = False
     is_done: bool = False
 
 
@@ -171,21 +173,15 @@ class Network:
                 self._fail_late(call)
             self.kernel.after(target.host.hung_until_s - now_s + 0.001, self._arrive, call)
             return
-        is_answered = False
-
-        def reply(outcome: Outcome) -> None:
-            nonlocal is_answered
-            is_answered = True
-            self._answer(call, outcome)
-
         try:
-            call.serve(reply)
+            call.serve(partial(self._answer, call))
         except TieredError as error:
-            reply(error)
-        if not is_answered:
+            self._answer(call, error)
+        if not call.is_answered:
             self._fail_late(call)
 
     def _answer(self, call: _Call, outcome: Outcome) -> None:
+        call.is_answered = True
         if call.done is None:
             return
         if call.target.is_alive:

@@ -16,7 +16,7 @@ from replication.records import ShardKey, Version
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-LOOK_S = 4.0
+LOOK_S = 2.0
 SLACK_S = 25.0  # what is younger than that at the deadline may still be on its way
 
 Problems = list[tuple[str, str]]  # promise, what is wrong

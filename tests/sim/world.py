@@ -28,6 +28,11 @@ from tiered.config import S3, JobSettings, Memory
 from tiered.job import Job
 from tiered.retention import KeepEvery, KeepInterval
 
+# The first phase of a small run. Both lengths find about as much for the time that they take; most
+# runs are short, so that there are many. What only links do takes longer than a short one to show.
+SHORT_S, LONG_S, LONG_SHARE = 40.0, 100.0, 0.1
+PATIENT_SHARE = 0.02  # of seeds: healing takes such a run several times as long
+
 
 def same(have: bytes, expected: bytes) -> bool:
     """Compare checksums."""
@@ -73,7 +78,7 @@ class Setup:
     need: int = 1
     step_s: float = 4.0
     heartbeat_s: float = 3.0
-    fault_s: float = 100.0
+    fault_s: float = SHORT_S
     idle_s: float = 60.0
     calm_s: float = 80.0
     unchanged: float = 0.0
@@ -127,10 +132,11 @@ def draw_setup(
         capacity=(need + spare) * a_host * (rng.choice((1, 1, 3)) if spare else 1),
         need=need,
         profile=profile,
-        is_patient=rng.random() < 0.1,
+        is_patient=rng.random() < PATIENT_SHARE,
         is_elastic=is_elastic,
         unchanged=rng.choice((0.0, 0.8)) if chunks > 1 else 0.0,
         runs_apart=seed % 8 == 7,
+        fault_s=LONG_S if profile == "links" or rng.random() < LONG_SHARE else SHORT_S,
     )
     if hours is None:
         return setup

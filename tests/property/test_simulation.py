@@ -1,7 +1,8 @@
 """The whole cluster, simulated from seeds; see `tests.sim`.
 
 Here are 20,000 small seeds, one in seven of them longer, on every core. `python -m tests.sim
---seed N` repeats one as a trace, and `python -m tests.sim --mutants --seeds 3000` finds the rare mutants, too.
+--seed N` repeats one as a trace, and `python -m tests.sim --mutants --seeds 3000` finds more of the
+rare mutants.
 """
 
 import pytest

@@ -91,12 +91,14 @@ class Executor:
             self._fleet.call(holder, "fence", HEARTBEAT_TIMEOUT_S, job.name, command.generation)
             for holder in command.holders
         ]
+        silent: list[HolderId] = []
         for holder, outcome in zip(
             command.holders, await asyncio.gather(*calls, return_exceptions=True), strict=True
         ):
             if isinstance(outcome, BaseException):
                 logger.warning("holder %s could not be fenced: %s", holder, outcome)
-        return m.HoldersFenced(command.generation)
+                silent.append(holder)
+        return m.HoldersFenced(command.generation, tuple(silent))
 
     async def verify(self, job: Job, command: m.VerifyShards) -> m.Event:
         """Have holders read their copies, and read the manifest from S3 if it may be needed."""

@@ -128,9 +128,15 @@ class DurableListed:
 
 @dataclass(frozen=True, slots=True)
 class HoldersFenced:
-    """Every holder that could be reached in time refuses older generations."""
+    """Every holder that could be reached in time refuses older generations.
+
+    Attributes:
+        generation: Whose.
+        silent: Those that could not; they may be gone.
+    """
 
     generation: int
+    silent: tuple[HolderId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -462,7 +462,12 @@ class Coordinator(Process):
             )  # fmt: skip
 
         calls = {holder: fence(holder) for holder in command.holders}
-        gather(calls, lambda _: self.feed(m.HoldersFenced(command.generation)))
+
+        def done(outcomes: dict[HolderId, Outcome]) -> None:
+            silent = (h for h, outcome in outcomes.items() if isinstance(outcome, Exception))
+            self.feed(m.HoldersFenced(command.generation, tuple(silent)))
+
+        gather(calls, done)
 
     def _verify(self, command: m.VerifyShards) -> None:
         def check(holder: HolderId, keys: tuple[ShardKey, ...]) -> Callable[[Reply], None]:

@@ -457,7 +457,7 @@ MUTANTS: dict[str, Mutant] = {
     "parent_not_durable": Mutant(Cores(coordinator=ParentNotDurable), 20),
     "evictable_copies": Mutant(Cores(holder=Evictable), 100),
     "no_digest": Mutant(Cores(is_same=lambda have, expected: True, read=_as_saved), 50),
-    "key_by_step": Mutant(Cores(job=KeyByStep), 1200),
+    "key_by_step": Mutant(Cores(job=KeyByStep), 2000),
     "no_branch_rule": Mutant(Cores(), 320, _no_branch),
     "gc_before_commit": Mutant(with_part("eviction", GcBeforeCommit), 100),
     "delete_on_failed_verify": Mutant(Cores(coordinator=DeleteOnFailedVerify), 1200),

@@ -686,6 +686,18 @@ def test_one_copy_of_each_shard_is_read_where_least_is_to_be_read() -> None:
     assert [shard.holders for shard in job.sources(version)] == [(A, B), (A,), (B,), (A,)]
 
 
+def test_who_did_not_answer_the_fence_is_asked_to_read_only_what_nobody_else_has() -> None:
+    job = begun(holders=(A, B, C), ranks=2)
+    for rank, holders in {0: (A, B), 1: (A,)}.items():
+        for holder in holders:
+            shard = record(10, rank, ranks=2, is_replica=holder != holders[0])
+            job.handle(m.ShardReported(holder, shard), 10.0)
+    job.handle(m.BeginAsked(Life("two"), 0, 2, JobSettings(MEMORY)), 11.0)
+    job.handle(m.GenerationClaimed(2, is_ours=True), 11.0)
+    commands = job.handle(m.HoldersFenced(2, silent=(A, C)), 11.0)
+    assert read_by(commands) == [(A, (1,)), (B, (0,))]
+
+
 def test_a_step_whose_last_unread_copy_goes_meanwhile_is_passed_over() -> None:
     job, key = begun(), record(20).key
     commit(job, 10)

@@ -206,6 +206,7 @@ class ChunkServer:
             admit(stream, self._secret, peer, connection.handshake, is_busy=is_busy)
             if not self._has_room(is_peer=True):
                 return
+            stream.keep_backlog_short()
             with self._lock:
                 connection.is_peer = True
                 self.counters.admitted += 1

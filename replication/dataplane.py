@@ -50,7 +50,7 @@ from replication.transport import (
 )
 
 STREAMS = 2  # of one holder: a second one gave 1.5 times the first, further ones nothing
-PART_BYTES = 512 << 10  # received at once, then hashed, while it is in the processor's cache
+PART_BYTES = 4 << 20  # received at once at most, then hashed: it is in the processor's cache
 PART_PIECES = 64
 
 

@@ -21,6 +21,9 @@ from replication.records import Endpoint
 Clock = Callable[[], float]
 
 PIECES = 256  # of one scatter or gather call; every system allows at least 1024 (IOV_MAX)
+SEND_BUFFER_BYTES = 512 << 10  # 40 Gb/s over NEAR_S, for each stream
+NEAR_S = 100e-6
+MIN_RTT_AT = 148  # in Linux' struct tcp_info, in microseconds
 KEEPALIVE_S = 15  # a host that vanished is noticed after about four of these, even on an idle line
 
 
@@ -161,6 +164,20 @@ class Stream:
                 first += 1
             if size:
                 views[first] = views[first][size:]
+
+    def keep_backlog_short(self) -> None:
+        """Have the system queue little of what is sent to an end that is near.
+
+        It would queue 4 MiB, which leave the processor's cache before the other end reads them:
+        10-15 % of the speed over loopback. Over a longer way they are needed to keep it busy.
+        """
+        if not hasattr(socket, "TCP_INFO"):  # not on macOS
+            return
+        with contextlib.suppress(OSError, struct.error):  # no TCP, or an older kernel
+            info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, MIN_RTT_AT + 4)
+            (min_rtt_us,) = struct.unpack_from("=I", info, MIN_RTT_AT)
+            if min_rtt_us * 1e-6 < NEAR_S:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
     def interrupt(self) -> None:
         """End the connection from another thread: whoever waits on it gets an error at once."""

@@ -49,6 +49,7 @@ class Catalogue:
         self.parents: dict[int, Version | None] = {}
         self.passed_over: dict[int, tuple[str, ...]] = {}
         self.holders: dict[HolderId, str] = {}
+        self.silent: frozenset[HolderId] = frozenset()  # at the newest fence: gone, perhaps
         self.copies: dict[Version, dict[int, dict[HolderId, ShardRecord]]] = {}
         self.commits: dict[Version, bool] = {}  # -> is_degraded
         self.committed_s: float | None = None  # when something was, but for what was found
@@ -279,7 +280,10 @@ class Catalogue:
         return Resolution(generation, version, shards, passed_over, self.copies_needed)
 
     def sources(self, version: Version) -> tuple[ShardSources, ...]:
-        """Where each rank's shard of `version` can be read, in rank order."""
+        """Where each rank's shard of `version` can be read, in rank order.
+
+        Holders that did not answer the newest fence come last: they may be gone with their hosts.
+        """
         manifest = {r.key.rank: r for r in self.manifests.get(version, ())}
         sources = []
         for rank in sorted(self.copies.get(version, {}).keys() | manifest.keys()):
@@ -288,7 +292,8 @@ class Catalogue:
             if record is not None:
                 is_durable = version in self.durable
                 replicas = frozenset(h for h, r in held.items() if r.is_replica)
-                sources.append(ShardSources(record, tuple(held), is_durable, replicas))
+                holders = tuple(sorted(held, key=lambda h: (h in self.silent, h)))
+                sources.append(ShardSources(record, holders, is_durable, replicas))
         return tuple(sources)
 
     def level(self, version: Version) -> tuple[m.Level | None, str]:

@@ -43,7 +43,6 @@ class Begin:
     before: int | None
     is_claimed: bool = False
     is_fenced: bool = False
-    silent: frozenset[HolderId] = frozenset()  # who did not answer the fence, and may be gone
     is_listing: bool = False
     has_listed: bool = False
     is_stop: bool = False  # nobody is to train in it: over once older generations are fenced off
@@ -245,7 +244,7 @@ class Generations:
         """Holders refuse older generations; those that did not answer are no danger."""
         if self.begin is None or event.generation != self.begin.claim.generation:
             return []
-        self.begin.is_fenced, self.begin.silent = True, frozenset(event.silent)
+        self.begin.is_fenced, self.known.silent = True, frozenset(event.silent)
         if self.begin.is_stop:
             life, self.begin = self.begin.claim.life, None
             return [m.AnswerBegin(life)]
@@ -305,7 +304,7 @@ class Generations:
                 continue
             reader = min(
                 held,
-                key=lambda h: (h in begin.silent, load_bytes[h], held[h].is_replica, h),
+                key=lambda h: (h in known.silent, load_bytes[h], held[h].is_replica, h),
             )
             copies.setdefault(reader, []).append(key)
             load_bytes[reader] += held[reader].plan.size_bytes

@@ -257,3 +257,12 @@ def test_the_newest_claim_counts_in_whatever_order_they_come() -> None:
     assert job.settings is not None
     assert job.settings.memory.keep == 4
     assert sorted(job.claims) == [1, 2, 3]
+
+
+def test_who_did_not_answer_the_fence_is_the_last_source() -> None:
+    job = begun()
+    for holder in (A, B):
+        job.add_copy(holder, record(10))
+    assert [shard.holders for shard in job.sources(VERSION)] == [(A, B)]
+    job.silent = frozenset([A])
+    assert [shard.holders for shard in job.sources(VERSION)] == [(B, A)]

@@ -67,9 +67,13 @@ def kill_processes(processes: list[psutil.Process], timeout_s: float) -> None:
 
 
 def is_running(process: psutil.Process) -> bool:
-    """Tell whether the process still runs; one that only waits to be reaped does not."""
+    """Tell whether the process still runs; one that only waits to be reaped does not.
+
+    A process whose first thread is dead may have others, which give its memory back.
+    """
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        is_zombie = process.status() == psutil.STATUS_ZOMBIE
+        return process.is_running() and (not is_zombie or process.num_threads() > 1)
     except psutil.NoSuchProcess:
         return False
 

@@ -337,6 +337,16 @@ class Holder:
             for index in range(max(chunks) + 1)
         ]
 
+    async def newest_places(
+        self, job: str, rank: int
+    ) -> tuple[ShardKey, list[list[Place] | None]] | None:
+        """The newest whole shard of a rank that is here, and its `places`; None: there is none."""
+        keys = [r.key for r in self._core.records() if (r.key.job, r.key.rank) == (job, rank)]
+        if not keys:
+            return None
+        key = max(keys, key=lambda k: k.version)
+        return key, await self.places(key)
+
     async def bring(self, wanted: ChunkId, expected: bytes, origin: Origin) -> list[Place] | None:
         """Fetch a chunk for readers on this host, once for all of them; see `FetchOnce`.
 

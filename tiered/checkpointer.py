@@ -274,8 +274,7 @@ class Checkpointer:
     def _restore(
         self, state: MutableMapping[str, Any], step: int | None, before: int | None, strict: bool
     ) -> int:
-        near = SharedMemoryTransport()
-        threading.Thread(target=near.open, name="tiered-map", daemon=True).start()  # meanwhile
+        near = self._holder.open_memory()  # in the background, while the coordinator decides
         resolution = self._begin(step, before)
         if resolution.version is None:
             self.restored = None

@@ -1,6 +1,7 @@
 """A rank's own holder: finding it, declaring memory to it, waiting for its answers."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,6 +20,8 @@ from replication.errors import HolderUnavailableError, TieredError
 from replication.holder import NAMESPACE, holder_name
 from replication.inventory import Reservation
 from replication.records import ActorRef, HolderId, ShardKey, ShardPlan, Version
+from replication.shared import SharedMemoryTransport
+from replication.transport import Source
 from tiered import cluster
 from tiered.config import HAND_OVER, JobSettings
 from tiered.coordinator import START_TIMEOUT_S
@@ -99,6 +102,13 @@ class OwnHolder:
             HolderUnavailableError: It is not.
         """
         self.settle([Call(self._actor.hello.remote)])
+
+    def open_memory(self) -> SharedMemoryTransport:
+        """The way to read from this host's memory; it gets ready in the background."""
+        near, host = SharedMemoryTransport(), Source(self.node_id, self._actor)
+        what = (host, self._job, self._worker.rank, HOLDER_TIMEOUT_S)
+        threading.Thread(target=near.open, args=what, name="tiered-map", daemon=True).start()
+        return near
 
     def prepare(self, generation: int, names: Sequence[str], reference: Any) -> bool:
         """Have memory for the next save pinned; whether it is now."""

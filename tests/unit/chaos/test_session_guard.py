@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from chaos import session_guard
+from tests.waiting import wait_for
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
 
@@ -62,6 +63,21 @@ def test_a_process_that_waits_to_be_reaped_does_not_run(
     process = start(started, SLEEP)
     session_guard.kill_processes([process], timeout_s=5.0)
     assert process.status() == psutil.STATUS_ZOMBIE
+    assert not session_guard.is_running(process)
+
+
+def test_a_process_runs_as_long_as_one_of_its_threads_does(
+    started: list["subprocess.Popen[bytes]"],
+) -> None:
+    program = """import ctypes, platform, threading, time
+threading.Thread(target=time.sleep, args=(60,)).start()
+print('up', flush=True)
+ctypes.CDLL(None).syscall({'x86_64': 60, 'aarch64': 93}[platform.machine()], 0)  # exit, this thread
+"""
+    process = start(started, program)
+    wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE)
+    assert session_guard.is_running(process)
+    session_guard.kill_processes([process], timeout_s=5.0)
     assert not session_guard.is_running(process)
 
 

@@ -313,3 +313,16 @@ def test_a_chunk_of_the_durable_store_is_brought_once_for_all_readers() -> None:
         raise AssertionError("it is here")
 
     asyncio.run(run())
+
+
+def test_of_a_rank_the_newest_whole_shard_is_located() -> None:
+    async def run() -> None:
+        holder = holder_with_a_shard()
+        assert await holder.newest_places(KEY.job, KEY.rank) == (KEY, [None])  # in no shared memory
+        await holder.stage_chunk(LATER, PLAN, 0, chunk(4, 5, 6))
+        await settled(holder)
+        assert await holder.newest_places(KEY.job, KEY.rank) == (LATER, [None])
+        assert await holder.newest_places(KEY.job, KEY.rank + 1) is None
+        assert await holder.newest_places("another", KEY.rank) is None
+
+    asyncio.run(run())

@@ -3,6 +3,7 @@
 import mmap
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ MAPS = """\
 """
 KEY = ShardKey("job", Version(1, 10), 0)
 SIZE = 3 * BLOCK_BYTES + 17
+SMAPS = Path("/proc/self/smaps")
 
 
 @pytest.fixture
@@ -226,3 +228,59 @@ def test_a_copy_of_another_size_is_refused(
     places = places_of([store[: SIZE - 1]], own_mappings())
     with pytest.raises(ProtocolError):
         read(transport, places)
+
+
+# --- getting ready ------------------------------------------------------------------------------
+
+
+def mapped_bytes(mapping: Mapping) -> int:
+    """How much of a mapping this process has page table entries for, by /proc/self/smaps."""
+    parts = SMAPS.read_text().split(f"{mapping.start:x}-{mapping.stop:x} ")
+    (line,) = [line for line in parts[1].splitlines() if line.startswith("Rss:")][:1]
+    return int(line.split()[1]) << 10
+
+
+class ReadyHolder(FakeHolder):
+    """Also tells of the newest shard."""
+
+    def __init__(self, newest: Any) -> None:
+        super().__init__(newest and newest[1])
+        self._answer = newest and newest[1]
+        self.newest_places = ReadyHolder.Call(newest)
+
+    class Call:
+        def __init__(self, answer: Any) -> None:
+            self._answer = answer
+
+        def remote(self, job: str, rank: int) -> Any:
+            assert (job, rank) == (KEY.job, KEY.rank)
+            return self._answer
+
+
+def test_the_shard_that_is_likely_wanted_is_mapped_and_located_ahead(
+    transport: SharedMemoryTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        file.truncate(8 << 20)
+        file.write(bytes(range(256)) * (SIZE // 256 + 1))
+        file.flush()
+        memory = np.frombuffer(mmap.mmap(file.fileno(), 0), dtype=np.uint8)
+        (mine,) = (one for one in own_mappings() if one.start == memory.ctypes.data)
+        monkeypatch.setattr(shared, "pin", lambda chunk: [memory[7 << 20 :]])
+        holder = ReadyHolder((KEY, [places_of([memory[:SIZE]], own_mappings()), None]))
+        before = mapped_bytes(mine)
+        transport.open(Source("node", holder), KEY.job, KEY.rank, 1.0)
+        assert before < SIZE <= mapped_bytes(mine)
+        (got,) = transport.fetch(Source("node", holder), ChunkId(KEY, 0, SIZE), 1.0)
+        assert np.array_equal(got, memory[:SIZE])
+        assert holder.calls == 0
+
+
+@pytest.mark.parametrize("newest", [None, RayActorError(), GetTimeoutError()])
+def test_a_holder_that_cannot_tell_is_asked_when_it_is_needed(
+    store: np.ndarray[Any, Any], transport: SharedMemoryTransport, newest: Any
+) -> None:
+    silent = ReadyHolder(None)
+    silent.newest_places = ReadyHolder.Call(newest)
+    transport.open(Source("node", silent), KEY.job, KEY.rank, 1.0)
+    assert read(transport, places_of([store[:SIZE]], own_mappings())) == store[:SIZE].tobytes()

@@ -186,6 +186,8 @@ class SharedMemoryTransport:
             with self._lock:
                 self._places.setdefault((host.node_id, key), of_shard)
             for place in itertools.chain.from_iterable(places or () for places in of_shard):
+                if self._sentinel is None:  # closed: nothing is read any more
+                    return
                 if (view := view_of(place, home)) is not None:
                     touch(view)
 

@@ -35,6 +35,7 @@ from replication.records import (
     Chunk,
     ChunkId,
     HolderId,
+    ShardRecord,
     Way,
 )
 from replication.shared import SharedMemoryTransport
@@ -85,7 +86,22 @@ class Tier(Protocol):
         """Let go of connections; a later read opens them again."""
 
 
-class HolderTier:
+class _OfShard:
+    """What is known of the chunks wherever they are."""
+
+    def __init__(self, record: ShardRecord) -> None:
+        self._record = record
+
+    def chunk_id(self, index: int) -> ChunkId:
+        """One chunk's name and size."""
+        return ChunkId(self._record.key, index, self._record.plan.chunk_sizes[index])
+
+    def digest(self, index: int) -> bytes:
+        """One chunk's checksum."""
+        return self._record.digests[index]
+
+
+class HolderTier(_OfShard):
     """The memory of one host."""
 
     def __init__(
@@ -96,6 +112,7 @@ class HolderTier:
         way: Way = "auto",
         near: SharedMemoryTransport | None = None,
     ) -> None:
+        super().__init__(sources.record)
         if holder in sources.replicas:
             self.label = BUDDY
         else:
@@ -104,7 +121,6 @@ class HolderTier:
         self._holder = holder
         self.is_near = holder.node_id == node_id
         self._near = near or SharedMemoryTransport()
-        self._record = sources.record
         self._way = way
         self._lock = threading.Lock()
         self._found: tuple[Source, Transport] | None = None
@@ -132,14 +148,6 @@ class HolderTier:
             self._found = self._problem = None
         finally:
             self._lock.release()
-
-    def chunk_id(self, index: int) -> ChunkId:
-        """One chunk's name and size."""
-        return ChunkId(self._record.key, index, self._record.plan.chunk_sizes[index])
-
-    def digest(self, index: int) -> bytes:
-        """One chunk's checksum."""
-        return self._record.digests[index]
 
     def origin(self, _index: int) -> AtHolder:
         """How another holder is to read from this one, which is asked once.
@@ -191,14 +199,14 @@ class HolderTier:
         return Source(node_id, handle, access.endpoint), transport
 
 
-class DurableTier:
+class DurableTier(_OfShard):
     """S3, or any other durable store."""
 
     label = name = DURABLE
 
     def __init__(self, store: DurableStore, sources: ShardSources) -> None:
+        super().__init__(sources.record)
         self._store = store
-        self._record = sources.record
 
     def read(self, index: int) -> Chunk:
         """See Tier."""
@@ -213,14 +221,6 @@ class DurableTier:
             views = sink.next_views(total, limit=total)
             self._fill(index, [np.frombuffer(view, dtype=np.uint8) for view in views])
             sink.advance(total)
-
-    def chunk_id(self, index: int) -> ChunkId:
-        """One chunk's name and size."""
-        return ChunkId(self._record.key, index, self._record.plan.chunk_sizes[index])
-
-    def digest(self, index: int) -> bytes:
-        """One chunk's checksum."""
-        return self._record.digests[index]
 
     def origin(self, index: int) -> AtStore:
         """How a holder is to read it."""

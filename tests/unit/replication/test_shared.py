@@ -284,3 +284,20 @@ def test_a_holder_that_cannot_tell_is_asked_when_it_is_needed(
     silent.newest_places = ReadyHolder.Call(newest)
     transport.open(Source("node", silent), KEY.job, KEY.rank, 1.0)
     assert read(transport, places_of([store[:SIZE]], own_mappings())) == store[:SIZE].tobytes()
+
+
+def test_nothing_is_mapped_any_more_for_who_is_done(
+    store: np.ndarray[Any, Any], transport: SharedMemoryTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared, "pin", lambda chunk: [store[4 << 20 : 5 << 20]])
+    touched: list[int] = []
+
+    def touch(view: Any) -> None:
+        touched.append(view.nbytes)
+        transport.close()
+
+    monkeypatch.setattr(shared, "touch", touch)
+    places = [places_of([store[start : start + 5000]], own_mappings()) for start in (0, 8192)]
+    holder = ReadyHolder((KEY, places))
+    transport.open(Source("node", holder), KEY.job, KEY.rank, 1.0)
+    assert touched == [5000]

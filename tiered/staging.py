@@ -54,6 +54,7 @@ class Stager:
         self._device_copier = DeviceCopier()
         self._ready: _Preparation | None = None
         self._is_possible = True
+        self._told_of: Layout | None = None  # each layout once, for the log's reader
         self._lock = threading.Lock()
 
     def prepare(self, layout: Layout, front_bytes: int) -> None:
@@ -144,7 +145,9 @@ class Stager:
                 staged = Staged(reference, is_pinned)
                 span = edges[index - 1 : index + 1] if index else (0, 0)
                 ready.slots.append(slot_of(layout, staged, view, *span))
-            logger.debug(
+            is_news, self._told_of = self._told_of is not layout, layout
+            logger.log(
+                logging.INFO if is_news else logging.DEBUG,
                 "memory for the next save is ready: %.1f MB in %.3f s",
                 layout.data_bytes / 1e6, time.monotonic() - began_s,
             )  # fmt: skip

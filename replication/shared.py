@@ -184,9 +184,11 @@ class SharedMemoryTransport:
                 return
             key, of_shard = newest
             with self._lock:
+                if self._is_closed():  # meanwhile
+                    return
                 self._places.setdefault((host.node_id, key), of_shard)
             for place in itertools.chain.from_iterable(places or () for places in of_shard):
-                if self._sentinel is None:  # closed: nothing is read any more
+                if self._is_closed():  # nothing is read any more
                     return
                 if (view := view_of(place, home)) is not None:
                     touch(view)
@@ -252,6 +254,9 @@ class SharedMemoryTransport:
         sink.fill(gather(found, sink.missing()))
         with self._counting:
             self.bytes_read += missing_bytes
+
+    def _is_closed(self) -> bool:
+        return self._sentinel is None
 
     def _find_home(self) -> list[Mapping]:
         if self._sentinel is None:

@@ -17,6 +17,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
@@ -274,17 +275,17 @@ class Checkpointer:
     def _restore(
         self, state: MutableMapping[str, Any], step: int | None, before: int | None, strict: bool
     ) -> int:
-        near = self._holder.open_memory()  # in the background, while the coordinator decides
-        resolution = self._begin(step, before)
-        if resolution.version is None:
-            self.restored = None
-            self._log_passed_over(resolution.passed_over)
-            logger.info("%s fresh start", self._tag())
-            return 0
-        saved = self._open(resolution, near)
-        rank, world_size = self._worker.rank, self._worker.world_size
-        self.read(saved, lambda: restore_into(state, saved, rank, world_size, strict=strict))
-        return resolution.version.step + 1
+        with closing(self._holder.open_memory()) as near:  # which goes on while it is decided
+            resolution = self._begin(step, before)
+            if resolution.version is None:
+                self.restored = None
+                self._log_passed_over(resolution.passed_over)
+                logger.info("%s fresh start", self._tag())
+                return 0
+            saved = self._open(resolution, near)
+            rank, world_size = self._worker.rank, self._worker.world_size
+            self.read(saved, lambda: restore_into(state, saved, rank, world_size, strict=strict))
+            return resolution.version.step + 1
 
     def read(self, saved: SavedStep, fill: Callable[[], Filled]) -> None:
         """Fill a state from what `begin_reading` has opened, and tell of it: log, journal, metrics.

@@ -93,8 +93,9 @@ class Ours(Mover):
 
     def _fetch(self, key: str) -> None:
         from replication.records import ShardRecord
-        from tiered.fetch import DurableTier, Piece, ShardReader
+        from tiered.fetch import DurableTier, ShardReader
         from tiered.history import ShardSources
+        from tiered.pieces import Piece
 
         record = ShardRecord(self._shard(key), self.record.plan, self.record.digests)
         sources = ShardSources(record, (), is_durable=True)

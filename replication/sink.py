@@ -18,9 +18,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from replication.records import Buffer, ByteRange, Chunk
+from replication.records import ByteRange, Chunk
 
 BLOCK_BYTES = 1 << 20  # copied before `received` sees them: they are still in the cache then
+SMALL_BYTES = 64 << 10  # what is less is copied before another thread could have been let on
 
 Received = Callable[[memoryview], object]
 
@@ -124,18 +125,20 @@ class Sink:
             for start in range(0, source.nbytes, BLOCK_BYTES):
                 block = source[start : start + BLOCK_BYTES]
                 with self.writing(_nothing):
-                    self._copy(block)
+                    self._copy(block.data)
                 if self._received is not None:
                     self._received(block.data)
 
-    def _copy(self, block: Buffer) -> None:
+    def _copy(self, block: memoryview) -> None:
         start, size_bytes = 0, block.nbytes
         while start < size_bytes:
             view, offset = self._views[self._view], self._offset
             stop = min(size_bytes, start + view.nbytes - offset)
-            room = np.frombuffer(view, np.uint8, stop - start, offset)
-            # numpy copies without the interpreter's lock; a memoryview would keep it
-            np.copyto(room, block[start:stop])
+            room = view[offset : offset + stop - start]
+            if stop - start < SMALL_BYTES:
+                room[:] = block[start:stop]
+            else:
+                np.frombuffer(room, np.uint8)[:] = block[start:stop]
             self._offset += stop - start
             if self._offset == view.nbytes:
                 self._view, self._offset = self._view + 1, 0

@@ -1,16 +1,15 @@
 """Reading a shard back: own host's memory first, then a buddy's, then S3; every chunk verified."""
 
-import bisect
 import functools
 import itertools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import ray
@@ -30,7 +29,6 @@ from replication.fetch_once import AtHolder, AtStore
 from replication.holder import NAMESPACE, holder_name
 from replication.records import (
     ActorRef,
-    Buffer,
     ByteRange,
     Chunk,
     ChunkId,
@@ -52,6 +50,7 @@ from tiered import register
 from tiered.errors import DurableObjectError, StepNotFoundError
 from tiered.hedging import Attempt, Pace, Reading, race
 from tiered.history import ShardSources
+from tiered.pieces import Piece, Run
 
 logger = logging.getLogger(__name__)
 
@@ -269,23 +268,6 @@ def tiers_of(
     return tiers
 
 
-class Piece(NamedTuple):
-    """Bytes that are wanted, and where they go.
-
-    Attributes:
-        start: The first byte, counted from the start of the image's tensor data, as `Span`s are.
-        into: Writable, contiguous memory for them, [n] uint8; the caller's.
-    """
-
-    start: int
-    into: Buffer
-
-    @property
-    def stop(self) -> int:
-        """The byte after the last one."""
-        return self.start + self.into.nbytes
-
-
 @dataclass(slots=True)
 class ShardReader:
     """Reads one shard chunk by chunk; a chunk that is corrupt or late comes from the next tier.
@@ -355,24 +337,14 @@ class ShardReader:
                 undefined, unlike what `chunks` hands out.
         """
         began_s = time.monotonic()
-        pieces = [piece for piece in pieces if piece.stop > piece.start]
-        _check_order(pieces)
-        stops = list(itertools.accumulate(self.sources.record.plan.chunk_sizes[1:]))
-        wanted: dict[int, None] = {}  # chunks, in order
-        for piece in pieces:
-            first = bisect.bisect_right(stops, piece.start)
-            wanted.update(dict.fromkeys(range(first, bisect.bisect_left(stops, piece.stop) + 1)))
-        starts = [piece.start for piece in pieces]
-        scratch = threading.local()
+        run, scratch = Run(pieces), threading.local()
+        sizes = self.sources.record.plan.chunk_sizes
+        edges = list(itertools.accumulate(sizes[1:], initial=0))
+        wanted = [i for i in range(1, len(sizes)) if run.wants(edges[i - 1], edges[i])]
 
         def one(index: int) -> None:
-            size_bytes = self.sources.record.plan.chunk_sizes[1 + index]
-            start = stops[index] - size_bytes
-            first = max(0, bisect.bisect_right(starts, start) - 1)
-            near = itertools.islice(pieces, first, bisect.bisect_left(starts, stops[index]))
-            into = _scattered(near, start, stops[index], scratch)
-
-            self._first_intact(1 + index, functools.partial(self._into, 1 + index, into))
+            into = run.places(edges[index - 1], edges[index], scratch)
+            self._first_intact(index, functools.partial(self._into, index, into))
 
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="tiered-fill") as pool:
             jobs = [pool.submit(one, index) for index in wanted]
@@ -474,40 +446,3 @@ class ShardReader:
         with self._lock:
             self.tiers.remove(tier)
             self.tiers.append(tier)
-
-
-def _check_order(pieces: Sequence[Piece]) -> None:
-    for one, other in itertools.pairwise(pieces):
-        if other.start < one.stop:
-            raise ValueError(f"bytes from {other.start} are wanted after those up to {one.stop}")
-
-
-def _scattered(
-    pieces: Iterable[Piece], start: int, stop: int, scratch: threading.local
-) -> list[memoryview]:
-    """Where bytes `start` to `stop` of the tensor data go; what nobody wants, into scratch memory.
-
-    Each byte of a chunk has a place of its own there: it is hashed after it arrived, perhaps
-    together with the next ones.
-    """
-    places: list[memoryview] = []
-
-    def skip(low: int, high: int) -> None:
-        if getattr(scratch, "memory", np.empty(0)).nbytes < stop - start:
-            scratch.memory = np.empty(stop - start, dtype=np.uint8)
-        places.append(scratch.memory[low - start : high - start].data)
-
-    at = start
-    for piece in pieces:
-        low, high = max(start, piece.start), min(stop, piece.stop)
-        if low >= high:
-            continue
-        if at < low:
-            skip(at, low)
-        is_all = high - low == piece.into.nbytes
-        into = piece.into if is_all else piece.into[low - piece.start : high - piece.start]
-        places.append(into.data)
-        at = high
-    if at < stop:
-        skip(at, stop)
-    return places

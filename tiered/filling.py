@@ -35,6 +35,8 @@ class Filling:
             current: What `capture` made of it; its tensors in the saved places are filled already.
             saved: The tree of the saved value.
         """
+        if type(saved) is TensorRef and type(current) is TensorRef:
+            return present
         if id(present) in self.kept:
             return present
         if is_stateful(present):
@@ -62,8 +64,6 @@ class Filling:
             if type(saved) is tuple:
                 return tuple(items)
             present[:] = items
-            return present
-        if isinstance(saved, TensorRef) and isinstance(current, TensorRef):
             return present
         if is_same_type(saved, current):
             content = {

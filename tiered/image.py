@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from replication.records import Buffer, Chunk, ShardKey, ShardPlan
@@ -27,7 +28,7 @@ from tiered.state import Captured
 from tiered.tree import TREE_NAME
 
 ALIGNMENT = 64
-_NUMBERS = re.compile(r"(\d+)")
+_NUMBERS = re.compile(r"\d+")
 TREE_PADDING = 4096  # so that a tree that grows a little does not move every tensor
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 
@@ -108,26 +109,31 @@ def safetensors_name(dtype: torch.dtype) -> str | None:
 
 def lay_out(captured: Captured) -> Layout:
     """Plan the image of a state."""
-    spans, entries, offset = [], [], 0
-
-    def place(item: tuple[str, torch.Tensor]) -> tuple[Any, ...]:
-        name, tensor = item
-        # layers.2 before layers.10: those that are frozen are mostly the first or the last ones
-        parts = [part.rjust(20, "0") if part.isdigit() else part for part in _NUMBERS.split(name)]
-        return -tensor.element_size(), -tensor.numel(), parts, name
-
     with collector_paused():
-        for name, tensor in sorted(captured.tensors.items(), key=place):
-            size = tensor.numel() * tensor.element_size()
-            shape = list(tensor.shape)
-            dtype = _NAMES.get(tensor.dtype)
-            if dtype is None:
-                dtype, shape = "U8", [*shape, tensor.element_size()]
-            entries.append({"dtype": dtype, "shape": shape})
-            spans.append(Span(name, offset, offset + size))
-            offset += size
-        kinds = {name: (t.dtype, t.shape) for name, t in captured.tensors.items()}
-        return Layout(captured.signature, tuple(spans), offset, tuple(entries), kinds)
+        tensors = captured.tensors
+        order = [(-t.element_size(), -t.numel(), _in_order(n), n) for n, t in tensors.items()]
+        names = [name for *_, name in sorted(order)]
+        edges = list(itertools.accumulate([tensors[name].nbytes for name in names], initial=0))
+        spans = tuple(map(Span, names, edges, edges[1:]))
+        kinds = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
+        entries = tuple(itertools.starmap(_entry, kinds.values()))
+        return Layout(captured.signature, spans, edges[-1], entries, kinds)
+
+
+def _in_order(name: str) -> str:
+    """Sorts layers.2 before layers.10: those that are frozen are mostly the first or the last."""
+    return _NUMBERS.sub(_padded, name)
+
+
+def _padded(number: re.Match[str]) -> str:
+    return f"\0{number[0]:0>20}\0"
+
+
+def _entry(dtype: torch.dtype, shape: torch.Size) -> dict[str, Any]:
+    known = _NAMES.get(dtype)
+    if known is None:
+        return {"dtype": "U8", "shape": [*shape, dtype.itemsize]}
+    return {"dtype": known, "shape": [*shape]}
 
 
 def chunk_sizes(layout: Layout, first_bytes: int, chunk_bytes: int) -> tuple[int, ...]:
@@ -261,16 +267,22 @@ def _read_front(data: bytes, plan: ShardPlan) -> Front:
     data_bytes = plan.size_bytes - len(data)
     if 8 + length + padded != len(data) or not 0 <= tree_bytes <= padded:
         raise ValueError("the tree does not fill the first chunk")
-    spans = []
-    for name, entry in header.items():
-        start, stop = (n - padded for n in entry["data_offsets"])
-        if type(start) is not int or type(stop) is not int:
-            raise ValueError(f"tensor {name!r} does not lie between whole numbers")
-        if not 0 <= start <= stop <= data_bytes:
-            raise ValueError(f"tensor {name!r} lies outside of the image")
-        spans.append(Span(name, start, stop))
-    spans.sort(key=lambda s: (s.start, s.stop))
-    if any(a.stop > b.start for a, b in itertools.pairwise(spans)):
-        raise ValueError("tensors overlap")
+    spans = _spans(header, padded, data_bytes)
     tree = data[8 + length : 8 + length + tree_bytes]
-    return Front(tree, tuple(spans))
+    return Front(tree, spans)
+
+
+def _spans(entries: Mapping[str, Any], first: int, data_bytes: int) -> tuple[Span, ...]:
+    """Where each tensor's bytes are, in image order; `first` is where the tensor data starts."""
+    pairs = [entry["data_offsets"] for entry in entries.values()]
+    edges = [first, *itertools.chain.from_iterable(pairs)]
+    if not {2}.issuperset(map(len, pairs)) or not {int}.issuperset(map(type, edges)):
+        raise ValueError("a tensor does not lie between two whole numbers")
+    starts, stops = np.array(edges[1:], dtype=np.int64).reshape(-1, 2).T - first
+    if not np.all((starts >= 0) & (starts <= stops) & (stops <= data_bytes)):
+        raise ValueError("a tensor lies outside of the image")
+    order = np.lexsort((stops, starts))
+    if np.any(stops[order][:-1] > starts[order][1:]):
+        raise ValueError("tensors overlap")
+    spans = list(map(Span, entries, starts.tolist(), stops.tolist()))
+    return tuple(map(spans.__getitem__, order.tolist()))

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tiered import torch_versions, typed
+from tiered.alike import Alike, find_alike
 from tiered.boxes import Box, whole
 from tiered.collector import collector_paused
 from tiered.errors import StateError
 from tiered.filling import Filling, is_same_type
 from tiered.rng import is_per_rank
 from tiered.saved_step import SavedStep
-from tiered.state import Present, capture_present, is_stateful, place_of
+from tiered.state import PLAIN, Present, capture_present, is_stateful, place_of
 from tiered.step_index import StepIndex, listed, merged
 from tiered.tensor_reads import Wanted, read_tensors
 from tiered.tree import (
@@ -105,7 +106,7 @@ def restore_into(
             else:
                 plan.check_replicas(world_size or step.world_size)
         plan.check()
-        read_tensors(step, plan.index, plan.wanted.values(), step.nearest(rank))
+        read_tensors(step, plan.index, plan.wanted.values(), step.nearest(rank), plan.alike)
     _fill(state, target, plan)
     return Filled(
         tuple(plan.missing), tuple(plan.unexpected), tuple(target.kept.values()),
@@ -199,8 +200,9 @@ class _Plan:
     """What a rank reads of a step, and everything that is wrong with that.
 
     Attributes:
-        tree: What the state is to become; its references are by name in `wanted`.
-        wanted: What is read.
+        tree: What the state is to become; its references are by name in `alike` and `wanted`.
+        alike: What is read as it was saved; only if one rank's shard is looked at.
+        wanted: What is read beside it.
         sharded: The DTensors of the state that are filled, by the same names.
         missing, unexpected: Keys.
         problems: By path, why a tensor cannot be filled.
@@ -209,20 +211,26 @@ class _Plan:
     def __init__(self, target: _Target, step: SavedStep, ranks: list[int], *, strict: bool) -> None:
         views = [step.view(ranks[0])] if len(ranks) == 1 else step.views(ranks[0])
         self.step, self.strict = step, strict
-        self.index = StepIndex(views)
+        self.alike = Alike()
+        if len(views) == 1 and not target.kept:
+            self.alike = find_alike(target.present, views[0])
+        self.index = StepIndex(views, self.alike.trees)
         self.own = views[0].tree  # what others have beside that is not unexpected
         self.tree = merged(views)
         self.wanted: dict[str, Wanted] = {}
-        self.sharded: dict[str, DTensor] = {}
+        self.sharded: dict[str, DTensor] = {
+            name: one for name, one in target.present.sharded.items() if name in self.alike.tensors
+        }
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.problems: dict[str, str] = {}
         self.gaps: dict[str, str] = {}  # what other ranks may have
-        self._owners: dict[str, str] = {}
+        self._owners = {name: name for name in self.alike.tensors}
         self._target = target
         self._templates = templates(target.state, self.tree)
         self._match_keys()
-        for key, value in target.state.items():
+        is_alike = id(self.tree) in self.alike.trees
+        for key, value in () if is_alike else target.state.items():
             if key in self.tree:
                 self._match(value, target.present.tree[key], self.tree[key], (key,), is_strict=True)
                 self._want_rest(self.tree[key], (key,))
@@ -274,7 +282,7 @@ class _Plan:
 
         Those of a module have to, too; other objects decide about their state for themselves.
         """
-        if id(value) in self._target.kept:
+        if id(value) in self._target.kept or id(saved) in self.alike.trees:
             return
         if isinstance(current, TensorRef):
             problem = self._pair(current, saved, path)
@@ -354,8 +362,9 @@ class _Plan:
     def _want_rest(self, tree: Any, path: Path) -> None:
         """What no tensor of the state is there for: an optimizer's state before its first step."""
         kept = set(self._target.kept.values())
-        for inner, ref in leaves(tree, path):
-            if ref.name in self.wanted or dotted(inner) in self.problems:
+        for inner, ref in leaves(tree, path, self.alike.trees):
+            is_read = ref.name in self.wanted or ref.name in self.alike.tensors
+            if is_read or dotted(inner) in self.problems:
                 continue
             if kept and any(dotted(inner[:depth]) in kept for depth in range(1, len(inner))):
                 continue
@@ -386,7 +395,8 @@ def objects_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield path, value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from objects_in(inner, (*path, key))
+            if type(inner) not in PLAIN:  # there are thousands
+                yield from objects_in(inner, (*path, key))
     elif isinstance(value, list | tuple):
         for number, inner in enumerate(value):
             yield from objects_in(inner, (*path, number))
@@ -428,14 +438,17 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
 
 def _fill(state: MutableMapping[str, Any], target: _Target, plan: _Plan) -> None:
     """Put everything in its place; what was read is in the state's tensors already."""
-    tensors: dict[str, torch.Tensor] = {name: one.tensor for name, one in plan.wanted.items()}
+    alike = map(torch.Tensor.detach, plan.alike.tensors.values())
+    tensors: dict[str, torch.Tensor] = dict(zip(plan.alike.tensors, alike, strict=True))
+    tensors |= {name: one.tensor for name, one in plan.wanted.items()}
     filling = Filling({**tensors, **plan.sharded}, set(target.kept), strict=plan.strict)
     done: list[str] = []
     for key in [key for key in state if key in plan.tree]:
         try:
             state[key] = filling.filled(state[key], target.present.tree[key], plan.tree[key])
         except Exception as error:
-            changed = sorted({one.path for one in plan.wanted.values() if one.targets} | {*done})
+            read = {one.path for one in plan.wanted.values() if one.targets}
+            changed = sorted(read.union(done, plan.alike.tensors))
             problem = f"it did not take its state: {error}; changed already: {changed}"
             raise StateError(str(key), problem) from error
         done.append(str(key))

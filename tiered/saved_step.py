@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from replication.durable import DurableStore
-from tiered.fetch import Piece, ShardReader
+from tiered.fetch import ShardReader
 from tiered.image import read_front
+from tiered.pieces import Piece, runs
 from tiered.step_index import ShardView
 from tiered.tree import read_tree
 
@@ -95,18 +96,8 @@ class SavedStep:
         Raises:
             StepNotFoundError: No tier had an intact copy of a chunk.
         """
-        rounds: list[list[Piece]] = []  # what is wanted twice is read twice
-        for piece in sorted(pieces, key=lambda p: p.start):
-            if piece.into.nbytes == 0:
-                continue
-            for one in rounds:
-                if one[-1].stop <= piece.start:
-                    one.append(piece)
-                    break
-            else:
-                rounds.append([piece])
-        for one in rounds:
-            self.readers[rank].fill(one)
+        for run in runs(pieces):
+            self.readers[rank].fill(run)
 
     @property
     def bytes_by_label(self) -> Mapping[str, int]:

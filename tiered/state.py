@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from tiered import torch_versions, typed
+from tiered import bulk, torch_versions, typed
 from tiered.collector import collector_paused
 from tiered.errors import StateError
 from tiered.tree import (
@@ -121,10 +121,10 @@ class TensorDict:
     """
 
     keys: tuple[str, ...]
-    memory: list[int]
+    places: list[int]
     dtypes: list[torch.dtype]
     shapes: list[torch.Size]
-    strides: list[tuple[int, ...]]
+    strides: list[tuple[int, ...]] | None  # None: all are contiguous
     names: list[str]
     refs: list[TensorRef]
     encoded: dict[Any, Any]
@@ -145,13 +145,13 @@ class TensorDict:
         """Whether these are tensors of the same kind, in the same memory, under the same keys."""
         if len(value) != len(self.keys) or tuple(value) != self.keys:
             return False
-        tensors = list(value.values())  # looked at by C alone: a loop here took four times as long
+        tensors = list(value.values())
         return (
             PLAIN.issuperset(map(type, tensors))
-            and list(map(_POINTER, tensors)) == self.memory
-            and list(map(_DTYPE, tensors)) == self.dtypes
-            and list(map(_SHAPE, tensors)) == self.shapes
-            and list(map(_STRIDE, tensors)) == self.strides
+            and bulk.places(tensors) == self.places
+            and bulk.dtypes(tensors) == self.dtypes
+            and bulk.shapes(tensors) == self.shapes
+            and bulk.strides(tensors) == self.strides
         )
 
 
@@ -161,9 +161,6 @@ CaptureCache = dict[Path, TensorDict]  # what `capture` remembers between saves 
 # --- taking apart -------------------------------------------------------------------------------
 
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
-_POINTER, _STRIDE = torch.Tensor.data_ptr, torch.Tensor.stride
-_DTYPE, _SHAPE = torch.Tensor.dtype.__get__, torch.Tensor.shape.__get__  # type: ignore[attr-defined]
-_DEVICE = torch.Tensor.device.__get__
 _STR = frozenset({str})
 
 
@@ -183,7 +180,7 @@ class _Capture:
     def encode_state(self, state: Mapping[str, Any]) -> dict[Any, Any]:
         if not isinstance(state, Mapping):
             raise StateError("", f"the state must be a dict, not a {type(state).__name__}")
-        return {self.key(k, ()): self.encode(v, (k,)) for k, v in state.items()}
+        return self.encode_dict(state, ())
 
     def encode(self, value: Any, path: Path) -> Any:
         kind = type(value)
@@ -233,7 +230,7 @@ class _Capture:
             or not self.tensors.keys().isdisjoint(known.names)
         ):
             return {self.key(k, path): self.encode(v, (*path, k)) for k, v in value.items()}
-        tensors = list(value.values())
+        tensors = bulk.detached(list(value.values()))
         self.tensors.update(zip(known.names, tensors, strict=True))
         self.pointers |= known.pointers
         self.known.append((tensors, known.refs))
@@ -252,25 +249,21 @@ class _Capture:
         is_plain = PLAIN.issuperset(map(type, tensors)) and _STR.issuperset(map(type, value))
         if not is_plain or not tensors or len(path) >= MAX_DEPTH:
             return None
-        names = [dotted((*path, key)) for key in value]
-        try:
-            for name, tensor in zip(names, tensors, strict=True):
-                check_name(name)
-                check_tensor(name, tensor)
-        except StateError:
+        prefix = dotted((*path, ""))
+        names = [prefix + key for key in value]
+        if not are_names(names) or not bulk.are_dense(tensors):
             return None
-        memory = list(map(_POINTER, tensors))
-        used = [place for place, tensor in zip(memory, tensors, strict=True) if tensor.numel()]
+        if not bulk.device_types(tensors) <= {"cpu", "cuda"}:
+            return None
+        places, dtypes, shapes = bulk.places(tensors), bulk.dtypes(tensors), bulk.shapes(tensors)
+        used = [place for place, tensor in zip(places, tensors, strict=True) if tensor.numel()]
         pointers = frozenset(used)
         if len(pointers) != len(used):
             return None  # tied, or parts of each other
-        if not {device.type for device in set(map(_DEVICE, tensors))} <= {"cpu", "cuda"}:
-            return None
-        dtypes, shapes = list(map(_DTYPE, tensors)), list(map(_SHAPE, tensors))
         kinds = zip(names, map(dtype_name, dtypes), map(tuple, shapes), strict=True)
         refs = list(itertools.starmap(TensorRef, kinds))
         return TensorDict(
-            tuple(value), memory, dtypes, shapes, list(map(_STRIDE, tensors)), names, refs,
+            tuple(value), places, dtypes, shapes, bulk.strides(tensors), names, refs,
             dict(zip(value, map(self.leaf, refs), strict=True)), pointers,
         )  # fmt: skip
 
@@ -429,6 +422,15 @@ def check_tensor(name: str, value: torch.Tensor) -> None:
         raise StateError(name, "quantized tensors are not supported; save int_repr() and scales")
     if value.numel() and value.untyped_storage().nbytes() == 0:
         raise StateError(name, "its memory has been freed (resharded?); gather it first")
+
+
+def are_names(names: list[str]) -> bool:
+    """Whether `check_name` would refuse none of them."""
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError:
+        return False
+    return RESERVED_NAMES.isdisjoint(names)
 
 
 def check_name(name: str) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from replication.records import Buffer
+from tiered.alike import Alike
 from tiered.boxes import Box, is_run, span_of, strides
 from tiered.errors import StepNotFoundError
-from tiered.fetch import Piece
 from tiered.image import bytes_of
+from tiered.pieces import Piece
 from tiered.saved_step import SavedStep
 from tiered.step_index import Read, StepIndex
 from tiered.tree import TensorRef
@@ -52,7 +53,11 @@ class _Detour:
 
 
 def read_tensors(
-    step: SavedStep, index: StepIndex, wanted: Iterable[Wanted], order: Callable[[int], Any]
+    step: SavedStep,
+    index: StepIndex,
+    wanted: Iterable[Wanted],
+    order: Callable[[int], Any],
+    alike: Alike | None = None,
 ) -> None:
     """Read everything that is wanted; only chunks with some of it are fetched.
 
@@ -61,6 +66,7 @@ def read_tensors(
         index: Of the step, covering all that is wanted.
         wanted: Its tensors are set, and its targets filled.
         order: As for `StepIndex.reads`.
+        alike: What is read beside it.
 
     Raises:
         StepNotFoundError: No tier has an intact copy of some chunk. Targets are undefined then;
@@ -68,9 +74,10 @@ def read_tensors(
     """
     wanted = list(wanted)
     try:
-        _read(step, index, wanted, order)
+        _read(step, index, wanted, order, alike or Alike())
     except StepNotFoundError as error:
-        if changed := sorted({one.path for one in wanted if one.targets}):
+        names = () if alike is None else alike.tensors
+        if changed := sorted({one.path for one in wanted if one.targets}.union(names)):
             named = f"these tensors may have been overwritten: {', '.join(changed)}"
             reasons = (*error.reasons, named)
             raise StepNotFoundError(error.job, error.wanted, reasons) from error
@@ -84,7 +91,11 @@ def read_tensors(
 
 
 def _read(
-    step: SavedStep, index: StepIndex, wanted: list[Wanted], order: Callable[[int], Any]
+    step: SavedStep,
+    index: StepIndex,
+    wanted: list[Wanted],
+    order: Callable[[int], Any],
+    alike: Alike,
 ) -> None:
     by_rank: dict[int, list[tuple[Wanted, Read, Buffer]]] = defaultdict(list)
     for one in wanted:
@@ -94,9 +105,9 @@ def _read(
         memory = bytes_of(one.tensor)
         for read in reads:
             by_rank[read.part.rank].append((one, read, memory))
-    for rank, reads_of_rank in sorted(by_rank.items()):
-        pieces, detours = [], []
-        for one, read, memory in reads_of_rank:
+    for rank in sorted({alike.rank, *by_rank}):
+        pieces, detours = alike.pieces() if rank == alike.rank else [], []
+        for one, read, memory in by_rank[rank]:
             piece, detour = _place(one, read, memory)
             pieces.append(piece)
             detours += [detour] if detour is not None else []

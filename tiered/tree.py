@@ -10,7 +10,7 @@ import itertools
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,6 +42,10 @@ ARRAY_DTYPES = {
 _NUMPY_SCALAR = re.compile(r"[<>|=]?[biufc][0-9]{1,2}")
 
 
+_INT = frozenset({int})
+_pack = msgpack.Packer().pack  # one for all: to make one takes longer than to use it
+
+
 class TensorRef(NamedTuple):
     """A tensor in the tree; a tuple, as there are thousands and each is made several times.
 
@@ -66,27 +70,30 @@ class TensorRef(NamedTuple):
         fields: list[Any] = [self.name, self.dtype, self.shape, self.offsets, self.global_shape]
         if self.more:
             fields.append([[part.name, part.shape, part.offsets] for part in self.more])
-        return bytes(msgpack.packb(fields))
+        packed: bytes = _pack(fields)
+        return packed
 
     @staticmethod
     def unpack(data: bytes) -> "TensorRef":
         """Read what `pack` wrote; raises ValueError or TypeError on anything else."""
-        name, dtype, shape, offsets, global_shape, *more = msgpack.unpackb(data)
+        name, dtype, shape, offsets, global_shape, *more = msgpack.unpackb(data, use_list=False)
         if type(name) is not str or type(dtype) is not str:
             raise TypeError(f"a tensor named {name!r} of dtype {dtype!r}")
-        first = TensorRef(
-            name,
-            dtype,
-            _sizes(shape),
-            None if offsets is None else _sizes(offsets),
-            None if global_shape is None else _sizes(global_shape),
-        )
+        _check_sizes(shape)
+        if offsets is not None:
+            _check_sizes(offsets)
+        if global_shape is not None:
+            _check_sizes(global_shape)
+        first = TensorRef(name, dtype, shape, offsets, global_shape)
         if not more:
             return first
         (others,) = more
         if global_shape is None or any(type(other[0]) is not str for other in others):
             raise TypeError(f"more parts {others!r} of {name!r}")
-        parts = (first._replace(name=n, shape=_sizes(s), offsets=_sizes(o)) for n, s, o in others)
+        for _, sizes, starts in others:
+            _check_sizes(sizes)
+            _check_sizes(starts)
+        parts = (first._replace(name=n, shape=s, offsets=o) for n, s, o in others)
         return first._replace(more=tuple(parts))
 
     @property
@@ -97,10 +104,10 @@ class TensorRef(NamedTuple):
         return dtype
 
 
-def _sizes(values: Any) -> tuple[int, ...]:
-    if type(values) is not list or any(type(n) is not int or n < 0 for n in values):
+def _check_sizes(values: Any) -> None:
+    is_plain = type(values) is tuple and _INT.issuperset(map(type, values))
+    if not is_plain or min(values, default=0) < 0:
         raise TypeError(f"{values!r} is no list of sizes")
-    return tuple(values)
 
 
 @functools.lru_cache(maxsize=256)
@@ -205,7 +212,7 @@ def _check_depth(document: Any) -> None:
             waiting.append((value.content, depth))
         elif isinstance(value, dict | list | tuple) and not isinstance(value, TensorRef):
             children = value.values() if isinstance(value, dict) else value
-            waiting.extend((child, depth + 1) for child in children)
+            waiting += [(child, depth + 1) for child in children if type(child) is not TensorRef]
 
 
 def _numpy_scalar(dtype: str, data: bytes) -> Any:
@@ -228,23 +235,31 @@ def _array(ref: TensorRef) -> Array:
     return Array(ref)
 
 
-def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, TensorRef]]:
+def leaves(
+    tree: Any, path: Path = (), without: Collection[int] = ()
+) -> Iterator[tuple[Path, TensorRef]]:
     """Every reference in a tree with its path, in order; a tied tensor more than once.
 
     Of a tensor of which the rank has several parts, the one that has the others in `more`.
+
+    Args:
+        tree: It.
+        path: To it.
+        without: Ids of dicts to leave out.
     """
     if isinstance(tree, TensorRef):
         yield path, tree
     elif isinstance(tree, Array):
         yield path, tree.ref
     elif isinstance(tree, Typed):
-        yield from leaves(tree.content, path)
+        yield from leaves(tree.content, path, without)
     elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from leaves(value, (*path, key))
+        if id(tree) not in without:
+            for key, value in tree.items():
+                yield from leaves(value, (*path, key), without)
     elif isinstance(tree, list | tuple):
         for index, value in enumerate(tree):
-            yield from leaves(value, (*path, index))
+            yield from leaves(value, (*path, index), without)
 
 
 def tensor_refs(tree: Any) -> Iterator[TensorRef]:

@@ -32,10 +32,10 @@ from tiered.fetch import (
     OWN_HOST,
     DurableTier,
     HolderTier,
-    Piece,
     tiers_of,
 )
 from tiered.history import ShardSources
+from tiered.pieces import Piece
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from replication.sink import Sink
 from tests.unit.tiered.fake_shard import MemoryTier, Shard, restore_into
 from tiered import fetch, hedging
 from tiered.errors import StepNotFoundError
-from tiered.fetch import Piece
 from tiered.hedging import FIRST_BYTES_PER_S, FIRST_S, LEAST_S, MOST_WASTED, TIMES_SLOWER, Pace
+from tiered.pieces import Piece
 
 LIMIT_S = 20.0
 

@@ -1,0 +1,92 @@
+"""Parts of a state that a step has just as they are: paired with it, and read, as one.
+
+Most restores are into the state that was saved, by the rank that saved it. Then whole dicts of
+tensors agree, and to pair, check and look up each tensor by itself takes longer than to read a
+small one. What is odd in any way is left to be looked at one by one (`tiered.restore`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tiered import bulk
+from tiered.image import Span
+from tiered.pieces import Piece
+from tiered.state import Present
+from tiered.step_index import ShardView
+from tiered.tree import TensorRef
+
+
+@dataclass(slots=True)
+class Alike:
+    """What is read just as one rank saved it.
+
+    Attributes:
+        rank: Whose shard has it.
+        trees: Of the saved tree the ids of the dicts whose tensors these are, all of them.
+        tensors: Of the state, by name; on the CPU, contiguous.
+        spans: Where their bytes are in the rank's tensor data, in the same order.
+    """
+
+    rank: int = 0
+    trees: set[int] = field(default_factory=set)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+
+    def pieces(self) -> list[Piece]:
+        """What to read, and where to; valid as long as the tensors are."""
+        starts = [span.start for span in self.spans]
+        return list(map(Piece, starts, bulk.memory(list(self.tensors.values()))))
+
+
+def find_alike(present: Present, view: ShardView) -> Alike:
+    """Find the dicts of tensors that a state and the shard that it is filled from have alike.
+
+    That is: the same keys lead to tensors of the same names, dtypes and shapes, of DTensors to the
+    same part, and the shard has as many bytes for each.
+    """
+    found = Alike(view.rank)
+    waiting: list[tuple[Any, Any]] = [(present.tree, view.tree)]
+    while waiting:
+        current, saved = waiting.pop()
+        if type(current) is dict and type(saved) is dict:
+            if current != saved or not _take(saved, present, view, found):
+                waiting += [(current[key], saved[key]) for key in saved.keys() & current.keys()]
+        elif type(current) is type(saved) and type(saved) in (list, tuple):
+            waiting += zip(current, saved, strict=False)
+    return found
+
+
+def _take(tree: dict[Any, Any], present: Present, view: ShardView, found: Alike) -> bool:
+    """Take all tensors of a dict, if it has nothing else and each can be read as it was saved."""
+    refs = _only_refs(tree)
+    if not refs or any(ref.more for ref in refs):
+        return False
+    names = list(dict.fromkeys([ref.name for ref in refs]))  # one that is tied to another, once
+    if not found.tensors.keys().isdisjoint(names):
+        return False
+    tensors = list(map(present.tensors.__getitem__, names))
+    spans = [span for span in map(view.spans.get, names) if span is not None]
+    sizes = [span.stop - span.start for span in spans]
+    if not bulk.are_plain_memory(tensors) or sizes != bulk.sizes_bytes(tensors):
+        return False
+    found.trees.add(id(tree))
+    found.tensors.update(zip(names, tensors, strict=True))
+    found.spans += spans
+    return True
+
+
+def _only_refs(tree: dict[Any, Any]) -> list[TensorRef]:
+    """Every reference in a dict and the dicts in it; none if anything else is there, too."""
+    refs: list[TensorRef] = []
+    waiting = [tree]
+    while waiting:
+        values = waiting.pop().values()
+        here = [value for value in values if type(value) is TensorRef]
+        dicts = [value for value in values if type(value) is dict]
+        if len(here) + len(dicts) < len(values):
+            return []
+        refs += here
+        waiting += dicts
+    return refs

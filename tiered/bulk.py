@@ -1,0 +1,110 @@
+"""Thousands of tensors asked at once, by `map` with what torch has in C.
+
+A state may have tens of thousands of small tensors. A loop over them in Python takes several times
+as long as this, and longer than copying them.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from replication.records import Buffer
+
+Tensors = list[torch.Tensor]
+
+
+def _property(name: str) -> Callable[[torch.Tensor], Any]:
+    getter: Callable[[torch.Tensor], Any] = getattr(torch.Tensor, name).__get__
+    return getter
+
+
+_dtype, _shape, _device = _property("dtype"), _property("shape"), _property("device")
+_layout, _size_bytes = _property("layout"), _property("nbytes")
+_is_nested, _is_quantized = _property("is_nested"), _property("is_quantized")
+_requires_grad = _property("requires_grad")
+_is_contiguous, _is_conj = torch.Tensor.is_contiguous, torch.Tensor.is_conj
+
+
+def places(tensors: Tensors) -> list[int]:
+    """The address of each one's first element."""
+    return list(map(torch.Tensor.data_ptr, tensors))
+
+
+def dtypes(tensors: Tensors) -> list[torch.dtype]:
+    """Of each."""
+    return list(map(_dtype, tensors))
+
+
+def shapes(tensors: Tensors) -> list[torch.Size]:
+    """Of each."""
+    return list(map(_shape, tensors))
+
+
+def strides(tensors: Tensors) -> list[tuple[int, ...]] | None:
+    """Of each, in elements; None if all are contiguous, so that shapes say it."""
+    if all(map(_is_contiguous, tensors)):
+        return None
+    return list(map(torch.Tensor.stride, tensors))
+
+
+def sizes_bytes(tensors: Tensors) -> list[int]:
+    """Of each one's elements."""
+    return list(map(_size_bytes, tensors))
+
+
+def device_types(tensors: Iterable[torch.Tensor]) -> set[str]:
+    """All that there are."""
+    return {device.type for device in set(map(_device, tensors))}
+
+
+def detached(tensors: Tensors) -> Tensors:
+    """The same tensors, none of which requires a gradient."""
+    if not any(map(_requires_grad, tensors)):
+        return tensors
+    return [tensor.detach() for tensor in tensors]
+
+
+def are_dense(tensors: Tensors) -> bool:
+    """Whether `tiered.state.check_tensor` would refuse none of them.
+
+    Args:
+        tensors: Of the types in `tiered.state.PLAIN`.
+    """
+    return (
+        set(map(_layout, tensors)) <= {torch.strided}
+        and "meta" not in device_types(tensors)
+        and not any(map(_is_nested, tensors))
+        and not any(map(_is_quantized, tensors))
+        and all(_storage_sizes(filter(torch.Tensor.numel, tensors)))
+    )
+
+
+def are_plain_memory(tensors: Tensors) -> bool:
+    """Whether the memory of each is its elements, one after the other, for the processor."""
+    return (
+        device_types(tensors) <= {"cpu"}
+        and all(map(_is_contiguous, tensors))
+        and not any(map(_is_conj, tensors))
+        and not any(map(torch.Tensor.is_neg, tensors))
+    )
+
+
+def memory(tensors: Tensors) -> list[Buffer]:
+    """The memory of each, [n] uint8; valid as long as the tensor is, which it does not keep.
+
+    Args:
+        tensors: For which `are_plain_memory` is true; `tiered.image.bytes_of` has any other.
+    """
+    kinds = {size: ctypes.c_uint8 * size for size in set(map(_size_bytes, tensors))}
+    found: list[Buffer] = []
+    for place, size in zip(places(tensors), sizes_bytes(tensors), strict=True):
+        held: Any = kinds[size].from_address(place)
+        found.append(np.frombuffer(held, dtype=np.uint8))
+    return found
+
+
+def _storage_sizes(tensors: Iterable[torch.Tensor]) -> Iterable[int]:
+    return map(torch.UntypedStorage.nbytes, map(torch.Tensor.untyped_storage, tensors))

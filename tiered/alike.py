@@ -63,9 +63,7 @@ def _take(tree: dict[Any, Any], present: Present, view: ShardView, found: Alike)
     refs = _only_refs(tree)
     if not refs or any(ref.more for ref in refs):
         return False
-    names = list(dict.fromkeys([ref.name for ref in refs]))  # one that is tied to another, once
-    if not found.tensors.keys().isdisjoint(names):
-        return False
+    names = list(dict.fromkeys([r.name for r in refs if r.name not in found.tensors]))  # tied, once
     tensors = list(map(present.tensors.__getitem__, names))
     spans = [span for span in map(view.spans.get, names) if span is not None]
     sizes = [span.stop - span.start for span in spans]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tiered import torch_versions, typed
+from tiered import bulk, torch_versions, typed
 from tiered.alike import Alike, find_alike
 from tiered.boxes import Box, whole
 from tiered.collector import collector_paused
@@ -341,6 +341,8 @@ class _Plan:
             return "is expanded, its elements share memory; give a contiguous() copy"
         if self._owners.setdefault(current.name, saved.name) != saved.name:
             return f"{_SAME_MEMORY} {current.name}, and was not when saved"
+        if current.name == saved.name and saved.name in self.alike.tensors:
+            return ""  # tied to one that is read there
         one = self._want(saved.name, entry.path, box)
         if one.box == box:
             one.targets.append(tensor)  # perhaps again: tied, it is one tensor
@@ -438,7 +440,7 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
 
 def _fill(state: MutableMapping[str, Any], target: _Target, plan: _Plan) -> None:
     """Put everything in its place; what was read is in the state's tensors already."""
-    alike = map(torch.Tensor.detach, plan.alike.tensors.values())
+    alike = bulk.detached(list(plan.alike.tensors.values()))
     tensors: dict[str, torch.Tensor] = dict(zip(plan.alike.tensors, alike, strict=True))
     tensors |= {name: one.tensor for name, one in plan.wanted.items()}
     filling = Filling({**tensors, **plan.sharded}, set(target.kept), strict=plan.strict)

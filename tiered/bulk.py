@@ -55,9 +55,14 @@ def sizes_bytes(tensors: Tensors) -> list[int]:
     return list(map(_size_bytes, tensors))
 
 
+def devices(tensors: Iterable[torch.Tensor]) -> list[torch.device]:
+    """Each one once, in order."""
+    return list(dict.fromkeys(map(_device, tensors)))
+
+
 def device_types(tensors: Iterable[torch.Tensor]) -> set[str]:
-    """All that there are."""
-    return {device.type for device in set(map(_device, tensors))}
+    """The types of their devices."""
+    return {device.type for device in devices(tensors)}
 
 
 def detached(tensors: Tensors) -> Tensors:

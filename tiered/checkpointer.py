@@ -284,7 +284,8 @@ class Checkpointer:
                 return 0
             saved = self._open(resolution, near)
             rank, world_size = self._worker.rank, self._worker.world_size
-            self.read(saved, lambda: restore_into(state, saved, rank, world_size, strict=strict))
+            fill = partial(restore_into, state, saved, rank, world_size, strict=strict)
+            self.read(saved, partial(fill, cache=self._cache))
             return resolution.version.step + 1
 
     def read(self, saved: SavedStep, fill: Callable[[], Filled]) -> None:

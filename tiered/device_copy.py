@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from tiered import bulk
 from tiered.slots import Slot
 
 BUFFERS = 2  # chunks in pinned memory: one comes over the bus, one goes into the object store
@@ -134,8 +135,8 @@ class DeviceCopier:
 
     def _devices(self, slot: Slot, tensors: Mapping[str, torch.Tensor]) -> list[torch.device]:
         names = [*slot.names, *(name for name, *_ in slot.parts)]
-        devices = (tensors[name].device for name in names)
-        return list(dict.fromkeys(d for d in devices if d.type == self._gpu.kind))
+        found = bulk.devices(map(tensors.__getitem__, names))
+        return [device for device in found if device.type == self._gpu.kind]
 
     def _buffer(self, size_bytes: int) -> torch.Tensor:
         for index, memory in enumerate(self._buffers):

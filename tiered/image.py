@@ -28,6 +28,7 @@ from tiered.state import Captured
 from tiered.tree import TREE_NAME
 
 ALIGNMENT = 64
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
 _NUMBERS = re.compile(r"\d+")
 TREE_PADDING = 4096  # so that a tree that grows a little does not move every tensor
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
@@ -58,7 +59,7 @@ class Layout:
         signature: What it was made for.
         spans: In image order.
         data_bytes: Of all tensors.
-        entries: Each tensor's header entry, without its offsets.
+        entries: Each tensor's header entry as JSON, up to its offsets.
         kinds: Each tensor's dtype and shape.
         texts: The entries as JSON, by the offset of the first tensor; filled as needed.
         cuts: Where the data is cut into chunks, by their size; filled as needed.
@@ -67,7 +68,7 @@ class Layout:
     signature: tuple[Any, ...]
     spans: tuple[Span, ...]
     data_bytes: int
-    entries: tuple[dict[str, Any], ...]
+    entries: tuple[str, ...]
     kinds: Mapping[str, tuple[torch.dtype, torch.Size]]
     texts: dict[int, bytes] = field(default_factory=dict)
     cuts: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -93,12 +94,11 @@ class Layout:
         """Every tensor's header entry as JSON, each after a comma."""
         if offset not in self.texts:
             self.texts.clear()
-            entries = {
-                span.name: {**entry, "data_offsets": [offset + span.start, offset + span.stop]}
-                for span, entry in zip(self.spans, self.entries, strict=True)
-            }
-            inner = _json(entries)[1:-1]
-            self.texts[offset] = b"," + inner if inner else b""
+            entries = [
+                f",{_quoted(name)}:{entry}[{offset + start},{offset + stop}]}}"
+                for (name, start, stop), entry in zip(self.spans, self.entries, strict=True)
+            ]
+            self.texts[offset] = "".join(entries).encode()
         return self.texts[offset]
 
 
@@ -111,12 +111,13 @@ def lay_out(captured: Captured) -> Layout:
     """Plan the image of a state."""
     with collector_paused():
         tensors = captured.tensors
-        order = [(-t.element_size(), -t.numel(), _in_order(n), n) for n, t in tensors.items()]
+        order = [(-t.element_size(), -t.nbytes, _in_order(n), n) for n, t in tensors.items()]
         names = [name for *_, name in sorted(order)]
         edges = list(itertools.accumulate([tensors[name].nbytes for name in names], initial=0))
         spans = tuple(map(Span, names, edges, edges[1:]))
         kinds = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
-        entries = tuple(itertools.starmap(_entry, kinds.values()))
+        texts = {kind: _entry(*kind) for kind in set(kinds.values())}
+        entries = tuple(map(texts.__getitem__, kinds.values()))
         return Layout(captured.signature, spans, edges[-1], entries, kinds)
 
 
@@ -129,11 +130,11 @@ def _padded(number: re.Match[str]) -> str:
     return f"\0{number[0]:0>20}\0"
 
 
-def _entry(dtype: torch.dtype, shape: torch.Size) -> dict[str, Any]:
-    known = _NAMES.get(dtype)
+def _entry(dtype: torch.dtype, shape: torch.Size) -> str:
+    known, sizes = _NAMES.get(dtype), [*shape]
     if known is None:
-        return {"dtype": "U8", "shape": [*shape, dtype.itemsize]}
-    return {"dtype": known, "shape": [*shape]}
+        known, sizes = "U8", [*shape, dtype.itemsize]
+    return _json({"dtype": known, "shape": sizes}).decode()[:-1] + ',"data_offsets":'
 
 
 def chunk_sizes(layout: Layout, first_bytes: int, chunk_bytes: int) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tiered.image import Layout, Span, bytes_between, overlapping
+from tiered.boxes import Sizes, strides
+from tiered.image import Layout, bytes_between, overlapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +73,12 @@ def slot_of(
     layout: Layout, staged: Staged, view: np.ndarray[Any, Any], start: int, stop: int
 ) -> Slot:
     """What of a layout's tensor data lies between `start` and `stop`, and where in `view`."""
-    memory = torch.from_numpy(view)
+    memory = _Memory(view)
     names, targets, parts = [], [], []
     for span in overlapping(layout.spans, start, stop):
-        target = _target(layout, memory, span, start, stop)
+        target = None
+        if start <= span.start and span.stop <= stop:
+            target = memory.tensor(span.start - start, *layout.kinds[span.name])
         if target is None:
             low, high = max(start, span.start), min(stop, span.stop)
             parts.append((span.name, low - span.start, high - span.start, low - start))
@@ -85,15 +88,28 @@ def slot_of(
     return Slot(staged, view, tuple(names), targets, tuple(parts))
 
 
-def _target(
-    layout: Layout, memory: torch.Tensor, span: Span, start: int, stop: int
-) -> torch.Tensor | None:
-    """A tensor's place in a chunk, of its dtype and shape; None if it is not all there."""
-    if span.start < start or span.stop > stop:
-        return None
-    dtype, shape = layout.kinds[span.name]
-    flat = memory[span.start - start : span.stop - start]
-    try:
-        return flat.view(dtype).view(shape)
-    except RuntimeError:  # not aligned, or a dtype that is no view of bytes
-        return None
+class _Memory:
+    """A chunk's memory, as tensors; there may be thousands, so each takes one call."""
+
+    def __init__(self, view: np.ndarray[Any, Any]) -> None:
+        self._bytes = torch.from_numpy(view)
+        self._by_dtype: dict[torch.dtype, torch.Tensor | None] = {}
+        self._strides: dict[torch.Size, Sizes] = {}
+
+    def tensor(self, start: int, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor | None:
+        """The one that begins at a byte; None if that is not aligned for it."""
+        if dtype not in self._by_dtype:
+            self._by_dtype[dtype] = self._whole(dtype)
+        if shape not in self._strides:
+            self._strides[shape] = strides(shape)
+        whole, (offset, rest) = self._by_dtype[dtype], divmod(start, dtype.itemsize)
+        if whole is None or rest:
+            return None
+        return whole.as_strided(shape, self._strides[shape], offset)
+
+    def _whole(self, dtype: torch.dtype) -> torch.Tensor | None:
+        size_bytes = self._bytes.nbytes - self._bytes.nbytes % dtype.itemsize
+        try:
+            return self._bytes[:size_bytes].view(dtype)
+        except RuntimeError:  # a dtype that is no view of bytes
+            return None

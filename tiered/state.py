@@ -112,7 +112,7 @@ class Captured:
 # --- what is the same as last time --------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class TensorDict:
     """A dict of plain tensors as it was looked at, to be known again.
 
@@ -127,8 +127,8 @@ class TensorDict:
     strides: list[tuple[int, ...]] | None  # None: all are contiguous
     names: list[str]
     refs: list[TensorRef]
-    encoded: dict[Any, Any]
     pointers: frozenset[int]
+    _packed: dict[Any, Any] | None = None
 
     def __eq__(self, other: object) -> bool:
         """Whether a layout made for one is right for the other."""
@@ -140,6 +140,16 @@ class TensorDict:
         )
 
     __hash__ = None  # type: ignore[assignment]  # an equal one may be elsewhere in memory
+
+    def refs_by_key(self) -> dict[Any, Any]:
+        """What a tree has of them until it is packed."""
+        return dict(zip(self.keys, self.refs, strict=True))
+
+    def packed(self) -> dict[Any, Any]:
+        """The same for msgpack; made once."""
+        if self._packed is None:
+            self._packed = dict(zip(self.keys, map(_packed_ref, self.refs), strict=True))
+        return self._packed
 
     def is_same(self, value: Mapping[Any, Any]) -> bool:
         """Whether these are tensors of the same kind, in the same memory, under the same keys."""
@@ -237,7 +247,7 @@ class _Capture:
         self.signature.append(known)
         if self.cache is not None:
             self.cache[path] = known
-        return known.encoded
+        return known.refs_by_key() if self.is_target else known.packed()
 
     def _looked_at(self, value: Mapping[Any, Any], path: Path) -> TensorDict | None:
         """A dict of plain tensors, each with memory of its own, looked at as one; None if not.
@@ -263,9 +273,8 @@ class _Capture:
         kinds = zip(names, map(dtype_name, dtypes), map(tuple, shapes), strict=True)
         refs = list(itertools.starmap(TensorRef, kinds))
         return TensorDict(
-            tuple(value), places, dtypes, shapes, bulk.strides(tensors), names, refs,
-            dict(zip(value, map(self.leaf, refs), strict=True)), pointers,
-        )  # fmt: skip
+            tuple(value), places, dtypes, shapes, bulk.strides(tensors), names, refs, pointers
+        )
 
     def encode_rare(self, value: Any, path: Path) -> Any:
         kind = type(value)
@@ -313,7 +322,7 @@ class _Capture:
         )
 
     def leaf(self, ref: TensorRef) -> Any:
-        return ref if self.is_target else msgpack.ExtType(EXT_TENSOR, ref.pack())
+        return ref if self.is_target else _packed_ref(ref)
 
     def ext(self, code: int, body: Any) -> msgpack.ExtType:
         return msgpack.ExtType(code, _pack(body))
@@ -383,6 +392,10 @@ class _Capture:
         if whole is not None:
             self.sharded[name] = whole
         return ref
+
+
+def _packed_ref(ref: TensorRef) -> msgpack.ExtType:
+    return msgpack.ExtType(EXT_TENSOR, ref.pack())
 
 
 def _parts_of(value: Any) -> TensorPart | TensorParts:
@@ -539,11 +552,15 @@ class Present:
     sharded: "dict[str, DTensor]"
 
 
-def capture_present(state: Mapping[str, Any]) -> Present:
+def capture_present(state: Mapping[str, Any], *, cache: CaptureCache | None = None) -> Present:
     """Take apart what is to be filled.
+
+    Args:
+        state: It.
+        cache: As for `capture`, for the same state.
 
     Raises:
         StateError: A tensor in it cannot be filled; names its key.
     """
-    work = _Capture(allow_pickle=False, is_target=True)
+    work = _Capture(allow_pickle=False, is_target=True, cache=cache)
     return Present(work.encode_state(state), work.tensors, work.sharded)

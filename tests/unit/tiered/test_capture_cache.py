@@ -127,4 +127,6 @@ def test_nothing_of_the_state_is_kept_alive() -> None:
     capture(state, cache=cache)
     remembered = [known for known in cache.values() if known.names[0].startswith("model")]
     assert remembered
-    assert not any(isinstance(v, torch.Tensor) for known in remembered for v in known.encoded)
+    assert not any(
+        isinstance(value, torch.Tensor) for known in remembered for value in known.packed().values()
+    )

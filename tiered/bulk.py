@@ -5,13 +5,15 @@ as long as this, and longer than copying them.
 """
 
 import ctypes
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from replication.records import Buffer
+
+AT_ONCE = 256  # what torch knows of them stays in the processor's cache while it is asked
 
 Tensors = list[torch.Tensor]
 
@@ -28,26 +30,33 @@ _requires_grad = _property("requires_grad")
 _is_contiguous, _is_conj = torch.Tensor.is_contiguous, torch.Tensor.is_conj
 
 
-def places(tensors: Tensors) -> list[int]:
-    """The address of each one's first element."""
-    return list(map(torch.Tensor.data_ptr, tensors))
+class Look(NamedTuple):
+    """What a few tensors are, to be compared with what they are later.
+
+    Attributes:
+        places: The address of each one's first element.
+        dtypes: Of each.
+        shapes: Of each.
+        strides: Of each, in elements; None if all are contiguous, so that shapes say it.
+    """
+
+    places: list[int]
+    dtypes: list[torch.dtype]
+    shapes: list[torch.Size]
+    strides: list[tuple[int, ...]] | None
 
 
-def dtypes(tensors: Tensors) -> list[torch.dtype]:
-    """Of each."""
-    return list(map(_dtype, tensors))
-
-
-def shapes(tensors: Tensors) -> list[torch.Size]:
-    """Of each."""
-    return list(map(_shape, tensors))
-
-
-def strides(tensors: Tensors) -> list[tuple[int, ...]] | None:
-    """Of each, in elements; None if all are contiguous, so that shapes say it."""
-    if all(map(_is_contiguous, tensors)):
-        return None
-    return list(map(torch.Tensor.stride, tensors))
+def looks(tensors: Tensors) -> Iterator[Look]:
+    """Look at all, `AT_ONCE` at a time."""
+    for start in range(0, len(tensors), AT_ONCE):
+        some = tensors[start : start + AT_ONCE]
+        is_contiguous = all(map(_is_contiguous, some))
+        yield Look(
+            list(map(torch.Tensor.data_ptr, some)),
+            list(map(_dtype, some)),
+            list(map(_shape, some)),
+            None if is_contiguous else list(map(torch.Tensor.stride, some)),
+        )
 
 
 def sizes_bytes(tensors: Tensors) -> list[int]:
@@ -65,11 +74,9 @@ def device_types(tensors: Iterable[torch.Tensor]) -> set[str]:
     return {device.type for device in devices(tensors)}
 
 
-def detached(tensors: Tensors) -> Tensors:
-    """The same tensors, none of which requires a gradient."""
-    if not any(map(_requires_grad, tensors)):
-        return tensors
-    return [tensor.detach() for tensor in tensors]
+def require_grad(tensors: Tensors) -> bool:
+    """Whether some of them do."""
+    return any(map(_requires_grad, tensors))
 
 
 def are_dense(tensors: Tensors) -> bool:
@@ -105,8 +112,8 @@ def memory(tensors: Tensors) -> list[Buffer]:
     """
     kinds = {size: ctypes.c_uint8 * size for size in set(map(_size_bytes, tensors))}
     found: list[Buffer] = []
-    for place, size in zip(places(tensors), sizes_bytes(tensors), strict=True):
-        held: Any = kinds[size].from_address(place)
+    for tensor, size in zip(tensors, sizes_bytes(tensors), strict=True):
+        held: Any = kinds[size].from_address(tensor.data_ptr())
         found.append(np.frombuffer(held, dtype=np.uint8))
     return found
 

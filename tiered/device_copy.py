@@ -81,6 +81,11 @@ class DeviceCopier:
         self._buffers: list[torch.Tensor] = []  # those that are free
         self._begun: dict[int, tuple[torch.Tensor, list[Any]]] = {}
 
+    @property
+    def kind(self) -> str:
+        """The type of its devices, as torch calls it."""
+        return self._gpu.kind
+
     def is_needed(self, slot: Slot, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Whether some of a slot's bytes are on a GPU."""
         return bool(self._devices(slot, tensors))

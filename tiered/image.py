@@ -163,15 +163,17 @@ def front(layout: Layout, key: ShardKey, world_size: int, tree: bytes) -> bytes:
         },
         TREE_NAME: {"dtype": "U8", "shape": [padded], "data_offsets": [0, padded]},
     }
-    text = _json(header)[:-1] + layout.text(padded) + b"}"
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    if len(text) > MAX_HEADER_BYTES:
+    parts = [_json(header)[:-1], layout.text(padded), b"}"]
+    length = sum(map(len, parts))
+    fill = -(8 + length) % ALIGNMENT
+    if length + fill > MAX_HEADER_BYTES:
         raise StateError(
             "",
-            f"the names of {len(layout.spans)} tensors make a header of {len(text)} bytes, and "
+            f"the names of {len(layout.spans)} tensors make a header of {length + fill} bytes, and "
             f"safetensors reads {MAX_HEADER_BYTES}; save fewer tensors, or give them shorter names",
         )
-    return len(text).to_bytes(8, "little") + text + tree + bytes(padded - len(tree))
+    size = (length + fill).to_bytes(8, "little")
+    return b"".join([size, *parts, b" " * fill, tree, bytes(padded - len(tree))])
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

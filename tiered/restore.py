@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tiered import bulk, torch_versions, typed
+from tiered import torch_versions, typed
 from tiered.alike import Alike, find_alike
 from tiered.boxes import Box, whole
 from tiered.collector import collector_paused
@@ -442,17 +442,16 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
 
 def _fill(state: MutableMapping[str, Any], target: _Target, plan: _Plan) -> None:
     """Put everything in its place; what was read is in the state's tensors already."""
-    alike = bulk.detached(list(plan.alike.tensors.values()))
-    tensors: dict[str, torch.Tensor] = dict(zip(plan.alike.tensors, alike, strict=True))
-    tensors |= {name: one.tensor for name, one in plan.wanted.items()}
-    filling = Filling({**tensors, **plan.sharded}, set(target.kept), strict=plan.strict)
+    read: dict[str, torch.Tensor] = {name: one.tensor for name, one in plan.wanted.items()}
+    tensors = {**plan.alike.tensors, **read, **plan.sharded}
+    filling = Filling(tensors, set(target.kept), strict=plan.strict)
     done: list[str] = []
     for key in [key for key in state if key in plan.tree]:
         try:
             state[key] = filling.filled(state[key], target.present.tree[key], plan.tree[key])
         except Exception as error:
-            read = {one.path for one in plan.wanted.values() if one.targets}
-            changed = sorted(read.union(done, plan.alike.tensors))
+            paths = {one.path for one in plan.wanted.values() if one.targets}
+            changed = sorted(paths.union(done, plan.alike.tensors))
             problem = f"it did not take its state: {error}; changed already: {changed}"
             raise StateError(str(key), problem) from error
         done.append(str(key))

@@ -141,4 +141,4 @@ class ShardWriter:
     ) -> Staged:
         if index == 0:
             return self._stager.stage_front(first, slots)
-        return self._stager.stage(layout, captured.tensors, index, slots)
+        return self._stager.stage(layout, captured, index, slots)

@@ -18,18 +18,18 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import ray
-import torch
 from ray.exceptions import RayError
 
 from replication.pinning import StoreMemory, put
 from tiered.device_copy import DeviceCopier
 from tiered.image import Layout, data_chunk
 from tiered.slots import Slot, Staged, slot_of
+from tiered.state import Captured
 
 logger = logging.getLogger(__name__)
 
@@ -93,19 +93,20 @@ class Stager:
             return slots[0].staged
         return Staged(put([memory]))
 
-    def stage(self, layout: Layout, tensors: Mapping[str, torch.Tensor], index: int,
-              slots: Sequence[Slot]) -> Staged:  # fmt: skip
+    def stage(
+        self, layout: Layout, captured: Captured, index: int, slots: Sequence[Slot]
+    ) -> Staged:
         """Put chunk `index` into the object store, one of tensors: from 1."""
         if index < len(slots):
-            self._fill(index, tensors, slots)
+            self._fill(index, captured, slots)
             return slots[index].staged
         start, stop = [0, *layout.stops(self._chunk_bytes)][index - 1 : index + 1]
-        return Staged(put(data_chunk(layout, tensors, start, stop)))
+        return Staged(put(data_chunk(layout, captured.tensors, start, stop)))
 
-    def _fill(self, index: int, tensors: Mapping[str, torch.Tensor], slots: Sequence[Slot]) -> None:
+    def _fill(self, index: int, captured: Captured, slots: Sequence[Slot]) -> None:
         """Copy a chunk's tensors into its memory; of a GPU the next chunk's are on their way."""
-        copier = self._device_copier
-        if not copier.is_needed(slots[index], tensors):
+        copier, tensors = self._device_copier, captured.tensors
+        if copier.kind not in captured.device_types or not copier.is_needed(slots[index], tensors):
             slots[index].fill(tensors)
             return
         copier.begin(slots[index], tensors)

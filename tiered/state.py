@@ -13,6 +13,7 @@ twice. Of a DTensor the local shard is saved, with its place in the global tenso
 
 import io
 import itertools
+import operator
 import pickle
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
@@ -101,12 +102,14 @@ class Captured:
         sharded: By name, the DTensors of which `tensors` has the local shards.
         signature: Equal for states with tensors of the same names, dtypes and shapes; quick to
             compare where `capture` had a cache.
+        device_types: Of the tensors, as torch calls them.
     """
 
     tree: bytes
     tensors: dict[str, torch.Tensor]
     sharded: "dict[str, DTensor]" = field(default_factory=dict)
     signature: tuple[Any, ...] = ()
+    device_types: frozenset[str] = frozenset()
 
 
 # --- what is the same as last time --------------------------------------------------------------
@@ -121,10 +124,9 @@ class TensorDict:
     """
 
     keys: tuple[str, ...]
-    places: list[int]
-    dtypes: list[torch.dtype]
-    shapes: list[torch.Size]
-    strides: list[tuple[int, ...]] | None  # None: all are contiguous
+    looks: list[bulk.Look]
+    device_types: frozenset[str]
+    require_grad: bool
     names: list[str]
     refs: list[TensorRef]
     pointers: frozenset[int]
@@ -132,12 +134,7 @@ class TensorDict:
 
     def __eq__(self, other: object) -> bool:
         """Whether a layout made for one is right for the other."""
-        return self is other or (
-            isinstance(other, TensorDict)
-            and self.names == other.names
-            and self.dtypes == other.dtypes
-            and self.shapes == other.shapes
-        )
+        return self is other or (isinstance(other, TensorDict) and self.refs == other.refs)
 
     __hash__ = None  # type: ignore[assignment]  # an equal one may be elsewhere in memory
 
@@ -156,13 +153,8 @@ class TensorDict:
         if len(value) != len(self.keys) or tuple(value) != self.keys:
             return False
         tensors = list(value.values())
-        return (
-            PLAIN.issuperset(map(type, tensors))
-            and bulk.places(tensors) == self.places
-            and bulk.dtypes(tensors) == self.dtypes
-            and bulk.shapes(tensors) == self.shapes
-            and bulk.strides(tensors) == self.strides
-        )
+        is_plain = PLAIN.issuperset(map(type, tensors))
+        return is_plain and all(map(operator.eq, bulk.looks(tensors), self.looks))
 
 
 CaptureCache = dict[Path, TensorDict]  # what `capture` remembers between saves of one state
@@ -184,6 +176,7 @@ class _Capture:
     sharded: "dict[str, DTensor]" = field(default_factory=dict)
     aliases: dict[tuple[Any, ...], TensorRef] = field(default_factory=dict)
     pointers: set[int] = field(default_factory=set)
+    device_types: set[str] = field(default_factory=set)
     known: list[tuple[list[torch.Tensor], list[TensorRef]]] = field(default_factory=list)
     signature: list[Any] = field(default_factory=list)
 
@@ -240,9 +233,12 @@ class _Capture:
             or not self.tensors.keys().isdisjoint(known.names)
         ):
             return {self.key(k, path): self.encode(v, (*path, k)) for k, v in value.items()}
-        tensors = bulk.detached(list(value.values()))
+        tensors = list(value.values())
+        if known.require_grad:
+            tensors = [tensor.detach() for tensor in tensors]
         self.tensors.update(zip(known.names, tensors, strict=True))
         self.pointers |= known.pointers
+        self.device_types |= known.device_types
         self.known.append((tensors, known.refs))
         self.signature.append(known)
         if self.cache is not None:
@@ -263,18 +259,21 @@ class _Capture:
         names = [prefix + key for key in value]
         if not are_names(names) or not bulk.are_dense(tensors):
             return None
-        if not bulk.device_types(tensors) <= {"cpu", "cuda"}:
+        device_types = frozenset(bulk.device_types(tensors))
+        if not device_types <= {"cpu", "cuda"}:
             return None
-        places, dtypes, shapes = bulk.places(tensors), bulk.dtypes(tensors), bulk.shapes(tensors)
+        looks = list(bulk.looks(tensors))
+        places = itertools.chain.from_iterable(look.places for look in looks)
         used = [place for place, tensor in zip(places, tensors, strict=True) if tensor.numel()]
         pointers = frozenset(used)
         if len(pointers) != len(used):
             return None  # tied, or parts of each other
+        dtypes = itertools.chain.from_iterable(look.dtypes for look in looks)
+        shapes = itertools.chain.from_iterable(look.shapes for look in looks)
         kinds = zip(names, map(dtype_name, dtypes), map(tuple, shapes), strict=True)
         refs = list(itertools.starmap(TensorRef, kinds))
-        return TensorDict(
-            tuple(value), places, dtypes, shapes, bulk.strides(tensors), names, refs, pointers
-        )
+        require_grad = bulk.require_grad(tensors)
+        return TensorDict(tuple(value), looks, device_types, require_grad, names, refs, pointers)
 
     def encode_rare(self, value: Any, path: Path) -> Any:
         kind = type(value)
@@ -388,6 +387,7 @@ class _Capture:
         if value.numel():
             self.aliases[alias] = ref
         self.tensors[name] = value
+        self.device_types.add(value.device.type)
         self.signature.append((name, value.dtype, value.shape))
         if whole is not None:
             self.sharded[name] = whole
@@ -534,7 +534,8 @@ def capture(
     work = _Capture(allow_pickle, cache=cache)
     with collector_paused():
         tree = work.encode_state(state)
-        return Captured(_pack(tree), work.tensors, work.sharded, tuple(work.signature))
+        signature, device_types = tuple(work.signature), frozenset(work.device_types)
+        return Captured(_pack(tree), work.tensors, work.sharded, signature, device_types)
 
 
 @dataclass(frozen=True, slots=True)

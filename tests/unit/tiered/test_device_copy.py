@@ -12,7 +12,7 @@ from tiered.device_copy import DeviceCopier
 from tiered.image import chunk_sizes, data_chunk, lay_out
 from tiered.slots import Slot, Staged, slot_of
 from tiered.staging import Stager
-from tiered.state import capture
+from tiered.state import Captured, capture
 
 STATE = {
     "a": torch.arange(40.0).reshape(5, 8),
@@ -92,11 +92,11 @@ def slots_for(state: Mapping[str, Any], chunk_bytes: int) -> tuple[list[Slot], l
     return slots, expected
 
 
-def stage_all(copier: DeviceCopier, slots: list[Slot], tensors: Mapping[str, Any]) -> None:
+def stage_all(copier: DeviceCopier, slots: list[Slot], captured: Captured) -> None:
     stager = Stager(64, lambda *_: True)
     stager._device_copier = copier
     for index in range(len(slots)):
-        stager._fill(index, tensors, slots)
+        stager._fill(index, captured, slots)
 
 
 @pytest.mark.parametrize("chunk_bytes", [16, 50, 64, 4096])
@@ -107,11 +107,11 @@ def test_chunks_get_the_same_bytes_by_way_of_two_pinned_buffers(chunk_bytes: int
     for _ in range(3):  # saves
         for slot in slots:
             slot.view[:] = 0
-        stage_all(copier, slots, capture(STATE).tensors)
+        stage_all(copier, slots, capture(STATE))
         assert [slot.view.tobytes() for slot in slots] == expected
     assert len(gpu.allocated) <= 4  # two, and longer ones instead of those
     allocated = list(gpu.allocated)
-    stage_all(copier, slots, capture(STATE).tensors)
+    stage_all(copier, slots, capture(STATE))
     assert gpu.allocated == allocated
 
 
@@ -119,7 +119,7 @@ def test_training_and_copies_wait_for_each_other_and_the_host_for_one_chunk_at_a
     gpu = FakeGpu()
     slots, _ = slots_for({"x": torch.arange(48.0)}, 64)
     assert len(slots) == 3
-    stage_all(DeviceCopier(gpu), slots, {"x": torch.arange(48.0)})
+    stage_all(DeviceCopier(gpu), slots, capture({"x": torch.arange(48.0)}))
     queued = [
         ["side waits for all of training", "copies on side", f"event {n} on side",
          f"training waits for event {n} of side"]
@@ -137,19 +137,20 @@ def test_what_was_begun_for_a_save_that_was_skipped_is_forgotten() -> None:
     slots, _ = slots_for(state, 64)
     stager = Stager(64, lambda *_: True)
     stager._device_copier = DeviceCopier(gpu)
-    stager._fill(0, state, slots)  # the second chunk is on its way
+    stager._fill(0, capture(state), slots)  # the second chunk is on its way
     changed = {"x": torch.arange(32.0) + 1}
     stager.take(lay_out(capture(state)))
     for index in range(2):
-        stager._fill(index, changed, slots)
+        stager._fill(index, capture(changed), slots)
     assert slots[1].view.tobytes() == changed["x"][16:].numpy().tobytes()
 
 
 def test_tensors_of_the_host_take_the_short_way() -> None:
     gpu = FakeGpu()
     gpu.kind = "cuda"
+    assert capture(STATE).device_types == {"cpu"}
     slots, expected = slots_for(STATE, 64)
-    stage_all(DeviceCopier(gpu), slots, capture(STATE).tensors)
+    stage_all(DeviceCopier(gpu), slots, capture(STATE))
     assert [slot.view.tobytes() for slot in slots] == expected
     assert gpu.log == gpu.allocated == []
 
@@ -160,9 +161,9 @@ def test_on_a_gpu() -> None:
     state = {name: tensor.detach().cuda() for name, tensor in STATE.items()}
     state["host"] = host["host"]
     slots, expected = slots_for(state, 64)[0], slots_for(host, 64)[1]
-    tensors = capture(state).tensors
+    captured = capture(state)
     torch.cuda._sleep(50_000_000)  # what training has queued before is waited for
     state["a"].add_(1)
-    stage_all(DeviceCopier(), slots, tensors)
+    stage_all(DeviceCopier(), slots, captured)
     state["a"].zero_()
     assert [slot.view.tobytes() for slot in slots] == expected

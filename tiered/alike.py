@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from tiered import bulk
-from tiered.image import Span
 from tiered.pieces import Piece
 from tiered.state import Present
 from tiered.step_index import ShardView
@@ -25,19 +24,14 @@ class Alike:
     Attributes:
         rank: Whose shard has it.
         trees: Of the saved tree the ids of the dicts whose tensors these are, all of them.
-        tensors: Of the state, by name; on the CPU, contiguous.
-        spans: Where their bytes are in the rank's tensor data, in the same order.
+        tensors: Of the state, by name.
+        pieces: Their bytes in the rank's tensor data, and their memory.
     """
 
     rank: int = 0
     trees: set[int] = field(default_factory=set)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    spans: list[Span] = field(default_factory=list)
-
-    def pieces(self) -> list[Piece]:
-        """What to read, and where to; valid as long as the tensors are."""
-        starts = [span.start for span in self.spans]
-        return list(map(Piece, starts, bulk.memory(list(self.tensors.values()))))
+    pieces: list[Piece] = field(default_factory=list)
 
 
 def find_alike(present: Present, view: ShardView) -> Alike:
@@ -67,11 +61,12 @@ def _take(tree: dict[Any, Any], present: Present, view: ShardView, found: Alike)
     tensors = list(map(present.tensors.__getitem__, names))
     spans = [span for span in map(view.spans.get, names) if span is not None]
     sizes = [span.stop - span.start for span in spans]
-    if not bulk.are_plain_memory(tensors) or sizes != bulk.sizes_bytes(tensors):
+    memory = bulk.memory(tensors)
+    if memory is None or sizes != [one.nbytes for one in memory]:
         return False
     found.trees.add(id(tree))
     found.tensors.update(zip(names, tensors, strict=True))
-    found.spans += spans
+    found.pieces += map(Piece, [span.start for span in spans], memory)
     return True
 
 

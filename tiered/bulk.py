@@ -13,7 +13,7 @@ import torch
 
 from replication.records import Buffer
 
-AT_ONCE = 256  # what torch knows of them stays in the processor's cache while it is asked
+AT_ONCE = 256  # what torch knows of so many stays in the processor's cache
 
 Tensors = list[torch.Tensor]
 
@@ -46,22 +46,19 @@ class Look(NamedTuple):
     strides: list[tuple[int, ...]] | None
 
 
-def looks(tensors: Tensors) -> Iterator[Look]:
-    """Look at all, `AT_ONCE` at a time."""
-    for start in range(0, len(tensors), AT_ONCE):
-        some = tensors[start : start + AT_ONCE]
-        is_contiguous = all(map(_is_contiguous, some))
-        yield Look(
-            list(map(torch.Tensor.data_ptr, some)),
-            list(map(_dtype, some)),
-            list(map(_shape, some)),
-            None if is_contiguous else list(map(torch.Tensor.stride, some)),
-        )
+def blocks(tensors: Tensors) -> Iterator[Tensors]:
+    """All of them, `AT_ONCE` at a time: the second question to these finds a warm cache."""
+    return (tensors[start : start + AT_ONCE] for start in range(0, len(tensors), AT_ONCE))
 
 
-def sizes_bytes(tensors: Tensors) -> list[int]:
-    """Of each one's elements."""
-    return list(map(_size_bytes, tensors))
+def look(tensors: Tensors) -> Look:
+    """Look at some."""
+    return Look(
+        list(map(torch.Tensor.data_ptr, tensors)),
+        list(map(_dtype, tensors)),
+        list(map(_shape, tensors)),
+        None if all(map(_is_contiguous, tensors)) else list(map(torch.Tensor.stride, tensors)),
+    )
 
 
 def devices(tensors: Iterable[torch.Tensor]) -> list[torch.device]:
@@ -94,28 +91,31 @@ def are_dense(tensors: Tensors) -> bool:
     )
 
 
-def are_plain_memory(tensors: Tensors) -> bool:
-    """Whether the memory of each is its elements, one after the other, for the processor."""
+def memory(tensors: Tensors) -> list[Buffer] | None:
+    """The memory of each, [n] uint8; valid as long as the tensor is, which it does not keep.
+
+    None if that of one is not its elements, one after the other, for the processor;
+    `tiered.image.bytes_of` has those of any kind.
+    """
+    found: list[Buffer] = []
+    for some in blocks(tensors):
+        if not _are_plain(some):
+            return None
+        sizes = list(map(_size_bytes, some))
+        kinds = {size: ctypes.c_uint8 * size for size in set(sizes)}
+        for place, size in zip(map(torch.Tensor.data_ptr, some), sizes, strict=True):
+            held: Any = kinds[size].from_address(place)
+            found.append(np.frombuffer(held, dtype=np.uint8))
+    return found
+
+
+def _are_plain(tensors: Tensors) -> bool:
     return (
         device_types(tensors) <= {"cpu"}
         and all(map(_is_contiguous, tensors))
         and not any(map(_is_conj, tensors))
         and not any(map(torch.Tensor.is_neg, tensors))
     )
-
-
-def memory(tensors: Tensors) -> list[Buffer]:
-    """The memory of each, [n] uint8; valid as long as the tensor is, which it does not keep.
-
-    Args:
-        tensors: For which `are_plain_memory` is true; `tiered.image.bytes_of` has any other.
-    """
-    kinds = {size: ctypes.c_uint8 * size for size in set(map(_size_bytes, tensors))}
-    found: list[Buffer] = []
-    for tensor, size in zip(tensors, sizes_bytes(tensors), strict=True):
-        held: Any = kinds[size].from_address(tensor.data_ptr())
-        found.append(np.frombuffer(held, dtype=np.uint8))
-    return found
 
 
 def _storage_sizes(tensors: Iterable[torch.Tensor]) -> Iterable[int]:

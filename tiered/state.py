@@ -154,7 +154,8 @@ class TensorDict:
             return False
         tensors = list(value.values())
         is_plain = PLAIN.issuperset(map(type, tensors))
-        return is_plain and all(map(operator.eq, bulk.looks(tensors), self.looks))
+        looks = map(bulk.look, bulk.blocks(tensors))
+        return is_plain and all(map(operator.eq, looks, self.looks))
 
 
 CaptureCache = dict[Path, TensorDict]  # what `capture` remembers between saves of one state
@@ -257,14 +258,19 @@ class _Capture:
             return None
         prefix = dotted((*path, ""))
         names = [prefix + key for key in value]
-        if not are_names(names) or not bulk.are_dense(tensors):
+        if not are_names(names):
             return None
-        device_types = frozenset(bulk.device_types(tensors))
-        if not device_types <= {"cpu", "cuda"}:
-            return None
-        looks = list(bulk.looks(tensors))
-        places = itertools.chain.from_iterable(look.places for look in looks)
-        used = [place for place, tensor in zip(places, tensors, strict=True) if tensor.numel()]
+        looks: list[bulk.Look] = []
+        used: list[int] = []
+        device_types: set[str] = set()
+        require_grad = False
+        for some in bulk.blocks(tensors):
+            device_types |= bulk.device_types(some)
+            if not bulk.are_dense(some) or not device_types <= {"cpu", "cuda"}:
+                return None
+            looks.append(look := bulk.look(some))
+            used += [place for place, one in zip(look.places, some, strict=True) if one.numel()]
+            require_grad = require_grad or bulk.require_grad(some)
         pointers = frozenset(used)
         if len(pointers) != len(used):
             return None  # tied, or parts of each other
@@ -272,8 +278,8 @@ class _Capture:
         shapes = itertools.chain.from_iterable(look.shapes for look in looks)
         kinds = zip(names, map(dtype_name, dtypes), map(tuple, shapes), strict=True)
         refs = list(itertools.starmap(TensorRef, kinds))
-        require_grad = bulk.require_grad(tensors)
-        return TensorDict(tuple(value), looks, device_types, require_grad, names, refs, pointers)
+        devices = frozenset(device_types)
+        return TensorDict(tuple(value), looks, devices, require_grad, names, refs, pointers)
 
     def encode_rare(self, value: Any, path: Path) -> Any:
         kind = type(value)

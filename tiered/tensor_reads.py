@@ -106,7 +106,7 @@ def _read(
         for read in reads:
             by_rank[read.part.rank].append((one, read, memory))
     for rank in sorted({alike.rank, *by_rank}):
-        pieces, detours = alike.pieces() if rank == alike.rank else [], []
+        pieces, detours = list(alike.pieces) if rank == alike.rank else [], []
         for one, read, memory in by_rank[rank]:
             piece, detour = _place(one, read, memory)
             pieces.append(piece)

@@ -45,17 +45,19 @@ def find_alike(present: Present, view: ShardView) -> Alike:
     while waiting:
         current, saved = waiting.pop()
         if type(current) is dict and type(saved) is dict:
-            if current != saved or not _take(saved, present, view, found):
+            if not _take(current, saved, present, view, found):
                 waiting += [(current[key], saved[key]) for key in saved.keys() & current.keys()]
         elif type(current) is type(saved) and type(saved) in (list, tuple):
             waiting += zip(current, saved, strict=False)
     return found
 
 
-def _take(tree: dict[Any, Any], present: Present, view: ShardView, found: Alike) -> bool:
+def _take(
+    current: dict[Any, Any], saved: dict[Any, Any], present: Present, view: ShardView, found: Alike
+) -> bool:
     """Take all tensors of a dict, if it has nothing else and each can be read as it was saved."""
-    refs = _only_refs(tree)
-    if not refs or any(ref.more for ref in refs):
+    refs = _only_refs(saved)  # before anything is compared: what was pickled may not take that
+    if not refs or current != saved or any(ref.more for ref in refs):
         return False
     names = list(dict.fromkeys([r.name for r in refs if r.name not in found.tensors]))  # tied, once
     tensors = list(map(present.tensors.__getitem__, names))
@@ -64,7 +66,7 @@ def _take(tree: dict[Any, Any], present: Present, view: ShardView, found: Alike)
     memory = bulk.memory(tensors)
     if memory is None or sizes != [one.nbytes for one in memory]:
         return False
-    found.trees.add(id(tree))
+    found.trees.add(id(saved))
     found.tensors.update(zip(names, tensors, strict=True))
     found.pieces += map(Piece, [span.start for span in spans], memory)
     return True

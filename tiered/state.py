@@ -145,7 +145,9 @@ class TensorDict:
     def packed(self) -> dict[Any, Any]:
         """The same for msgpack; made once."""
         if self._packed is None:
-            self._packed = dict(zip(self.keys, map(_packed_ref, self.refs), strict=True))
+            pack = msgpack.Packer().pack
+            packed = [msgpack.ExtType(EXT_TENSOR, ref.pack(pack)) for ref in self.refs]
+            self._packed = dict(zip(self.keys, packed, strict=True))
         return self._packed
 
     def is_same(self, value: Mapping[Any, Any]) -> bool:
@@ -327,7 +329,7 @@ class _Capture:
         )
 
     def leaf(self, ref: TensorRef) -> Any:
-        return ref if self.is_target else _packed_ref(ref)
+        return ref if self.is_target else msgpack.ExtType(EXT_TENSOR, ref.pack())
 
     def ext(self, code: int, body: Any) -> msgpack.ExtType:
         return msgpack.ExtType(code, _pack(body))
@@ -398,10 +400,6 @@ class _Capture:
         if whole is not None:
             self.sharded[name] = whole
         return ref
-
-
-def _packed_ref(ref: TensorRef) -> msgpack.ExtType:
-    return msgpack.ExtType(EXT_TENSOR, ref.pack())
 
 
 def _parts_of(value: Any) -> TensorPart | TensorParts:

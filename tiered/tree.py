@@ -43,7 +43,6 @@ _NUMPY_SCALAR = re.compile(r"[<>|=]?[biufc][0-9]{1,2}")
 
 
 _INT = frozenset({int})
-_pack = msgpack.Packer().pack  # one for all: to make one takes longer than to use it
 
 
 class TensorRef(NamedTuple):
@@ -65,13 +64,16 @@ class TensorRef(NamedTuple):
     global_shape: tuple[int, ...] | None = None
     more: tuple["TensorRef", ...] = ()
 
-    def pack(self) -> bytes:
-        """Msgpack of its fields, in order."""
+    def pack(self, pack: Callable[[Any], Any] = msgpack.packb) -> bytes:
+        """Msgpack of its fields, in order.
+
+        Args:
+            pack: A Packer's, where many are packed: to make one takes longer than to use it.
+        """
         fields: list[Any] = [self.name, self.dtype, self.shape, self.offsets, self.global_shape]
         if self.more:
             fields.append([[part.name, part.shape, part.offsets] for part in self.more])
-        packed: bytes = _pack(fields)
-        return packed
+        return bytes(pack(fields))
 
     @staticmethod
     def unpack(data: bytes) -> "TensorRef":

@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -84,6 +85,17 @@ KINDS = ["same", "shape", "dtype", "strides", "expanded", "missing", "more", "nu
 def test_what_is_odd_in_any_way_is_left_to_be_looked_at(kind: str) -> None:
     found = found_in({"a": odd(kind), "b": weights()}, Shard({"a": weights(), "b": weights()}))
     assert set(found.tensors) == {"b.w0", "b.w1", "b.w2"}
+
+
+def test_what_was_pickled_is_compared_with_nothing() -> None:
+    def state(fill: float) -> dict[str, Any]:  # no truth value: as of a table of pandas
+        return {"w": torch.full((2,), fill), "odd": np.array([fill, "x"], dtype=object)}
+
+    step = SavedStep([Shard(state(5.0), allow_pickle=True).reader()], allow_pickle=True)
+    target = state(0.0)
+    restore.restore_into(target, step)
+    assert_same(target["w"], state(5.0)["w"])
+    assert target["odd"].tolist() == [5.0, "x"]
 
 
 def test_a_dict_that_is_tied_to_another_is_read_once() -> None:

@@ -68,7 +68,9 @@ def sockets() -> set[str]:
 
 
 def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("tiered-")]
+    """Of serving ends; other tests' pools may have idle ones."""
+    ours = ("tiered-accept", "tiered-serve")
+    return [thread for thread in threading.enumerate() if thread.name.startswith(ours)]
 
 
 @contextmanager

@@ -26,12 +26,15 @@ class Alike:
         trees: Of the saved tree the ids of the dicts whose tensors these are, all of them.
         tensors: Of the state, by name.
         pieces: Their bytes in the rank's tensor data, and their memory.
+        copies: Other tensors of the state that get what one of these gets, each with its name: they
+            were tied when they were saved.
     """
 
     rank: int = 0
     trees: set[int] = field(default_factory=set)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
+    copies: list[tuple[str, torch.Tensor]] = field(default_factory=list)
 
 
 def find_alike(present: Present, view: ShardView) -> Alike:
@@ -41,7 +44,8 @@ def find_alike(present: Present, view: ShardView) -> Alike:
     same part, and the shard has as many bytes for each.
     """
     found = Alike(view.rank)
-    waiting: list[tuple[Any, Any]] = [(present.tree, view.tree)]
+    has_any = "cpu" in present.device_types
+    waiting: list[tuple[Any, Any]] = [(present.tree, view.tree)] if has_any else []
     while waiting:
         current, saved = waiting.pop()
         if type(current) is dict and type(saved) is dict:
@@ -60,6 +64,8 @@ def _take(
     if not refs or current != saved or any(ref.more for ref in refs):
         return False
     names = list(dict.fromkeys([r.name for r in refs if r.name not in found.tensors]))  # tied, once
+    if not present.tensors.keys() >= set(names):
+        return False  # a tuple of the user's that looks like a reference
     tensors = list(map(present.tensors.__getitem__, names))
     spans = [span for span in map(view.spans.get, names) if span is not None]
     sizes = [span.stop - span.start for span in spans]

@@ -13,7 +13,7 @@ import torch
 
 from replication.records import Buffer
 
-AT_ONCE = 256  # what torch knows of so many stays in the processor's cache
+BLOCK = 256  # what torch knows of so many stays in the processor's cache
 
 Tensors = list[torch.Tensor]
 
@@ -38,26 +38,33 @@ class Look(NamedTuple):
         dtypes: Of each.
         shapes: Of each.
         strides: Of each, in elements; None if all are contiguous, so that shapes say it.
+        are_bare: None is a Parameter or requires a gradient.
     """
 
     places: list[int]
     dtypes: list[torch.dtype]
     shapes: list[torch.Size]
     strides: list[tuple[int, ...]] | None
+    are_bare: bool
 
 
 def blocks(tensors: Tensors) -> Iterator[Tensors]:
-    """All of them, `AT_ONCE` at a time: the second question to these finds a warm cache."""
-    return (tensors[start : start + AT_ONCE] for start in range(0, len(tensors), AT_ONCE))
+    """All of them, `BLOCK` at a time: the second question to these finds a warm cache."""
+    return (tensors[start : start + BLOCK] for start in range(0, len(tensors), BLOCK))
 
 
 def look(tensors: Tensors) -> Look:
-    """Look at some."""
+    """Look at some.
+
+    Raises:
+        RuntimeError: One has no such memory: it is nested, or sparse.
+    """
     return Look(
         list(map(torch.Tensor.data_ptr, tensors)),
         list(map(_dtype, tensors)),
         list(map(_shape, tensors)),
         None if all(map(_is_contiguous, tensors)) else list(map(torch.Tensor.stride, tensors)),
+        set(map(type, tensors)) == {torch.Tensor} and not any(map(_requires_grad, tensors)),
     )
 
 
@@ -69,11 +76,6 @@ def devices(tensors: Iterable[torch.Tensor]) -> list[torch.device]:
 def device_types(tensors: Iterable[torch.Tensor]) -> set[str]:
     """The types of their devices."""
     return {device.type for device in devices(tensors)}
-
-
-def require_grad(tensors: Tensors) -> bool:
-    """Whether some of them do."""
-    return any(map(_requires_grad, tensors))
 
 
 def are_dense(tensors: Tensors) -> bool:
@@ -92,7 +94,7 @@ def are_dense(tensors: Tensors) -> bool:
 
 
 def memory(tensors: Tensors) -> list[Buffer] | None:
-    """The memory of each, [n] uint8; valid as long as the tensor is, which it does not keep.
+    """The memory of each, [n] uint8; it keeps the tensor alive, as others may be writing there.
 
     None if that of one is not its elements, one after the other, for the processor;
     `tiered.image.bytes_of` has those of any kind.
@@ -103,8 +105,12 @@ def memory(tensors: Tensors) -> list[Buffer] | None:
             return None
         sizes = list(map(_size_bytes, some))
         kinds = {size: ctypes.c_uint8 * size for size in set(sizes)}
-        for place, size in zip(map(torch.Tensor.data_ptr, some), sizes, strict=True):
+        for tensor, size in zip(some, sizes, strict=True):
+            place = tensor.data_ptr()
+            if size and not place:
+                return None
             held: Any = kinds[size].from_address(place)
+            held.tensor = tensor
             found.append(np.frombuffer(held, dtype=np.uint8))
     return found
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tiered import typed
-from tiered.state import is_stateful, unwrapped
+from tiered.state import PLAIN, is_stateful, unwrapped
 from tiered.tree import Array, TensorRef, materialise
 from tiered.typed import Typed
 
@@ -35,8 +35,8 @@ class Filling:
             current: What `capture` made of it; its tensors in the saved places are filled already.
             saved: The tree of the saved value.
         """
-        if type(saved) is TensorRef and type(current) is TensorRef:
-            return present
+        if type(saved) is type(current) is TensorRef and type(present) in PLAIN:
+            return present  # first, as there are thousands
         if id(present) in self.kept:
             return present
         if is_stateful(present):
@@ -64,6 +64,8 @@ class Filling:
             if type(saved) is tuple:
                 return tuple(items)
             present[:] = items
+            return present
+        if isinstance(saved, TensorRef) and isinstance(current, TensorRef):
             return present
         if is_same_type(saved, current):
             content = {

@@ -134,7 +134,7 @@ def _entry(dtype: torch.dtype, shape: torch.Size) -> str:
     known, sizes = _NAMES.get(dtype), [*shape]
     if known is None:
         known, sizes = "U8", [*shape, dtype.itemsize]
-    return _json({"dtype": known, "shape": sizes}).decode()[:-1] + ',"data_offsets":'
+    return f'{{"dtype":"{known}","shape":[{",".join(map(str, sizes))}],"data_offsets":'
 
 
 def chunk_sizes(layout: Layout, first_bytes: int, chunk_bytes: int) -> tuple[int, ...]:
@@ -268,7 +268,7 @@ def _read_front(data: bytes, plan: ShardPlan) -> Front:
     _, padded = header.pop(TREE_NAME)["data_offsets"]
     tree_bytes = int(metadata["tiered.tree_bytes"])
     data_bytes = plan.size_bytes - len(data)
-    if 8 + length + padded != len(data) or not 0 <= tree_bytes <= padded:
+    if type(padded) is not int or 8 + length + padded != len(data) or not 0 <= tree_bytes <= padded:
         raise ValueError("the tree does not fill the first chunk")
     spans = _spans(header, padded, data_bytes)
     tree = data[8 + length : 8 + length + tree_bytes]
@@ -278,10 +278,10 @@ def _read_front(data: bytes, plan: ShardPlan) -> Front:
 def _spans(entries: Mapping[str, Any], first: int, data_bytes: int) -> tuple[Span, ...]:
     """Where each tensor's bytes are, in image order; `first` is where the tensor data starts."""
     pairs = [entry["data_offsets"] for entry in entries.values()]
-    edges = [first, *itertools.chain.from_iterable(pairs)]
+    edges = list(itertools.chain.from_iterable(pairs))
     if not {2}.issuperset(map(len, pairs)) or not {int}.issuperset(map(type, edges)):
         raise ValueError("a tensor does not lie between two whole numbers")
-    starts, stops = np.array(edges[1:], dtype=np.int64).reshape(-1, 2).T - first
+    starts, stops = np.array(edges, dtype=np.int64).reshape(-1, 2).T - first
     if not np.all((starts >= 0) & (starts <= stops) & (stops <= data_bytes)):
         raise ValueError("a tensor lies outside of the image")
     order = np.lexsort((stops, starts))

@@ -26,14 +26,14 @@ class Run:
     """Pieces in order, without overlaps; often thousands of them, so little is done for each.
 
     Args:
-        pieces: They; those without bytes are left out.
+        pieces: They; each has a byte at least.
 
     Raises:
         ValueError: They overlap, or are not in order.
     """
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
-        self._pieces = [piece for piece in pieces if piece.into.nbytes]
+        self._pieces = list(pieces)
         self._starts = [start for start, _ in self._pieces]
         self._stops = [start + into.nbytes for start, into in self._pieces]
         for stop, start in zip(self._stops, self._starts[1:], strict=False):
@@ -78,10 +78,11 @@ class Run:
 
 
 def runs(pieces: Iterable[Piece]) -> list[list[Piece]]:
-    """Pieces of any order in as few runs as possible: what is wanted twice is read twice."""
+    """Pieces of any order in few runs, without empty ones: what is wanted twice is read twice."""
     found: list[list[Piece]] = []
     stops: list[int] = []  # of each
-    for piece in sorted(pieces, key=lambda piece: piece.start):
+    wanted = [piece for piece in pieces if piece.into.nbytes]
+    for piece in sorted(wanted, key=lambda piece: piece.start):
         stop = piece.start + piece.into.nbytes
         for index, before in enumerate(stops):
             if before <= piece.start:

@@ -9,7 +9,7 @@ does not have takes it from the shard of rank r mod N, but for objects that are 
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,7 @@ from tiered.tree import (
     Path,
     TensorRef,
     check_makable,
+    copied,
     dotted,
     leaves,
     materialise,
@@ -213,12 +214,13 @@ class _Plan:
     def __init__(self, target: _Target, step: SavedStep, ranks: list[int], *, strict: bool) -> None:
         views = [step.view(ranks[0])] if len(ranks) == 1 else step.views(ranks[0])
         self.step, self.strict = step, strict
+        self.own = views[0].tree  # what others have beside that is not unexpected
+        self.tree = copied(merged(views))  # of which some is left out below
         self.alike = Alike()
         if len(views) == 1 and not target.kept:
+            views = [replace(views[0], tree=self.tree)]
             self.alike = find_alike(target.present, views[0])
         self.index = StepIndex(views, self.alike.trees)
-        self.own = views[0].tree  # what others have beside that is not unexpected
-        self.tree = merged(views)
         self.wanted: dict[str, Wanted] = {}
         self.sharded: dict[str, DTensor] = {
             name: one for name, one in target.present.sharded.items() if name in self.alike.tensors
@@ -343,8 +345,10 @@ class _Plan:
             return "is expanded, its elements share memory; give a contiguous() copy"
         if self._owners.setdefault(current.name, saved.name) != saved.name:
             return f"{_SAME_MEMORY} {current.name}, and was not when saved"
-        if current.name == saved.name and saved.name in self.alike.tensors:
-            return ""  # tied to one that is read there
+        if saved.name in self.alike.tensors and current[1:] == saved[1:]:
+            if current.name != saved.name:
+                self.alike.copies.append((saved.name, tensor))
+            return ""
         one = self._want(saved.name, entry.path, box)
         if one.box == box:
             one.targets.append(tensor)  # perhaps again: tied, it is one tensor
@@ -443,7 +447,7 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
 def _fill(state: MutableMapping[str, Any], target: _Target, plan: _Plan) -> None:
     """Put everything in its place; what was read is in the state's tensors already."""
     read: dict[str, torch.Tensor] = {name: one.tensor for name, one in plan.wanted.items()}
-    tensors = {**plan.alike.tensors, **read, **plan.sharded}
+    tensors = {**read, **plan.alike.tensors, **plan.sharded}
     filling = Filling(tensors, set(target.kept), strict=plan.strict)
     done: list[str] = []
     for key in [key for key in state if key in plan.tree]:

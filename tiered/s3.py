@@ -18,6 +18,7 @@
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import closing
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -152,7 +153,13 @@ class S3Store(DurableStore):
         targets = list(_ranges(start, into))
         if len(targets) > 1:
             self.link.check(self._base)  # one that is down is asked once, not once for each range
-            list(self.link.reads.map(lambda target: self._fill(path, *target), targets))
+            jobs = [self.link.reads.submit(self._fill, path, *target) for target in targets]
+            _, left = wait(jobs, return_when=FIRST_EXCEPTION)
+            for job in left:
+                job.cancel()
+            wait(jobs)  # nobody writes there any more when this is over
+            for job in jobs:
+                job.result()
         elif targets:
             self._fill(path, *targets[0])
 

@@ -126,7 +126,6 @@ class TensorDict:
     keys: tuple[str, ...]
     looks: list[bulk.Look]
     device_types: frozenset[str]
-    require_grad: bool
     names: list[str]
     refs: list[TensorRef]
     pointers: frozenset[int]
@@ -155,9 +154,13 @@ class TensorDict:
         if len(value) != len(self.keys) or tuple(value) != self.keys:
             return False
         tensors = list(value.values())
-        is_plain = PLAIN.issuperset(map(type, tensors))
+        if not PLAIN.issuperset(map(type, tensors)):
+            return False
         looks = map(bulk.look, bulk.blocks(tensors))
-        return is_plain and all(map(operator.eq, looks, self.looks))
+        try:
+            return all(map(operator.eq, looks, self.looks))
+        except RuntimeError:  # what has no such memory is another one
+            return False
 
 
 CaptureCache = dict[Path, TensorDict]  # what `capture` remembers between saves of one state
@@ -237,7 +240,7 @@ class _Capture:
         ):
             return {self.key(k, path): self.encode(v, (*path, k)) for k, v in value.items()}
         tensors = list(value.values())
-        if known.require_grad:
+        if not all(look.are_bare for look in known.looks):
             tensors = [tensor.detach() for tensor in tensors]
         self.tensors.update(zip(known.names, tensors, strict=True))
         self.pointers |= known.pointers
@@ -265,14 +268,12 @@ class _Capture:
         looks: list[bulk.Look] = []
         used: list[int] = []
         device_types: set[str] = set()
-        require_grad = False
         for some in bulk.blocks(tensors):
             device_types |= bulk.device_types(some)
-            if not bulk.are_dense(some) or not device_types <= {"cpu", "cuda"}:
+            if not device_types <= {"cpu", "cuda"} or not bulk.are_dense(some):
                 return None
             looks.append(look := bulk.look(some))
             used += [place for place, one in zip(look.places, some, strict=True) if one.numel()]
-            require_grad = require_grad or bulk.require_grad(some)
         pointers = frozenset(used)
         if len(pointers) != len(used):
             return None  # tied, or parts of each other
@@ -281,7 +282,7 @@ class _Capture:
         kinds = zip(names, map(dtype_name, dtypes), map(tuple, shapes), strict=True)
         refs = list(itertools.starmap(TensorRef, kinds))
         devices = frozenset(device_types)
-        return TensorDict(tuple(value), looks, devices, require_grad, names, refs, pointers)
+        return TensorDict(tuple(value), looks, devices, names, refs, pointers)
 
     def encode_rare(self, value: Any, path: Path) -> Any:
         kind = type(value)
@@ -550,11 +551,13 @@ class Present:
         tree: Its structure, with a TensorRef where a tensor is; None for what will be replaced.
         tensors: By name; the state's own memory.
         sharded: By name, the DTensors of which `tensors` has the local shards.
+        device_types: Of the tensors, as torch calls them.
     """
 
     tree: dict[Any, Any]
     tensors: dict[str, torch.Tensor]
     sharded: "dict[str, DTensor]"
+    device_types: frozenset[str]
 
 
 def capture_present(state: Mapping[str, Any], *, cache: CaptureCache | None = None) -> Present:
@@ -568,4 +571,5 @@ def capture_present(state: Mapping[str, Any], *, cache: CaptureCache | None = No
         StateError: A tensor in it cannot be filled; names its key.
     """
     work = _Capture(allow_pickle=False, is_target=True, cache=cache)
-    return Present(work.encode_state(state), work.tensors, work.sharded)
+    tree = work.encode_state(state)
+    return Present(tree, work.tensors, work.sharded, frozenset(work.device_types))

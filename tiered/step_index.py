@@ -91,12 +91,12 @@ class StepIndex:
         entries: Its tensors by path.
     """
 
-    def __init__(self, views: Sequence[ShardView], without: Collection[int] = ()) -> None:
+    def __init__(self, views: Sequence[ShardView], skipped: Collection[int] = ()) -> None:
         """Put shards together.
 
         Args:
             views: What they say of themselves.
-            without: Ids of dicts in their trees whose tensors are left out.
+            skipped: Ids of dicts in their trees whose tensors are left out.
 
         Raises:
             StateError: They say what cannot be; names each path.
@@ -106,7 +106,7 @@ class StepIndex:
         self._odd: set[str] = set()  # plain ones of several shapes or dtypes
         problems: dict[str, str] = {}
         for view in views:
-            for path, ref in leaves(view.tree, without=without):
+            for path, ref in leaves(view.tree, skipped=skipped):
                 name = dotted(path)
                 for part in (ref, *ref.more):
                     if problem := self._add(view, name, part, is_first=part is ref):

@@ -72,12 +72,11 @@ def read_tensors(
         StepNotFoundError: No tier has an intact copy of some chunk. Targets are undefined then;
             says which.
     """
-    wanted = list(wanted)
+    wanted, alike = list(wanted), alike or Alike()
     try:
-        _read(step, index, wanted, order, alike or Alike())
+        _read(step, index, wanted, order, alike)
     except StepNotFoundError as error:
-        names = () if alike is None else alike.tensors
-        if changed := sorted({one.path for one in wanted if one.targets}.union(names)):
+        if changed := sorted({one.path for one in wanted if one.targets}.union(alike.tensors)):
             named = f"these tensors may have been overwritten: {', '.join(changed)}"
             reasons = (*error.reasons, named)
             raise StepNotFoundError(error.job, error.wanted, reasons) from error
@@ -85,6 +84,9 @@ def read_tensors(
     devices = {target.device for one in wanted for target in one.targets}
     for one in wanted:
         one.tensor = _copied(one.tensor, one.targets)
+    for name, target in alike.copies:
+        devices.add(target.device)
+        _copied(alike.tensors[name], [target])
     for device in devices:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # what was queued above reads memory that is freed now
@@ -105,9 +107,11 @@ def _read(
         memory = bytes_of(one.tensor)
         for read in reads:
             by_rank[read.part.rank].append((one, read, memory))
-    for rank in sorted({alike.rank, *by_rank}):
+    if alike.pieces:
+        by_rank[alike.rank] += []
+    for rank, reads_of_rank in sorted(by_rank.items()):
         pieces, detours = list(alike.pieces) if rank == alike.rank else [], []
-        for one, read, memory in by_rank[rank]:
+        for one, read, memory in reads_of_rank:
             piece, detour = _place(one, read, memory)
             pieces.append(piece)
             detours += [detour] if detour is not None else []

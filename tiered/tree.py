@@ -238,7 +238,7 @@ def _array(ref: TensorRef) -> Array:
 
 
 def leaves(
-    tree: Any, path: Path = (), without: Collection[int] = ()
+    tree: Any, path: Path = (), skipped: Collection[int] = ()
 ) -> Iterator[tuple[Path, TensorRef]]:
     """Every reference in a tree with its path, in order; a tied tensor more than once.
 
@@ -247,27 +247,36 @@ def leaves(
     Args:
         tree: It.
         path: To it.
-        without: Ids of dicts to leave out.
+        skipped: Ids of dicts to leave out.
     """
     if isinstance(tree, TensorRef):
         yield path, tree
     elif isinstance(tree, Array):
         yield path, tree.ref
     elif isinstance(tree, Typed):
-        yield from leaves(tree.content, path, without)
+        yield from leaves(tree.content, path, skipped)
     elif isinstance(tree, dict):
-        if id(tree) not in without:
+        if id(tree) not in skipped:
             for key, value in tree.items():
-                yield from leaves(value, (*path, key), without)
+                yield from leaves(value, (*path, key), skipped)
     elif isinstance(tree, list | tuple):
         for index, value in enumerate(tree):
-            yield from leaves(value, (*path, index), without)
+            yield from leaves(value, (*path, index), skipped)
 
 
 def tensor_refs(tree: Any) -> Iterator[TensorRef]:
     """Every reference in a tree, in order; a tied tensor more than once."""
     for _, ref in leaves(tree):
         yield ref
+
+
+def copied(tree: Any) -> Any:
+    """The tree in containers of its own."""
+    if type(tree) is dict:
+        return {k: v if type(v) is TensorRef else copied(v) for k, v in tree.items()}
+    if isinstance(tree, Typed):
+        return Typed(tree.name, copied(tree.content))
+    return type(tree)(map(copied, tree)) if type(tree) in (list, tuple) else tree
 
 
 def renamed(tree: Any, name: Callable[[str], str]) -> Any:

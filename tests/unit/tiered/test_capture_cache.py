@@ -1,11 +1,13 @@
 """Capturing a state again with what was remembered gives what capturing it anew gives."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from tiered.errors import StateError
 from tiered.image import lay_out
 from tiered.state import CaptureCache, Captured, capture
 
@@ -27,6 +29,7 @@ def assert_same(one: Captured, other: Captured) -> None:
     for name, tensor in one.tensors.items():
         assert tensor.data_ptr() == other.tensors[name].data_ptr(), name
         assert tensor.shape == other.tensors[name].shape
+        assert not tensor.requires_grad
 
 
 def replace(state: dict[str, Any]) -> None:
@@ -85,6 +88,10 @@ def grow(state: dict[str, Any]) -> None:
     state["empty"]["x"] = torch.ones(2)
 
 
+def need_gradients(state: dict[str, Any]) -> None:
+    state["model"]["w1"].requires_grad_()
+
+
 def values(state: dict[str, Any]) -> None:
     state["model"]["w1"].add_(1)
     state["step"] = 2
@@ -92,7 +99,7 @@ def values(state: dict[str, Any]) -> None:
 
 CHANGES = [
     values, replace, reshape, retype, transpose, add, remove, rename, tie, tie_across, tie_before,
-    untie, no_tensor, grow,
+    untie, no_tensor, grow, need_gradients,
 ]  # fmt: skip
 
 
@@ -119,7 +126,24 @@ def test_an_equal_signature_means_an_equal_layout(
         assert lay_out(after).spans == lay_out(before).spans
         assert lay_out(after).entries == lay_out(before).entries
     else:
-        assert change not in (values, replace)
+        assert change not in (values, replace, need_gradients)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "nested", "meta"])
+def test_what_cannot_be_saved_is_named_where_something_was_remembered(kind: str) -> None:
+    state, cache = model(), CaptureCache()
+    capture(state, cache=cache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state["model"]["w1"] = {
+            "sparse": lambda: torch.eye(2).to_sparse(),
+            "nested": lambda: torch.nested.nested_tensor(
+                [torch.zeros(2), torch.zeros(3)], layout=torch.strided
+            ),
+            "meta": lambda: torch.zeros(2, 3, device="meta"),
+        }[kind]()
+    with pytest.raises(StateError, match=r"model\.w1"):
+        capture(state, cache=cache)
 
 
 def test_nothing_of_the_state_is_kept_alive() -> None:

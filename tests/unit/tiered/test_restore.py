@@ -22,7 +22,9 @@ from tests.unit.tiered.fake_shard import (
     raw,
     read_state,
     restore_into,
+    step_of,
 )
+from tiered import restore
 from tiered.errors import StateError, StepNotFoundError
 from tiered.state import Captured, capture
 from tiered.tree import EXT_TENSOR, TensorRef
@@ -610,3 +612,16 @@ def test_a_sharded_tensor_is_saved_as_the_part_that_it_is(mesh: DeviceMesh) -> N
     assert fill({"w": torch.zeros(3, 2)}, {"w": whole})["w"].tolist() == [[0, 1], [2, 3], [4, 5]]
     target = distribute_tensor(torch.zeros(3, 2), mesh, [ShardOf(0)])
     assert fill({"w": target}, {"w": whole})["w"].to_local().sum() == 15
+
+
+def test_what_a_module_has_no_more_is_named_after_other_ranks_were_looked_at() -> None:
+    def module(*names: str) -> torch.nn.Module:
+        made = torch.nn.Module()
+        for name in names:
+            made.register_buffer(name, torch.zeros(1))
+        return made
+
+    ranks = [Shard({"m": module("a", "old")}) for _ in range(2)]
+    target = {"m": module("a", "new")}
+    filled = restore.restore_into(target, step_of(ranks), 0, 2, strict=False)
+    assert (filled.missing, filled.unexpected) == (("m.new",), ("m.old",))

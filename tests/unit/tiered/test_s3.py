@@ -2,6 +2,7 @@ import contextlib
 import io
 import os
 import pickle
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -307,6 +308,27 @@ def test_read_asks_for_the_range(client: Any, stub: Stubber) -> None:
     expected = {"Bucket": "bucket", "Key": "ckpt/job/key", "Range": "bytes=2-5"}
     stub.add_response("get_object", {**body(b"abcd"), **metadata}, expected)
     assert store_over(client).read("key", 2, 4) == b"abcd"
+
+
+def test_a_read_that_failed_is_over_when_it_says_so(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def fill(self: S3Store, path: str, start: int, into: Any) -> None:
+        if start == 0:
+            begun.wait(10)
+            threading.Timer(0.05, go_on.set).start()
+            raise DurableStoreError(self.settings.uri, "read", "it broke off")
+        begun.set()
+        go_on.wait(10)
+        ended.set()
+
+    monkeypatch.setattr(S3Store, "_fill", fill)
+    monkeypatch.setattr("tiered.s3.RANGE_BYTES", 4)
+    with pytest.raises(DurableStoreError, match="it broke off"):
+        store_over(client).read_into("key", 0, [memoryview(bytearray(8))])
+    assert ended.is_set()
 
 
 @pytest.mark.parametrize(("there", "answer"), [(b"mine", True), (b"theirs", False)])

@@ -26,14 +26,14 @@ class Run:
     """Pieces in order, without overlaps; often thousands of them, so little is done for each.
 
     Args:
-        pieces: They; each has a byte at least.
+        pieces: They; those without bytes are left out.
 
     Raises:
         ValueError: They overlap, or are not in order.
     """
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
-        self._pieces = list(pieces)
+        self._pieces = [piece for piece in pieces if piece.into.nbytes]
         self._starts = [start for start, _ in self._pieces]
         self._stops = [start + into.nbytes for start, into in self._pieces]
         for stop, start in zip(self._stops, self._starts[1:], strict=False):

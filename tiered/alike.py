@@ -26,15 +26,15 @@ class Alike:
         trees: Of the saved tree the ids of the dicts whose tensors these are, all of them.
         tensors: Of the state, by name.
         pieces: Their bytes in the rank's tensor data, and their memory.
-        copies: Other tensors of the state that get what one of these gets, each with its name: they
-            were tied when they were saved.
+        copies: Other tensors of the state that get what one of these gets, as they were tied when
+            they were saved: the name of that one, their own path, the tensor.
     """
 
     rank: int = 0
     trees: set[int] = field(default_factory=set)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
-    copies: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    copies: list[tuple[str, str, torch.Tensor]] = field(default_factory=list)
 
 
 def find_alike(present: Present, view: ShardView) -> Alike:
@@ -61,11 +61,9 @@ def _take(
 ) -> bool:
     """Take all tensors of a dict, if it has nothing else and each can be read as it was saved."""
     refs = _only_refs(saved)  # before anything is compared: what was pickled may not take that
-    if not refs or current != saved or any(ref.more for ref in refs):
+    if not refs or not _only_refs(current) or current != saved or any(ref.more for ref in refs):
         return False
     names = list(dict.fromkeys([r.name for r in refs if r.name not in found.tensors]))  # tied, once
-    if not present.tensors.keys() >= set(names):
-        return False  # a tuple of the user's that looks like a reference
     tensors = list(map(present.tensors.__getitem__, names))
     spans = [span for span in map(view.spans.get, names) if span is not None]
     sizes = [span.stop - span.start for span in spans]

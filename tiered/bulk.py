@@ -38,6 +38,7 @@ class Look(NamedTuple):
         dtypes: Of each.
         shapes: Of each.
         strides: Of each, in elements; None if all are contiguous, so that shapes say it.
+        devices: Of all.
         are_bare: None is a Parameter or requires a gradient.
     """
 
@@ -45,6 +46,7 @@ class Look(NamedTuple):
     dtypes: list[torch.dtype]
     shapes: list[torch.Size]
     strides: list[tuple[int, ...]] | None
+    devices: list[torch.device]
     are_bare: bool
 
 
@@ -64,6 +66,7 @@ def look(tensors: Tensors) -> Look:
         list(map(_dtype, tensors)),
         list(map(_shape, tensors)),
         None if all(map(_is_contiguous, tensors)) else list(map(torch.Tensor.stride, tensors)),
+        devices(tensors),
         set(map(type, tensors)) == {torch.Tensor} and not any(map(_requires_grad, tensors)),
     )
 

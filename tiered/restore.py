@@ -34,6 +34,7 @@ from tiered.tree import (
     leaves,
     materialise,
     unmakable,
+    value_at,
 )
 
 if TYPE_CHECKING:  # torch_versions says why not at run time
@@ -318,11 +319,9 @@ class _Plan:
 
     def _match_module(self, current: Mapping[Any, Any], saved: dict[Any, Any], path: Path) -> None:
         self.missing += [dotted((*path, key)) for key in current if key not in saved]
-        own: Any = self.own
-        for key in path:
-            own = own.get(key, {}) if isinstance(own, dict) else {}
+        own = value_at(self.own, path)
         for key in [key for key in saved if key not in current]:
-            if key in own:
+            if isinstance(own, dict) and key in own:
                 self.unexpected.append(dotted((*path, key)))
             del saved[key]  # another stage's of a pipeline, or left out
 
@@ -347,14 +346,14 @@ class _Plan:
             return f"{_SAME_MEMORY} {current.name}, and was not when saved"
         if saved.name in self.alike.tensors and current[1:] == saved[1:]:
             if current.name != saved.name:
-                self.alike.copies.append((saved.name, tensor))
+                self.alike.copies.append((saved.name, dotted(path), tensor))
             return ""
         one = self._want(saved.name, entry.path, box)
         if one.box == box:
             one.targets.append(tensor)  # perhaps again: tied, it is one tensor
         else:  # saved tied, sharded in two ways now
             self._want(f"{saved.name}@{entry.path}", entry.path, box).targets.append(tensor)
-        if current.name in self._target.present.sharded:
+        if current.name in self._target.present.sharded and saved.name not in self.alike.tensors:
             self.sharded.setdefault(saved.name, self._target.present.sharded[current.name])
         return ""
 
@@ -455,6 +454,7 @@ def _fill(state: MutableMapping[str, Any], target: _Target, plan: _Plan) -> None
             state[key] = filling.filled(state[key], target.present.tree[key], plan.tree[key])
         except Exception as error:
             paths = {one.path for one in plan.wanted.values() if one.targets}
+            paths |= {path for _, path, _ in plan.alike.copies}
             changed = sorted(paths.union(done, plan.alike.tensors))
             problem = f"it did not take its state: {error}; changed already: {changed}"
             raise StateError(str(key), problem) from error

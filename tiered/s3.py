@@ -17,11 +17,12 @@
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -153,13 +154,7 @@ class S3Store(DurableStore):
         targets = list(_ranges(start, into))
         if len(targets) > 1:
             self.link.check(self._base)  # one that is down is asked once, not once for each range
-            jobs = [self.link.reads.submit(self._fill, path, *target) for target in targets]
-            _, left = wait(jobs, return_when=FIRST_EXCEPTION)
-            for job in left:
-                job.cancel()
-            wait(jobs)  # nobody writes there any more when this is over
-            for job in jobs:
-                job.result()
+            _do_all(self.link.reads, [partial(self._fill, path, *target) for target in targets])
         elif targets:
             self._fill(path, *targets[0])
 
@@ -332,6 +327,28 @@ class S3Store(DurableStore):
         problem = path_problem(key)
         assert problem is None, f"key {key!r} {problem}"
         return self._base + key
+
+
+def _do_all(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], None]]) -> None:
+    """Make all calls; none of them goes on when this is over, however it ends.
+
+    Raises:
+        Exception: That of one that failed; those that had not begun are not made any more.
+    """
+    jobs: list[Future[None]] = []
+    try:
+        for call in calls:
+            jobs.append(pool.submit(call))
+        wait(jobs, return_when=FIRST_EXCEPTION)
+    finally:
+        begun = [job for job in jobs if not job.cancel()]
+        wait(begun)
+    error = next(filter(None, [job.exception() for job in begun]), None)
+    try:
+        if error is not None:
+            raise error
+    finally:  # or this frame and the error would keep each other alive, and the memory
+        del error, jobs, begun
 
 
 def _ranges(start: int, into: Sequence[memoryview]) -> Iterator[tuple[int, list[memoryview]]]:

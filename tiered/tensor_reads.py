@@ -84,7 +84,7 @@ def read_tensors(
     devices = {target.device for one in wanted for target in one.targets}
     for one in wanted:
         one.tensor = _copied(one.tensor, one.targets)
-    for name, target in alike.copies:
+    for name, _, target in alike.copies:
         devices.add(target.device)
         _copied(alike.tensors[name], [target])
     for device in devices:

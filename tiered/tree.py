@@ -270,13 +270,28 @@ def tensor_refs(tree: Any) -> Iterator[TensorRef]:
         yield ref
 
 
+_CONTAINERS = frozenset({dict, list, tuple, Typed})
+
+
 def copied(tree: Any) -> Any:
     """The tree in containers of its own."""
     if type(tree) is dict:
-        return {k: v if type(v) is TensorRef else copied(v) for k, v in tree.items()}
-    if isinstance(tree, Typed):
-        return Typed(tree.name, copied(tree.content))
-    return type(tree)(map(copied, tree)) if type(tree) in (list, tuple) else tree
+        return {k: copied(v) if type(v) in _CONTAINERS else v for k, v in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)([copied(v) if type(v) in _CONTAINERS else v for v in tree])
+    return Typed(tree.name, copied(tree.content)) if isinstance(tree, Typed) else tree
+
+
+def value_at(tree: Any, path: Path) -> Any:
+    """What is there, None if nothing is."""
+    for key in path:
+        if isinstance(tree, Typed):
+            tree = tree.content
+        try:
+            tree = tree[key]
+        except (LookupError, TypeError):
+            return None
+    return tree
 
 
 def renamed(tree: Any, name: Callable[[str], str]) -> Any:

@@ -142,6 +142,20 @@ def test_what_was_tied_and_is_no_more_is_read_once_and_stays_apart() -> None:
     assert len(set(places)) == len(places)
 
 
+def test_all_that_was_overwritten_is_named_when_an_object_refuses_its_state() -> None:
+    class Refuses(Keeper):
+        def load_state_dict(self, state_dict: Any) -> None:
+            raise ValueError("no")
+
+    tied = {"w": torch.ones(2)}
+    saved = {"a": tied, "b": tied, "o": {"x": torch.ones(1)}}
+    target = {"a": {"w": torch.zeros(2)}, "b": {"w": torch.zeros(2)}}
+    with pytest.raises(StateError, match=r"\['a\.w', 'b\.w', 'o\.x'\]"):
+        restore.restore_into(
+            {"o": Refuses({"x": torch.zeros(1)}), **target}, SavedStep([Shard(saved).reader()])
+        )
+
+
 def test_objects_get_tensors_without_gradients() -> None:
     def parameters() -> dict[str, Any]:
         return {"w": torch.nn.Parameter(torch.zeros(2)), "v": torch.zeros(2)}

@@ -129,6 +129,14 @@ def test_an_equal_signature_means_an_equal_layout(
         assert change not in (values, replace, need_gradients)
 
 
+def test_an_empty_tensor_on_another_device_is_another_one() -> None:
+    state, cache = model(), CaptureCache()
+    capture(state, cache=cache)
+    state["empty"]["x"] = torch.zeros(0, device="meta")
+    with pytest.raises(StateError, match=r"empty\.x"):
+        capture(state, cache=cache)
+
+
 @pytest.mark.parametrize("kind", ["sparse", "nested", "meta"])
 def test_what_cannot_be_saved_is_named_where_something_was_remembered(kind: str) -> None:
     state, cache = model(), CaptureCache()

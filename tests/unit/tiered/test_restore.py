@@ -614,14 +614,24 @@ def test_a_sharded_tensor_is_saved_as_the_part_that_it_is(mesh: DeviceMesh) -> N
     assert fill({"w": target}, {"w": whole})["w"].to_local().sum() == 15
 
 
-def test_what_a_module_has_no_more_is_named_after_other_ranks_were_looked_at() -> None:
-    def module(*names: str) -> torch.nn.Module:
-        made = torch.nn.Module()
-        for name in names:
-            made.register_buffer(name, torch.zeros(1))
-        return made
+class Holder(torch.nn.Module):
+    """A module with buffers of these names."""
 
-    ranks = [Shard({"m": module("a", "old")}) for _ in range(2)]
-    target = {"m": module("a", "new")}
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.register_buffer(name, torch.zeros(1))
+
+
+def test_what_a_module_has_no_more_is_named_after_other_ranks_were_looked_at() -> None:
+    ranks = [Shard({"m": Holder("a", "old")}) for _ in range(2)]
+    target = {"m": Holder("a", "new")}
     filled = restore.restore_into(target, step_of(ranks), 0, 2, strict=False)
     assert (filled.missing, filled.unexpected) == (("m.new",), ("m.old",))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: [m], lambda m: (1, [m]), lambda m: {"k": m}])
+def test_what_a_module_in_any_container_has_no_more_is_refused(wrap: Callable[[Any], Any]) -> None:
+    error = refusal({"c": wrap(Holder("a"))}, {"c": wrap(Holder("a", "old"))})
+    assert "saved but not in the state: ['c." in str(error)
+    assert ".old']" in str(error)

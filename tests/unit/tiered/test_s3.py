@@ -2,8 +2,10 @@ import contextlib
 import io
 import os
 import pickle
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 from unittest.mock import MagicMock
@@ -23,7 +25,7 @@ from tiered.errors import (
     DurableStoreDownError,
     DurableStoreError,
 )
-from tiered.s3 import S3Store
+from tiered.s3 import S3Store, _do_all
 
 URI = "s3://bucket/ckpt"
 OWNER = "123456789012"
@@ -329,6 +331,44 @@ def test_a_read_that_failed_is_over_when_it_says_so(
     with pytest.raises(DurableStoreError, match="it broke off"):
         store_over(client).read_into("key", 0, [memoryview(bytearray(8))])
     assert ended.is_set()
+
+
+def test_of_a_read_that_failed_everywhere_the_error_is_the_stores(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(self: S3Store, path: str, start: int, into: Any) -> None:
+        raise DurableStoreError(self.settings.uri, "read", f"it broke off at {start}")
+
+    monkeypatch.setattr(S3Store, "_fill", fill)
+    monkeypatch.setattr("tiered.s3.RANGE_BYTES", 4)
+    store, interval_s = store_over(client), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # some are cancelled when they are about to begin
+    try:
+        for _ in range(300):
+            with pytest.raises(DurableStoreError, match="it broke off at"):
+                store.read_into("key", 0, [memoryview(bytearray(32))])
+    finally:
+        sys.setswitchinterval(interval_s)
+
+
+def test_a_read_that_failed_does_not_wait_for_those_of_others() -> None:
+    go_on, made = threading.Event(), list[int]()
+
+    def fail() -> None:
+        raise DurableStoreError("s3", "read", "it broke off")
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def calls() -> Iterator[Callable[[], None]]:
+            yield fail
+            pool.submit(go_on.wait, 60)  # somebody else's
+            yield lambda: made.append(2)
+
+        with pytest.raises(DurableStoreError, match="it broke off"):
+            _do_all(pool, calls())
+        assert not go_on.is_set()
+        go_on.set()
+    assert made == []
 
 
 @pytest.mark.parametrize(("there", "answer"), [(b"mine", True), (b"theirs", False)])

@@ -33,6 +33,7 @@ from tiered.tree import (
     dotted,
     leaves,
     materialise,
+    replaced,
     unmakable,
     value_at,
 )
@@ -208,6 +209,8 @@ class _Plan:
         alike: What is read as it was saved; only if one rank's shard is looked at.
         wanted: What is read beside it.
         sharded: The DTensors of the state that are filled, by the same names.
+        apart: Tensors of the state that were tied to others when they were saved, and are no more,
+            by the names that their references in `tree` have got.
         missing, unexpected: Keys.
         problems: By path, why a tensor cannot be filled.
     """
@@ -230,7 +233,10 @@ class _Plan:
         self.unexpected: list[str] = []
         self.problems: dict[str, str] = {}
         self.gaps: dict[str, str] = {}  # what other ranks may have
+        self.apart: dict[str, torch.Tensor] = {}
+        self._renamed: dict[Path, TensorRef] = {}
         self._owners = {name: name for name in self.alike.tensors}
+        self._readers = dict(self._owners)
         self._target = target
         self._templates = templates(target.state, self.tree)
         self._match_keys()
@@ -240,6 +246,8 @@ class _Plan:
                 self._match(value, target.present.tree[key], self.tree[key], (key,), is_strict=True)
                 self._want_rest(self.tree[key], (key,))
                 self.problems |= {dotted(p): what for p, what in unmakable(self.tree[key], (key,))}
+        for path, ref in self._renamed.items():
+            self.tree = replaced(self.tree, path, ref)
 
     @property
     def needs_others(self) -> bool:
@@ -344,17 +352,22 @@ class _Plan:
             return "is expanded, its elements share memory; give a contiguous() copy"
         if self._owners.setdefault(current.name, saved.name) != saved.name:
             return f"{_SAME_MEMORY} {current.name}, and was not when saved"
+        whole_tensor = self._target.present.sharded.get(current.name)
+        is_first = self._readers.setdefault(saved.name, current.name) == current.name
         if saved.name in self.alike.tensors and current[1:] == saved[1:]:
-            if current.name != saved.name:
-                self.alike.copies.append((saved.name, dotted(path), tensor))
-            return ""
-        one = self._want(saved.name, entry.path, box)
-        if one.box == box:
+            if not is_first:
+                self.alike.copies.append((saved.name, entry.path, tensor))
+        else:
+            one = self._want(saved.name, entry.path, box)
+            if one.box != box:  # saved tied, sharded in two ways now
+                is_first = False
+                one = self._want(_apart(saved, entry.path), entry.path, box)
             one.targets.append(tensor)  # perhaps again: tied, it is one tensor
-        else:  # saved tied, sharded in two ways now
-            self._want(f"{saved.name}@{entry.path}", entry.path, box).targets.append(tensor)
-        if current.name in self._target.present.sharded and saved.name not in self.alike.tensors:
-            self.sharded.setdefault(saved.name, self._target.present.sharded[current.name])
+        if not is_first:
+            self.apart[_apart(saved, entry.path)] = tensor if whole_tensor is None else whole_tensor
+            self._renamed[path] = saved._replace(name=_apart(saved, entry.path))
+        elif whole_tensor is not None:
+            self.sharded.setdefault(saved.name, whole_tensor)
         return ""
 
     def _want(self, name: str, path: str, box: Box) -> Wanted:
@@ -433,6 +446,10 @@ def templates(state: Mapping[str, Any], tree: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+def _apart(saved: TensorRef, path: str) -> str:
+    return f"{saved.name}@{path}"
+
+
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
     if tensor.is_contiguous():
         return False
@@ -446,7 +463,7 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
 def _fill(state: MutableMapping[str, Any], target: _Target, plan: _Plan) -> None:
     """Put everything in its place; what was read is in the state's tensors already."""
     read: dict[str, torch.Tensor] = {name: one.tensor for name, one in plan.wanted.items()}
-    tensors = {**read, **plan.alike.tensors, **plan.sharded}
+    tensors = {**read, **plan.alike.tensors, **plan.sharded, **plan.apart}
     filling = Filling(tensors, set(target.kept), strict=plan.strict)
     done: list[str] = []
     for key in [key for key in state if key in plan.tree]:

@@ -282,6 +282,18 @@ def copied(tree: Any) -> Any:
     return Typed(tree.name, copied(tree.content)) if isinstance(tree, Typed) else tree
 
 
+def replaced(tree: Any, path: Path, value: Any) -> Any:
+    """The tree with another value there; its dicts and lists are changed, the rest made anew."""
+    if not path:
+        return value
+    if isinstance(tree, Typed):
+        return Typed(tree.name, replaced(tree.content, path, value))
+    key, *rest = path
+    items: Any = list(tree) if type(tree) is tuple else tree
+    items[key] = replaced(items[key], tuple(rest), value)
+    return tuple(items) if type(tree) is tuple else items
+
+
 def value_at(tree: Any, path: Path) -> Any:
     """What is there, None if nothing is."""
     for key in path:

@@ -130,15 +130,22 @@ def test_an_object_whose_state_is_a_tensor_gets_it() -> None:
     assert_same(keeper.kept, torch.ones(2))
 
 
-def test_what_was_tied_and_is_no_more_is_read_once_and_stays_apart() -> None:
-    tied = weights(fill=5.0)
-    shard = Shard({"a": tied, "b": tied}, chunk_bytes=16)
-    keeper, apart = Keeper(weights()), weights()
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("beside", [{}, {"n": 1}])
+def test_what_was_tied_and_is_no_more_is_read_once_and_stays_apart(
+    is_first: bool, beside: dict[str, Any]
+) -> None:
+    tied = weights(fill=5.0) | beside  # with a number it is looked at one by one
+    saved = {"a": tied, "b": [(tied,)]} if is_first else {"a": [(tied,)], "b": tied}
+    shard = Shard(saved, chunk_bytes=16)
+    keeper, apart = Keeper(weights() | beside), Keeper(weights() | beside)
     step = SavedStep([shard.reader()])
-    restore.restore_into({"a": keeper, "b": apart}, step)
-    assert_same([keeper.kept, apart], [tied, tied])
+    state = {"a": keeper, "b": [(apart,)]} if is_first else {"a": [(apart,)], "b": keeper}
+    restore.restore_into(state, step)
+    assert_same([keeper.kept, apart.kept], [tied, tied])
     assert sum(step.bytes_by_label.values()) == len(shard.image)
-    places = [t.data_ptr() for t in [*keeper.kept.values(), *apart.values()]]
+    both = [*keeper.kept.values(), *apart.kept.values()]
+    places = [value.data_ptr() for value in both if isinstance(value, torch.Tensor)]
     assert len(set(places)) == len(places)
 
 

@@ -603,6 +603,24 @@ def test_a_part_becomes_a_whole_and_a_whole_a_part(mesh: DeviceMesh) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Please use DTensor:FutureWarning")
+@pytest.mark.parametrize("part_first", [True, False])
+def test_of_two_that_were_tied_one_may_be_a_part_now(mesh: DeviceMesh, part_first: bool) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self, weight: torch.Tensor) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(weight)
+
+    plain = Net(torch.zeros(4))
+    part = Net(distribute_tensor(torch.zeros(4), mesh, [ShardOf(0)]))
+    names = ("b", "a") if part_first else ("a", "b")
+    tied = Net(torch.arange(4.0))
+    fill(dict(sorted(zip(names, (plain, part), strict=True))), {"a": tied, "b": tied})
+    assert raw(plain.weight) == raw(tied.weight)
+    assert isinstance(part.weight, DTensor)
+    assert raw(part.weight.to_local()) == raw(tied.weight)
+    assert plain.weight.data_ptr() != part.weight.to_local().data_ptr()
+
+
 def test_a_sharded_tensor_is_saved_as_the_part_that_it_is(mesh: DeviceMesh) -> None:
     from torch.distributed._shard.sharded_tensor import Shard as LocalShard
     from torch.distributed._shard.sharded_tensor import init_from_local_shards

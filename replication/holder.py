@@ -7,9 +7,9 @@ It is a shell around `replication.inventory`, which decides. A save's way throug
                                              the trainer's death), while training goes on
     trainer --stage_prepared> holder         takes what was written there, answers, then hashes in
                                              the background; `stage_chunk` without preparation
-    holder  --take_chunk---> buddy           the buddy reads the chunk from the holder's data plane
+    holder  --take_chunks--> buddy           the buddy reads chunks from the holder's data plane
                                              (or through Ray, where that does not work) into memory
-                                             of its object store, verifying it on the way
+                                             of its object store, verifying them on the way
     holder, buddy --report_shards--> observer (the coordinator) each when its copy is whole
 
 Everything runs on the actor's event loop, so that the core needs no lock; hashing, receiving,
@@ -40,6 +40,7 @@ from replication.durable import DurableStore, Earlier, common_runs
 from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
 from replication.fetch_once import AtHolder, Origin
 from replication.inventory import Inventory, Reservation
+from replication.outbox import Outbox
 from replication.presence import is_present
 from replication.probes import Probes
 from replication.records import (
@@ -70,7 +71,6 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 TICK_S = 0.2
 HASHERS = 1  # threads: one hashes faster than a network sends, and training needs the processors
 VERIFIERS = min(8, os.cpu_count() or 1)  # threads; training waits for them
-OFFERS_AT_ONCE = 2  # per peer, as many as it has connections; more won 1-3 %
 
 
 def holder_name(node_id: str) -> str:
@@ -151,9 +151,9 @@ class Holder:
         self._verifiers = ThreadPoolExecutor(VERIFIERS, thread_name_prefix="tiered-verify")
         self._reports = Reports(observer, NAMESPACE)
         self._probes = Probes(self._peer, self._core.offers.peers)
-        self._offer_slots: dict[HolderId, asyncio.Semaphore] = {}
         self._peers: dict[HolderId, ActorRef] = {}
         self._background = Background(f"holder {self._core.holder}")
+        self._outbox = Outbox(self._offer, self._background)
 
     async def hello(self) -> HolderInfo:
         """Answer that this holder is alive; the first call starts its background work."""
@@ -191,7 +191,7 @@ class Holder:
         self._prepared.pop((job, rank), None)
 
     async def prepare(
-        self, job: str, rank: int, generation: int, names: Sequence[str], chunk: Chunk
+        self, job: str, rank: int, generation: int, names: Sequence[str], *chunks: Chunk
     ) -> None:
         """Pin memory that a trainer on this host is going to fill, before it does.
 
@@ -199,9 +199,9 @@ class Holder:
             job: The job.
             rank: The trainer's.
             generation: The trainer's.
-            names: Of all memory that is ready for it, this chunk's last; other memory of this rank
-                is let go of.
-            chunk: Zero-copy views of an object that nobody else knows.
+            names: Of all memory that is ready for it, these chunks' last; other memory of this
+                rank is let go of.
+            chunks: Zero-copy views of objects that nobody else knows.
 
         Raises:
             FencedError: A newer generation has taken over.
@@ -209,8 +209,9 @@ class Holder:
         self._core.check_generation(job, generation)
         ready = self._prepared.get((job, rank))
         known = {} if ready is None else ready.chunks
-        chunks = {name: known[name] for name in names if name in known}
-        self._prepared[job, rank] = Prepared(generation, {**chunks, names[-1]: chunk})
+        kept = {name: known[name] for name in names if name in known}
+        new = zip(names[len(names) - len(chunks) :], chunks, strict=True)
+        self._prepared[job, rank] = Prepared(generation, {**kept, **dict(new)})
 
     async def stage_prepared(
         self, key: ShardKey, plan: ShardPlan, names: Mapping[int, str]
@@ -265,55 +266,42 @@ class Holder:
 
     # -- called by other holders, and by whoever restores ---------------------------------------
 
-    async def take_chunk(
+    async def take_chunks(
         self,
         key: ShardKey,
         plan: ShardPlan,
-        index: int,
-        expected: bytes,
+        digests: Mapping[int, bytes],
         source: HolderId,
         endpoint: Endpoint | None = None,
         way: Way = "auto",
-    ) -> None:
-        """Fetch a chunk from `source`, verify it, and pin a copy of our own.
+    ) -> dict[int, str]:
+        """Fetch chunks from `source`, verify them, and pin copies of our own, one after the other.
 
         Of a chunk that did not change since an earlier version that is here, no byte moves: that
         one is read again, and shared.
 
-        When this returns, the copy counts: it is verified and survives the death of its source.
+        When this returns, the copies count: they are verified and survive the death of their
+        source.
 
         Args:
             key: The shard.
             plan: Its layout.
-            index: Which chunk.
-            expected: Its checksum.
-            source: Who has it.
+            digests: The checksums of the chunks that are offered, by index.
+            source: Who has them.
             endpoint: Where the data plane of `source` listens, if it has one.
-            way: How to fetch it.
+            way: How to fetch them.
 
-        Raises:
-            MemoryBudgetError: It does not fit.
-            ChunkCorruptError: What arrived does not have the checksum `expected`.
-            HolderUnavailableError, ShardNotHeldError, ProtocolError: The source could not serve it.
+        Returns:
+            Of those that were not taken, why: there is no room, the source could not serve it, or
+            what arrived has another checksum.
         """
-        self._core.check_copy(key, plan)
-        if self._core.has_chunk(key, index):
-            self._feed(messages.ChunkKnown(key))
-            return
-        wanted = ChunkId(key, index, plan.chunk_sizes[index])
-        fetched = messages.ChunkFetched(key, plan, index, expected)
-        twin = self._core.twin_of(wanted, expected)
-        if twin is not None and (same := await self._read_twin(twin, index)) is not None:
-            chunk, value = same
-            if value == expected and self._core.has_chunk(twin, index):
-                self._keep(fetched, chunk)
-            self._feed(messages.TwinRead(key, index, expected, twin, value))
-            if self._core.has_chunk(key, index):
-                self._spared_bytes += wanted.size_bytes
-                return
-        self._trim()
-        origin = AtHolder(source, endpoint, way)
-        self._keep(fetched, await self._arrivals.fetch(wanted, expected, origin))
+        origin, refused = AtHolder(source, endpoint, way), dict[int, str]()
+        for index, expected in digests.items():
+            try:
+                await self._take(messages.ChunkFetched(key, plan, index, expected), origin)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next one may do
+                refused[index] = f"{type(error).__name__}: {error}"
+        return refused
 
     async def read_chunk(self, key: ShardKey, index: int) -> Chunk:
         """Return a chunk that is pinned here; Ray copies it for whoever asked.
@@ -492,6 +480,26 @@ class Holder:
             raise error
         return record
 
+    async def _take(self, offered: messages.ChunkFetched, origin: AtHolder) -> None:
+        """Have a chunk here that is offered: it is already, or an earlier one is it, or comes."""
+        key, plan, index, expected = offered.key, offered.plan, offered.index, offered.digest
+        self._core.check_copy(key, plan)
+        if self._core.has_chunk(key, index):
+            self._feed(messages.ChunkKnown(key))
+            return
+        wanted = ChunkId(key, index, plan.chunk_sizes[index])
+        twin = self._core.twin_of(wanted, expected)
+        if twin is not None and (same := await self._read_twin(twin, index)) is not None:
+            chunk, value = same
+            if value == expected and self._core.has_chunk(twin, index):
+                self._keep(offered, chunk)
+            self._feed(messages.TwinRead(key, index, expected, twin, value))
+            if self._core.has_chunk(key, index):
+                self._spared_bytes += wanted.size_bytes
+                return
+        self._trim()
+        self._keep(offered, await self._arrivals.fetch(wanted, expected, origin))
+
     def _keep(self, fetched: messages.ChunkFetched, chunk: Chunk) -> None:
         """Pin a verified chunk, if that is still wanted: the world may have moved on meanwhile."""
         self._core.check_copy(fetched.key, fetched.plan)
@@ -542,7 +550,7 @@ class Holder:
                 case messages.ShareChunk(key, index, twin):
                     self._chunks[key][index] = self._chunks[twin][index]
                 case messages.OfferChunk():
-                    self._background.start(self._offer(command))
+                    self._outbox.put(command)
                 case messages.ReportShard():
                     self._reports.whole(command.record)
                 case messages.ReportCorrupt():
@@ -577,27 +585,27 @@ class Holder:
             error = ChunkCorruptError("this host's memory", str(key), index)
             logger.error("%s; the copy no longer counts", error)
 
-    async def _offer(self, offer: messages.OfferChunk) -> None:
-        slots = self._offer_slots.setdefault(offer.to, asyncio.Semaphore(OFFERS_AT_ONCE))
-        # The buddy's own deadline, and then some for its verification and put.
-        timeout_s = fetch_timeout_s(offer.plan.chunk_sizes[offer.index]) * 1.5
-        async with slots:
-            try:
-                peer = await self._peer(offer.to)
-                answer = peer.take_chunk.remote(
-                    offer.key, offer.plan, offer.index, offer.digest,
-                    self._core.holder, self._endpoint, self._ways.get(offer.key.job, "auto"),
-                )  # fmt: skip
-                await asyncio.wait_for(answer, timeout_s)
-            except Exception as error:  # noqa: BLE001 - every failure is the same event: not taken
-                logger.warning(
-                    "%s chunk %d not replicated to %s yet: %s",
-                    offer.key, offer.index, offer.to, error,
-                )  # fmt: skip
-                self._peers.pop(offer.to, None)
-                self._feed(messages.ChunkNotTaken(offer.to, offer.key, offer.index))
-            else:
-                self._feed(messages.ChunkTaken(offer.to, offer.key, offer.index))
+    async def _offer(self, to: HolderId, offers: Sequence[messages.OfferChunk]) -> None:
+        """Have a peer take chunks of one shard."""
+        key, plan = offers[0].key, offers[0].plan
+        # The buddy's own deadlines, and then some for its verification and put.
+        timeout_s = 1.5 * sum(fetch_timeout_s(plan.chunk_sizes[offer.index]) for offer in offers)
+        try:
+            peer = await self._peer(to)
+            answer = peer.take_chunks.remote(
+                key, plan, {offer.index: offer.digest for offer in offers},
+                self._core.holder, self._endpoint, self._ways.get(key.job, "auto"),
+            )  # fmt: skip
+            refused = await asyncio.wait_for(answer, timeout_s)
+        except Exception as error:  # noqa: BLE001 - every failure is the same event: not taken
+            self._peers.pop(to, None)
+            refused = {offer.index: str(error) for offer in offers}
+        for offer in offers:
+            if (reason := refused.get(offer.index)) is None:
+                self._feed(messages.ChunkTaken(to, key, offer.index))
+                continue
+            logger.warning("%s chunk %d not replicated to %s yet: %s", key, offer.index, to, reason)
+            self._feed(messages.ChunkNotTaken(to, key, offer.index))
 
     async def _peer(self, holder: HolderId) -> ActorRef:
         if holder not in self._peers:

@@ -7,7 +7,7 @@ A save's way:
        layout is kept, so only the first save plans, and no rank talks to another.
     2. Each chunk goes with one copy from the tensors into the object store, and the holder of this
        host pins it (`replication.holder.Holder.stage_chunk`). Then `save` returns: *staged*.
-    3. The holder hashes the chunks and has its buddies take them (`Holder.take_chunk`).
+    3. The holder hashes the chunks and has its buddies take them (`Holder.take_chunks`).
     4. The coordinator commits the step when every rank's shard is whole everywhere: *replicated*.
        If the step is due for S3, holders then upload it: *durable*. A background thread here waits
        for the news and tells the save's handle.

@@ -110,12 +110,12 @@ class OwnHolder:
         threading.Thread(target=near.open, args=what, name="tiered-map", daemon=True).start()
         return near
 
-    def prepare(self, generation: int, names: Sequence[str], reference: Any) -> bool:
-        """Have memory for the next save pinned; whether it is now."""
+    def prepare(self, generation: int, names: Sequence[str], references: Sequence[Any]) -> bool:
+        """Have memory for the next save pinned, of the last names; whether it is now."""
         job, rank = self._job, self._worker.rank
         try:
             ray.get(
-                self._actor.prepare.remote(job, rank, generation, names, reference),
+                self._actor.prepare.remote(job, rank, generation, names, *references),
                 timeout=PREPARE_TIMEOUT_S,
             )
         except RayError as error:  # the save will bring it

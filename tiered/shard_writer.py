@@ -46,7 +46,7 @@ class ShardWriter:
         self._front_bytes = 0  # of the last save
         self._stager = Stager(
             memory.chunk_bytes,
-            lambda names, reference: holder.prepare(self.generation, names, reference),
+            lambda names, references: holder.prepare(self.generation, names, references),
         )
 
     def write(

@@ -19,7 +19,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -34,6 +34,7 @@ from tiered.state import Captured
 logger = logging.getLogger(__name__)
 
 END_S = 5.0  # for the preparation of one chunk to end
+PIN_BYTES = 256 << 20  # with one call; the next save takes what was pinned, and is not waited for
 FRONT_ROOM_BYTES = 8 << 10  # the next front may be so much longer than the last one
 FRONT_LEAST_BYTES = 128 << 10  # Ray keeps objects of less than 100 KiB outside of the store
 
@@ -43,11 +44,13 @@ class Stager:
 
     Args:
         chunk_bytes: The size of a full chunk.
-        pin: Has the holder pin memory that is ready, the last of these names, and let go of other
-            memory of ours; whether it has.
+        pin: Has the holder pin memory that is ready, objects that have the last of these names,
+            and let go of other memory of ours; whether it has.
     """
 
-    def __init__(self, chunk_bytes: int, pin: Callable[[Sequence[str], Any], bool]) -> None:
+    def __init__(
+        self, chunk_bytes: int, pin: Callable[[Sequence[str], Sequence[Any]], bool]
+    ) -> None:
         self._chunk_bytes = chunk_bytes
         self._pin = pin
         self._store = StoreMemory()
@@ -126,14 +129,14 @@ class Stager:
     def _prepare(self, ready: "_Preparation") -> None:
         began_s, layout = time.monotonic(), ready.layout
         edges = (0, *layout.stops(self._chunk_bytes))
-        sizes = [ready.front_bytes, *(stop - start for start, stop in itertools.pairwise(edges))]
-        names: list[str] = []
-        is_pinned = True
+        spans = [(0, 0), *itertools.pairwise(edges)]
+        sizes = [ready.front_bytes, *(stop - start for start, stop in spans[1:])]
         zeros = np.zeros(max(sizes), dtype=np.uint8)
+        made, made_bytes = list[_Made](), 0
         try:
-            for index, size_bytes in enumerate(sizes):
+            for span, size_bytes in zip(spans, sizes, strict=True):
                 if not ready.is_wanted.is_set():
-                    return
+                    break
                 reference = put([zeros[:size_bytes]])
                 (sealed,) = ray.get(reference)
                 view = writable(sealed) if self._store.holds(sealed) else None
@@ -141,19 +144,42 @@ class Stager:
                     self._is_possible = False
                     logger.info("the object store is mapped read-only: saving without preparation")
                     return
-                names.append(str(reference.hex()))
-                is_pinned = is_pinned and self._pin(names, reference)  # else it is waited for once
-                staged = Staged(reference, is_pinned)
-                span = edges[index - 1 : index + 1] if index else (0, 0)
-                ready.slots.append(slot_of(layout, staged, view, *span))
+                made.append(_Made(reference, view, span))
+                made_bytes += size_bytes
+                if made_bytes >= PIN_BYTES:
+                    self._add(ready, made)
+                    made, made_bytes = [], 0
+            self._add(ready, made)
+        except (RayError, RuntimeError) as error:  # no room, say: the save will put instead
+            logger.warning("memory for the next save is not ready: %s", error)
+        if len(ready.slots) == len(sizes):
             is_news, self._told_of = self._told_of is not layout, layout
             logger.log(
                 logging.INFO if is_news else logging.DEBUG,
                 "memory for the next save is ready: %.1f MB in %.3f s",
                 layout.data_bytes / 1e6, time.monotonic() - began_s,
             )  # fmt: skip
-        except (RayError, RuntimeError) as error:  # no room, say: the save will put instead
-            logger.warning("memory for the next save is not ready: %s", error)
+
+    def _add(self, ready: "_Preparation", made: "Sequence[_Made]") -> None:
+        """Have memory pinned with one call, if the holder answers; it is ready then, too."""
+        if not made:
+            return
+        references = [memory.reference for memory in made]
+        names = [reference.hex() for reference in references]
+        is_pinned = all(slot.staged.is_pinned for slot in ready.slots[-1:]) and self._pin(
+            [*(slot.staged.name for slot in ready.slots), *names], references
+        )  # else it is waited for once
+        for memory in made:
+            staged = Staged(memory.reference, is_pinned)
+            ready.slots.append(slot_of(ready.layout, staged, memory.view, *memory.span))
+
+
+class _Made(NamedTuple):
+    """A chunk's memory, not pinned by the holder yet."""
+
+    reference: Any
+    view: np.ndarray[Any, Any]
+    span: tuple[int, int]  # of the tensors' bytes
 
 
 class _Preparation:

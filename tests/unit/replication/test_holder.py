@@ -1,6 +1,7 @@
 """The holder's shell, without Ray: what it tells the coordinator, and what it reads again."""
 
 import asyncio
+import time
 from typing import Any
 
 import numpy as np
@@ -184,7 +185,7 @@ def test_of_an_offered_chunk_that_is_here_as_an_earlier_one_no_byte_moves(
         holder = holder_with_a_shard()
         holder._arrivals.transports["auto"] = way = NoTransport()
         expected = digest(chunk(1, 2, 3))
-        await holder.take_chunk(LATER, PLAN, 0, expected, SOURCE)
+        assert await holder.take_chunks(LATER, PLAN, {0: expected}, SOURCE) == {}
         assert way.bytes_read == 0
         assert holder._chunks[LATER][0] is holder._chunks[KEY][0]
         assert (await holder.traffic()).spared == 3
@@ -198,7 +199,8 @@ def test_an_earlier_chunk_that_rotted_is_not_shared_but_told_of(observer: Observ
         holder = holder_with_a_shard()
         holder._chunks[KEY][0] = chunk(1, 2, 4)
         holder._arrivals.transports["auto"] = way = NoTransport()
-        await holder.take_chunk(LATER, PLAN, 0, digest(chunk(1, 2, 3)), SOURCE)
+        expected = digest(chunk(1, 2, 3))
+        assert await holder.take_chunks(LATER, PLAN, {0: expected}, SOURCE) == {}
         assert way.bytes_read == 3
         assert [record.key for record in await holder.list_shards()] == [LATER]
         assert await holder.verify([LATER]) == []
@@ -207,6 +209,84 @@ def test_an_earlier_chunk_that_rotted_is_not_shared_but_told_of(observer: Observ
 
     asyncio.run(run())
     assert ("corrupt", [KEY]) in observer.told
+
+
+def test_of_chunks_offered_together_each_is_taken_or_refused_for_itself(
+    observer: Observer,
+) -> None:
+    plan = ShardPlan(1, (3, 3, 3))
+    bad, good = digest(chunk(9, 9, 9)), digest(chunk(1, 2, 3))
+
+    async def run() -> None:
+        holder = holder_with_a_shard()
+        holder._arrivals.transports["auto"] = way = NoTransport()
+        refused = await holder.take_chunks(LATER, plan, {0: good, 1: bad, 2: good}, SOURCE)
+        assert list(refused) == [1]
+        assert "ChunkCorruptError" in refused[1]
+        assert [holder._core.has_chunk(LATER, index) for index in range(3)] == [True, False, True]
+        read_bytes = way.bytes_read
+        assert await holder.take_chunks(LATER, plan, {0: good, 2: good}, SOURCE) == {}
+        assert way.bytes_read == read_bytes
+
+    asyncio.run(run())
+
+
+def test_a_shard_that_does_not_fit_is_refused_before_a_byte_moves(observer: Observer) -> None:
+    async def run() -> None:
+        holder = holder_with_a_shard()
+        holder._arrivals.transports["auto"] = way = NoTransport()
+        refused = await holder.take_chunks(LATER, ShardPlan(1, (98,)), {0: bytes(16)}, SOURCE)
+        assert "MemoryBudgetError" in refused[0]
+        assert way.bytes_read == 0
+
+    asyncio.run(run())
+
+
+class Peer:
+    """Another host's holder, of which each call answers with the next of these, then takes all."""
+
+    def __init__(self, *answers: dict[int, str] | Exception) -> None:
+        self.answers = list(answers)
+        self.asked: list[list[int]] = []
+        peer = self
+
+        class Method:
+            @staticmethod
+            async def remote(
+                key: ShardKey, plan: ShardPlan, digests: dict[int, bytes], *_: Any
+            ) -> dict[int, str]:
+                peer.asked.append(list(digests))
+                answer = peer.answers.pop(0) if peer.answers else {}
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+
+        self.take_chunks = Method()
+
+
+def test_what_a_buddy_has_refused_is_offered_again_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = ShardPlan(1, (3, 3, 3))
+    peer = Peer({1: "no room"}, ConnectionError("gone"))
+    monkeypatch.setattr("replication.holder.ray.get_actor", lambda name, namespace: peer)
+
+    async def run() -> None:
+        holder = Holder("node", 100, "observer", Secret(bytes(32)))
+        for index in range(3):
+            await holder.stage_chunk(LATER, plan, index, chunk(1, 2, index))
+        await settled(holder)
+        await holder.set_buddies("job", (SOURCE,), frozenset({SOURCE}))
+        await settled(holder)
+        assert holder._core.shards[LATER].taken == {(SOURCE, 0)}
+        for offer in holder._core.offers.repeat(time.monotonic() + 1.0):
+            assert isinstance(offer, messages.OfferChunk)
+            holder._outbox.put(offer)
+        await settled(holder)
+        assert holder._core.shards[LATER].taken == {(SOURCE, index) for index in range(3)}
+
+    asyncio.run(run())
+    assert peer.asked == [[0, 1], [2], [1], [2]]
 
 
 def test_memory_that_was_prepared_becomes_a_chunk_with_one_call() -> None:
@@ -266,8 +346,11 @@ def test_only_memory_that_is_still_named_stays_prepared() -> None:
         await holder.prepare("job", 0, 1, ["a"], chunk(1))
         await holder.prepare("job", 0, 1, ["a", "b"], chunk(2))
         await holder.prepare("job", 1, 1, ["c"], chunk(3))
-        await holder.prepare("job", 0, 1, ["b", "d"], chunk(4))
-        assert list(holder._prepared["job", 0].chunks) == ["b", "d"]
+        await holder.prepare("job", 0, 1, ["b", "d", "e"], chunk(4), chunk(5))
+        ready = holder._prepared["job", 0].chunks
+        assert {name: int(memory[0][0]) for name, memory in ready.items()} == {
+            "b": 2, "d": 4, "e": 5,
+        }  # fmt: skip
         await holder.release("job", 0)
         assert list(holder._prepared) == [("job", 1)]
 

@@ -1,5 +1,6 @@
 import logging
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,48 @@ def test_once_for_each_layout_the_log_says_that_memory_is_ready(
         caplog.clear()
     start = "memory for the next save is ready: "
     assert lines == [[f"{start}0.0 MB"], [], [f"{start}2.0 MB"], []]
+
+
+def test_memory_is_pinned_with_few_calls_and_none_is_made_that_is_not_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Any] = []
+    calls: list[tuple[int, int]] = []
+    most = 0
+
+    def put(chunk: Any) -> Any:
+        made.append(Reference(chunk))
+        if len(made) == most:
+            ready.is_wanted.clear()
+        return made[-1]
+
+    def pin(names: Sequence[str], references: Sequence[Any]) -> bool:
+        assert references == made[len(names) - len(references) : len(names)]
+        calls.append((len(names), len(references)))
+        return answers.pop(0)
+
+    monkeypatch.setattr(staging, "put", put)
+    monkeypatch.setattr(staging, "PIN_BYTES", 10 << 10)
+    monkeypatch.setattr(ray, "get", lambda reference: reference.chunk)
+    monkeypatch.setattr(StoreMemory, "holds", lambda *_: True)
+    layout = lay_out(capture({"weight": torch.ones(5, 1024)}))
+    stager = Stager(4 << 10, pin)
+    for stop_at, answers, pinned in (
+        (99, [True, True], [True] * 6),
+        (5, [True, True], [True] * 5),
+        (99, [True, False], [True] * 4 + [False] * 2),
+        (99, [False], [False] * 6),
+    ):
+        expected = [(4, 4), (len(pinned), len(pinned) - 4)][: len(answers)]
+        most = stop_at
+        made.clear()
+        calls.clear()
+        ready = staging._Preparation(layout, 100)
+        ready.is_wanted.set()
+        stager._prepare(ready)
+        assert [slot.staged.is_pinned for slot in ready.slots] == pinned
+        assert [slot.staged.reference for slot in ready.slots] == made
+        assert calls == expected
 
 
 def test_copying_works_without_the_fast_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,124 @@
+"""What a holder offers to others: which chunks go with one call, and which calls wait."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from replication import outbox
+from replication.background import Background
+from replication.messages import OfferChunk
+from replication.outbox import Outbox
+from replication.records import HolderId, ShardKey, ShardPlan, Version
+
+BUDDY, OTHER = HolderId("buddy", "1"), HolderId("other", "1")
+ONE, TWO = ShardKey("job", Version(1, 1), 0), ShardKey("job", Version(1, 1), 1)
+
+
+def offers(key: ShardKey, *indexes: int, to: HolderId = BUDDY) -> list[OfferChunk]:
+    plan = ShardPlan(1, (10,) * 64)
+    return [OfferChunk(to, key, plan, index, bytes(16)) for index in indexes]
+
+
+class Calls:
+    """Calls that end when the test says so."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[HolderId, ShardKey, list[int]]] = []
+        self._ends: list[asyncio.Future[None]] = []
+        self.background = Background("a test")
+        self.outbox = Outbox(self._send, self.background)
+
+    async def _send(self, to: HolderId, chunks: Sequence[OfferChunk]) -> None:
+        self.made.append((to, chunks[0].key, [chunk.index for chunk in chunks]))
+        assert {chunk.key for chunk in chunks} == {chunks[0].key}
+        self._ends.append(asyncio.get_running_loop().create_future())
+        await self._ends[-1]
+
+    async def put(self, *chunks: OfferChunk) -> None:
+        for chunk in chunks:
+            self.outbox.put(chunk)
+        await self._settled()
+
+    async def end(self, call: int) -> None:
+        self._ends[call].set_result(None)
+        await self._settled()
+
+    @property
+    def indexes(self) -> list[list[int]]:
+        return [indexes for _, _, indexes in self.made]
+
+    async def _settled(self) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+
+def test_what_has_waited_goes_together_and_leaves_the_other_call_its_share() -> None:
+    async def run() -> None:
+        calls = Calls()
+        await calls.put(*offers(ONE, 0))
+        await calls.put(*offers(ONE, 1))
+        await calls.put(*offers(ONE, 2, 3, 4, 5, 6))
+        assert calls.indexes == [[0], [1]]
+        await calls.end(0)
+        assert calls.indexes[2:] == [[2, 3, 4]]
+        await calls.end(1)
+        assert calls.indexes[3:] == [[5]]
+        await calls.end(3)
+        assert calls.indexes[4:] == [[6]]
+        await calls.end(2)
+        await calls.end(4)
+        assert not calls.background.tasks
+
+    asyncio.run(run())
+
+
+def test_shards_go_with_calls_of_their_own() -> None:
+    async def run() -> None:
+        calls = Calls()
+        await calls.put(*offers(ONE, 0), *offers(TWO, 0, 1), *offers(ONE, 1))
+        assert calls.made == [(BUDDY, ONE, [0]), (BUDDY, TWO, [0, 1])]
+        await calls.end(0)
+        assert calls.made[2:] == [(BUDDY, ONE, [1])]
+
+    asyncio.run(run())
+
+
+def test_a_call_carries_so_many_bytes_and_one_chunk_at_least(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run(call_bytes: int) -> list[list[int]]:
+        monkeypatch.setattr(outbox, "CALL_BYTES", call_bytes)
+        calls = Calls()
+        await calls.put(*offers(ONE, *range(10)))
+        return calls.indexes
+
+    assert asyncio.run(run(20)) == [[0, 1], [2, 3]]
+    assert asyncio.run(run(5)) == [[0], [1]]
+
+
+def test_a_peer_that_is_silent_keeps_nobody_elses_chunks_waiting() -> None:
+    async def run() -> None:
+        calls = Calls()
+        await calls.put(*offers(ONE, *range(4)), *offers(ONE, 0, to=OTHER))
+        assert [(to, indexes) for to, _, indexes in calls.made] == [
+            (BUDDY, [0, 1]), (BUDDY, [2]), (OTHER, [0]),
+        ]  # fmt: skip
+        await calls.put(*offers(ONE, 9))
+        assert len(calls.made) == 3
+        await calls.end(1)
+        assert calls.made[3:] == [(BUDDY, ONE, [3])]
+
+    asyncio.run(run())
+
+
+def test_nothing_is_kept_of_a_peer_that_has_it_all() -> None:
+    async def run() -> None:
+        calls = Calls()
+        for index in range(3):
+            await calls.put(*offers(ONE, index))
+            await calls.end(index)
+        assert calls.indexes == [[0], [1], [2]]
+        assert calls.outbox._waiting == calls.outbox._calls == {}
+
+    asyncio.run(run())

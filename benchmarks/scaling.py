@@ -56,13 +56,4 @@ def points(axes: Sequence[str], most_mib: int, tensors_mib: int, each_mib: int) 
 
 
 def _plan(spec: StateSpec, ranks: int = 1, hosts: int = 2, training_hosts: int = 1) -> Plan:
-    chunk_bytes = min(64 * MIB, max(4 * MIB, spec.size_bytes // 16))
-    return Plan(
-        spec,
-        ranks,
-        hosts=hosts,
-        training_hosts=training_hosts,
-        chunk_bytes=chunk_bytes,
-        repeat=3,
-        is_short=True,
-    )
+    return Plan(spec, ranks, hosts=hosts, training_hosts=training_hosts, repeat=3, is_short=True)

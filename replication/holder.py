@@ -37,7 +37,13 @@ from replication.checksum import digest
 from replication.chunk_server import ChunkServer, ReadChunk
 from replication.dataplane import Access
 from replication.durable import DurableStore, Earlier, common_runs
-from replication.errors import ChunkCorruptError, HolderUnavailableError, ShardNotHeldError
+from replication.errors import (
+    ChunkCorruptError,
+    HolderTimeoutError,
+    HolderUnavailableError,
+    ReplicationError,
+    ShardNotHeldError,
+)
 from replication.fetch_once import AtHolder, Origin
 from replication.inventory import Inventory, Reservation
 from replication.outbox import Outbox
@@ -297,11 +303,16 @@ class Holder:
             what arrived has another checksum.
         """
         origin, refused = AtHolder(source, endpoint, way), dict[int, str]()
-        for index, expected in digests.items():
+        for position, (index, expected) in enumerate(digests.items()):
             try:
                 await self._take(messages.ChunkFetched(key, plan, index, expected), origin)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the next one may do
-                refused[index] = f"{type(error).__name__}: {error}"
+            except HolderTimeoutError as error:  # nor is it waited for again
+                return refused | dict.fromkeys(list(digests)[position:], str(error))
+            except ReplicationError as error:
+                refused[index] = str(error)
+            except Exception as error:
+                logger.exception("%s chunk %d not taken from %s", key, index, source)
+                refused[index] = repr(error)
         return refused
 
     async def read_chunk(self, key: ShardKey, index: int) -> Chunk:
@@ -590,24 +601,25 @@ class Holder:
     async def _offer(self, to: HolderId, offers: Sequence[messages.OfferChunk]) -> None:
         """Have a peer take chunks of one shard."""
         key, plan = offers[0].key, offers[0].plan
-        # The buddy's own deadlines, and then some for its verification and put.
-        timeout_s = 1.5 * sum(fetch_timeout_s(plan.chunk_sizes[offer.index]) for offer in offers)
+        # The buddy's own deadline, and then some for its verification and put.
+        timeout_s = 1.5 * fetch_timeout_s(sum(plan.chunk_sizes[offer.index] for offer in offers))
         try:
             peer = await self._peer(to)
             answer = peer.take_chunks.remote(
                 key, plan, {offer.index: offer.digest for offer in offers},
                 self._core.holder, self._endpoint, self._ways.get(key.job, "auto"),
             )  # fmt: skip
-            refused = await asyncio.wait_for(answer, timeout_s)
+            refused: dict[int, str] = await asyncio.wait_for(answer, timeout_s)
         except Exception as error:  # noqa: BLE001 - every failure is the same event: not taken
             self._peers.pop(to, None)
-            refused = {offer.index: str(error) for offer in offers}
+            reason = str(error) or f"no answer within {timeout_s:.0f} s"
+            refused = {offer.index: reason for offer in offers}
+        for reason, indexes in _by_reason(refused).items():
+            logger.warning("%s %s not replicated to %s yet: %s", key, indexes, to, reason)
         for offer in offers:
-            if (reason := refused.get(offer.index)) is None:
-                self._feed(messages.ChunkTaken(to, key, offer.index))
-                continue
-            logger.warning("%s chunk %d not replicated to %s yet: %s", key, offer.index, to, reason)
-            self._feed(messages.ChunkNotTaken(to, key, offer.index))
+            is_taken = offer.index not in refused
+            outcome = messages.ChunkTaken if is_taken else messages.ChunkNotTaken
+            self._feed(outcome(to, key, offer.index))
 
     async def _peer(self, holder: HolderId) -> ActorRef:
         if holder not in self._peers:
@@ -633,6 +645,17 @@ def _serve(read: ReadChunk, secret: Secret, tls: Tls | None) -> ChunkServer | No
         logger.warning("no data plane on %s: %s; chunks go through Ray's object store", host, error)
         return None
     return server
+
+
+def _by_reason(refused: Mapping[int, str]) -> dict[str, str]:
+    """The chunks, in words, that were refused for each reason."""
+    found: dict[str, list[int]] = {}
+    for index, reason in sorted(refused.items()):
+        found.setdefault(reason, []).append(index)
+    return {
+        reason: f"chunk{'s' if len(indexes) > 1 else ''} {', '.join(map(str, indexes))}"
+        for reason, indexes in found.items()
+    }
 
 
 def _first_bytes(chunk: Chunk, size_bytes: int) -> Chunk:

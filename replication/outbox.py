@@ -13,7 +13,7 @@ from replication.messages import OfferChunk
 from replication.records import HolderId
 
 CALLS_AT_ONCE = 2  # per peer, as many as it has connections; more won 1-3 %
-CALL_BYTES = 256 << 20  # a peer that is silent is known after so many
+CALL_BYTES, CALL_CHUNKS = 256 << 20, 16  # the most in a call: its deadline grows with the bytes
 
 
 class Outbox:
@@ -55,11 +55,13 @@ class Outbox:
     def _next(self, to: HolderId) -> list[OfferChunk]:
         """This call's share of the first shard's chunks: the other calls have theirs to carry."""
         waiting, offers, size_bytes = self._waiting[to], list[OfferChunk](), 0
-        share = math.ceil(len(waiting) / CALLS_AT_ONCE)
+        share = min(CALL_CHUNKS, math.ceil(len(waiting) / CALLS_AT_ONCE))
         while waiting and len(offers) < share:
             offer = waiting[0]
             size_bytes += offer.plan.chunk_sizes[offer.index]
-            if offers and (offer.key != offers[0].key or size_bytes > CALL_BYTES):
+            if offers and (offer.key, offer.plan) != (offers[0].key, offers[0].plan):
+                break
+            if offers and size_bytes > CALL_BYTES:
                 break
             offers.append(waiting.popleft())
         return offers

@@ -19,7 +19,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import ray
@@ -33,8 +34,8 @@ from tiered.state import Captured
 
 logger = logging.getLogger(__name__)
 
-END_S = 5.0  # for the preparation of one chunk to end
-PIN_BYTES = 256 << 20  # with one call; the next save takes what was pinned, and is not waited for
+END_S = 5.0  # for one more chunk, and for what is made to be pinned
+PIN_BYTES, PIN_CHUNKS = 256 << 20, 16  # with one call of the holder
 FRONT_ROOM_BYTES = 8 << 10  # the next front may be so much longer than the last one
 FRONT_LEAST_BYTES = 128 << 10  # Ray keeps objects of less than 100 KiB outside of the store
 
@@ -128,31 +129,12 @@ class Stager:
 
     def _prepare(self, ready: "_Preparation") -> None:
         began_s, layout = time.monotonic(), ready.layout
-        edges = (0, *layout.stops(self._chunk_bytes))
-        spans = [(0, 0), *itertools.pairwise(edges)]
-        sizes = [ready.front_bytes, *(stop - start for start, stop in spans[1:])]
-        zeros = np.zeros(max(sizes), dtype=np.uint8)
-        made, made_bytes = list[_Made](), 0
         try:
-            for span, size_bytes in zip(spans, sizes, strict=True):
-                if not ready.is_wanted.is_set():
-                    break
-                reference = put([zeros[:size_bytes]])
-                (sealed,) = ray.get(reference)
-                view = writable(sealed) if self._store.holds(sealed) else None
-                if view is None:
-                    self._is_possible = False
-                    logger.info("the object store is mapped read-only: saving without preparation")
-                    return
-                made.append(_Made(reference, view, span))
-                made_bytes += size_bytes
-                if made_bytes >= PIN_BYTES:
-                    self._add(ready, made)
-                    made, made_bytes = [], 0
-            self._add(ready, made)
+            is_whole = self._make(ready)
         except (RayError, RuntimeError) as error:  # no room, say: the save will put instead
             logger.warning("memory for the next save is not ready: %s", error)
-        if len(ready.slots) == len(sizes):
+            return
+        if is_whole:
             is_news, self._told_of = self._told_of is not layout, layout
             logger.log(
                 logging.INFO if is_news else logging.DEBUG,
@@ -160,26 +142,41 @@ class Stager:
                 layout.data_bytes / 1e6, time.monotonic() - began_s,
             )  # fmt: skip
 
-    def _add(self, ready: "_Preparation", made: "Sequence[_Made]") -> None:
+    def _make(self, ready: "_Preparation") -> bool:
+        """Make memory chunk by chunk, as long as it is wanted; whether that is all of it."""
+        layout, front_bytes = ready.layout, ready.front_bytes
+        spans = [(0, 0), *itertools.pairwise((0, *layout.stops(self._chunk_bytes)))]
+        zeros = np.zeros(max(front_bytes, *(b - a for a, b in spans)), dtype=np.uint8)
+        names, made, made_bytes = list[str](), list[Slot](), 0
+        try:
+            for start, stop in spans:
+                if not ready.is_wanted.is_set():
+                    return False
+                reference = put([zeros[: stop - start or front_bytes]])
+                (sealed,) = ray.get(reference)
+                view = writable(sealed) if self._store.holds(sealed) else None
+                if view is None:
+                    self._is_possible = False
+                    logger.info("the object store is mapped read-only: saving without preparation")
+                    return False
+                made.append(slot_of(layout, Staged(reference), view, start, stop))
+                names.append(made[-1].staged.name)
+                made_bytes += view.nbytes
+                if made_bytes >= PIN_BYTES or len(made) == PIN_CHUNKS:
+                    self._add(ready, made, names)
+                    made, made_bytes = [], 0
+            return True
+        finally:
+            self._add(ready, made, names)  # it serves, though there be no room for the rest
+
+    def _add(self, ready: "_Preparation", made: Sequence[Slot], names: Sequence[str]) -> None:
         """Have memory pinned with one call, if the holder answers; it is ready then, too."""
-        if not made:
+        if not made or ready.is_abandoned:
             return
-        references = [memory.reference for memory in made]
-        names = [reference.hex() for reference in references]
-        is_pinned = all(slot.staged.is_pinned for slot in ready.slots[-1:]) and self._pin(
-            [*(slot.staged.name for slot in ready.slots), *names], references
-        )  # else it is waited for once
-        for memory in made:
-            staged = Staged(memory.reference, is_pinned)
-            ready.slots.append(slot_of(ready.layout, staged, memory.view, *memory.span))
-
-
-class _Made(NamedTuple):
-    """A chunk's memory, not pinned by the holder yet."""
-
-    reference: Any
-    view: np.ndarray[Any, Any]
-    span: tuple[int, int]  # of the tensors' bytes
+        were_pinned = all(slot.staged.is_pinned for slot in ready.slots[-1:])
+        references = [slot.staged.reference for slot in made]
+        is_pinned = were_pinned and self._pin(names, references)  # else it is waited for once
+        ready.slots += [replace(s, staged=Staged(s.staged.reference, is_pinned)) for s in made]
 
 
 class _Preparation:
@@ -190,6 +187,7 @@ class _Preparation:
         self.front_bytes = front_bytes
         self.slots: list[Slot] = slots or []
         self.is_wanted = threading.Event()
+        self.is_abandoned = False  # other memory has taken its place
         self._thread: threading.Thread | None = None
 
     def begin(self, prepare: Callable[["_Preparation"], None]) -> None:
@@ -205,6 +203,7 @@ class _Preparation:
         if self._thread is not None:
             self._thread.join(END_S)
             if self._thread.is_alive():  # the object store hangs: leave it alone with its memory
+                self.is_abandoned = True
                 return []
         return self.slots
 

@@ -10,7 +10,12 @@ import pytest
 from replication import messages
 from replication.buffers import ReceiveBuffers
 from replication.checksum import digest
-from replication.errors import ChunkCorruptError, FencedError, HolderUnavailableError
+from replication.errors import (
+    ChunkCorruptError,
+    FencedError,
+    HolderTimeoutError,
+    HolderUnavailableError,
+)
 from replication.fetch_once import AtStore
 from replication.holder import Holder
 from replication.inventory import Inventory
@@ -222,7 +227,7 @@ def test_of_chunks_offered_together_each_is_taken_or_refused_for_itself(
         holder._arrivals.transports["auto"] = way = NoTransport()
         refused = await holder.take_chunks(LATER, plan, {0: good, 1: bad, 2: good}, SOURCE)
         assert list(refused) == [1]
-        assert "ChunkCorruptError" in refused[1]
+        assert "checksum" in refused[1]
         assert [holder._core.has_chunk(LATER, index) for index in range(3)] == [True, False, True]
         read_bytes = way.bytes_read
         assert await holder.take_chunks(LATER, plan, {0: good, 2: good}, SOURCE) == {}
@@ -236,27 +241,25 @@ def test_a_shard_that_does_not_fit_is_refused_before_a_byte_moves(observer: Obse
         holder = holder_with_a_shard()
         holder._arrivals.transports["auto"] = way = NoTransport()
         refused = await holder.take_chunks(LATER, ShardPlan(1, (98,)), {0: bytes(16)}, SOURCE)
-        assert "MemoryBudgetError" in refused[0]
+        assert "98 for" in refused[0]
         assert way.bytes_read == 0
 
     asyncio.run(run())
 
 
 class Peer:
-    """Another host's holder, of which each call answers with the next of these, then takes all."""
+    """Another host's holder; by the first chunk of a call, what it answers; then it takes all."""
 
-    def __init__(self, *answers: dict[int, str] | Exception) -> None:
-        self.answers = list(answers)
+    def __init__(self, answers: dict[int, dict[int, str] | Exception]) -> None:
         self.asked: list[list[int]] = []
-        peer = self
 
         class Method:
             @staticmethod
             async def remote(
                 key: ShardKey, plan: ShardPlan, digests: dict[int, bytes], *_: Any
             ) -> dict[int, str]:
-                peer.asked.append(list(digests))
-                answer = peer.answers.pop(0) if peer.answers else {}
+                self.asked.append(list(digests))
+                answer = answers.pop(next(iter(digests)), {})
                 if isinstance(answer, Exception):
                     raise answer
                 return answer
@@ -264,29 +267,53 @@ class Peer:
         self.take_chunks = Method()
 
 
-def test_what_a_buddy_has_refused_is_offered_again_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch,
+def test_what_a_buddy_has_not_taken_is_offered_again_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = ShardPlan(1, (3, 3, 3))
-    peer = Peer({1: "no room"}, ConnectionError("gone"))
+    plan = ShardPlan(1, (3,) * 5)
+    peer = Peer({0: {1: "no room", 2: "no room"}, 3: ConnectionError("gone")})
     monkeypatch.setattr("replication.holder.ray.get_actor", lambda name, namespace: peer)
 
     async def run() -> None:
         holder = Holder("node", 100, "observer", Secret(bytes(32)))
-        for index in range(3):
+        for index in range(5):
             await holder.stage_chunk(LATER, plan, index, chunk(1, 2, index))
         await settled(holder)
         await holder.set_buddies("job", (SOURCE,), frozenset({SOURCE}))
         await settled(holder)
-        assert holder._core.shards[LATER].taken == {(SOURCE, 0)}
+        assert sorted(peer.asked) == [[0, 1, 2], [3], [4]]
+        assert holder._core.shards[LATER].taken == {(SOURCE, 0), (SOURCE, 4)}
         for offer in holder._core.offers.repeat(time.monotonic() + 1.0):
             assert isinstance(offer, messages.OfferChunk)
             holder._outbox.put(offer)
         await settled(holder)
-        assert holder._core.shards[LATER].taken == {(SOURCE, index) for index in range(3)}
+        assert sorted(peer.asked[3:]) == [[1, 2], [3]]
+        assert holder._core.shards[LATER].taken == {(SOURCE, index) for index in range(5)}
 
     asyncio.run(run())
-    assert peer.asked == [[0, 1], [2], [1], [2]]
+    said = [record.getMessage().split(" not replicated to ")[0] for record in caplog.records]
+    assert sorted(said) == [f"{LATER} chunk 3", f"{LATER} chunks 1, 2"]
+    assert "yet: no room" in caplog.text
+    assert "yet: gone" in caplog.text
+
+
+def test_a_source_that_let_a_deadline_pass_is_not_waited_for_again(observer: Observer) -> None:
+    class Silent(NoTransport):
+        def read(self, source: Any, wanted: ChunkId, sink: Sink, timeout_s: float) -> None:
+            if wanted.index == 1:
+                raise HolderTimeoutError("elsewhere", "silent")
+            super().read(source, wanted, sink, timeout_s)
+
+    async def run() -> None:
+        holder = holder_with_a_shard()
+        holder._arrivals.transports["auto"] = way = Silent()
+        offered = dict.fromkeys((3, 1, 0, 2), digest(chunk(1, 2, 3)))
+        refused = await holder.take_chunks(LATER, ShardPlan(1, (3,) * 4), offered, SOURCE)
+        assert refused.keys() == {1, 0, 2}
+        assert all("silent" in reason for reason in refused.values())
+        assert way.bytes_read == 3
+
+    asyncio.run(run())
 
 
 def test_memory_that_was_prepared_becomes_a_chunk_with_one_call() -> None:

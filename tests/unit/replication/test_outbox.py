@@ -84,17 +84,19 @@ def test_shards_go_with_calls_of_their_own() -> None:
     asyncio.run(run())
 
 
-def test_a_call_carries_so_many_bytes_and_one_chunk_at_least(
+def test_a_call_carries_so_many_chunks_and_bytes_and_one_chunk_at_least(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def run(call_bytes: int) -> list[list[int]]:
-        monkeypatch.setattr(outbox, "CALL_BYTES", call_bytes)
+    async def run(count: int) -> list[list[int]]:
         calls = Calls()
-        await calls.put(*offers(ONE, *range(10)))
+        await calls.put(*offers(ONE, *range(count)))
         return calls.indexes
 
-    assert asyncio.run(run(20)) == [[0, 1], [2, 3]]
-    assert asyncio.run(run(5)) == [[0], [1]]
+    assert list(map(len, asyncio.run(run(64)))) == [16, 16]
+    monkeypatch.setattr(outbox, "CALL_BYTES", 20)
+    assert asyncio.run(run(10)) == [[0, 1], [2, 3]]
+    monkeypatch.setattr(outbox, "CALL_BYTES", 5)
+    assert asyncio.run(run(10)) == [[0], [1]]
 
 
 def test_a_peer_that_is_silent_keeps_nobody_elses_chunks_waiting() -> None:

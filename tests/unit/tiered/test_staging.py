@@ -79,7 +79,7 @@ class Reference:
         self.chunk = chunk
 
     def hex(self) -> str:
-        return "a name"
+        return f"object {id(self)}"
 
 
 def test_once_for_each_layout_the_log_says_that_memory_is_ready(
@@ -102,46 +102,85 @@ def test_once_for_each_layout_the_log_says_that_memory_is_ready(
     assert lines == [[f"{start}0.0 MB"], [], [f"{start}2.0 MB"], []]
 
 
-def test_memory_is_pinned_with_few_calls_and_none_is_made_that_is_not_wanted(
+class Store:
+    """An object store and a holder; a preparation of six chunks, 100 bytes and five of 4 KiB.
+
+    Args:
+        answers: What the holder says to each call.
+        room: So many objects fit.
+        wanted: After so many objects the memory is not wanted any more.
+    """
+
+    def __init__(
+        self, patch: pytest.MonkeyPatch, *answers: bool, room: int = 99, wanted: int = 99
+    ) -> None:
+        self.made: list[Reference] = []
+        self.calls: list[tuple[int, int]] = []
+        self._answers, self._room, self._wanted = list(answers), room, wanted
+        patch.setattr(staging, "put", self._put)
+        patch.setattr(ray, "get", lambda reference: reference.chunk)
+        patch.setattr(StoreMemory, "holds", lambda *_: True)
+        self.stager = Stager(4 << 10, self._pin)
+        self.ready = staging._Preparation(lay_out(capture({"weight": torch.ones(5, 1024)})), 100)
+        self.ready.is_wanted.set()
+
+    def prepared(self) -> list[bool]:
+        """Make it; of each chunk that is ready then, whether it is pinned."""
+        self.stager._prepare(self.ready)
+        slots = self.ready.slots
+        assert [slot.staged.reference for slot in slots] == self.made[: len(slots)]
+        return [slot.staged.is_pinned for slot in slots]
+
+    def _put(self, chunk: Any) -> Reference:
+        if len(self.made) == self._room:
+            raise ray.exceptions.ObjectStoreFullError
+        self.made.append(Reference(chunk))
+        if len(self.made) == self._wanted:
+            self.ready.is_wanted.clear()
+        return self.made[-1]
+
+    def _pin(self, names: Sequence[str], references: Sequence[Any]) -> bool:
+        assert names == [reference.hex() for reference in self.made]
+        assert references == self.made[len(names) - len(references) :]
+        self.calls.append((len(names), len(references)))
+        return self._answers.pop(0)
+
+
+@pytest.mark.parametrize("bound", ["PIN_BYTES", "PIN_CHUNKS"])
+def test_memory_is_pinned_with_few_calls(monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
+    monkeypatch.setattr(staging, bound, {"PIN_BYTES": 10 << 10, "PIN_CHUNKS": 4}[bound])
+    store = Store(monkeypatch, True, True)
+    assert store.prepared() == [True] * 6
+    assert store.calls == [(4, 4), (6, 2)]
+
+
+def test_a_holder_that_does_not_answer_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "PIN_CHUNKS", 2)
+    store = Store(monkeypatch, True, False)
+    assert store.prepared() == [True] * 2 + [False] * 4
+    assert store.calls == [(2, 2), (4, 2)]
+
+
+def test_what_was_made_before_it_was_not_wanted_any_more_is_pinned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made: list[Any] = []
-    calls: list[tuple[int, int]] = []
-    most = 0
+    store = Store(monkeypatch, True, wanted=3)
+    assert store.prepared() == [True] * 3
+    assert store.calls == [(3, 3)]
 
-    def put(chunk: Any) -> Any:
-        made.append(Reference(chunk))
-        if len(made) == most:
-            ready.is_wanted.clear()
-        return made[-1]
 
-    def pin(names: Sequence[str], references: Sequence[Any]) -> bool:
-        assert references == made[len(names) - len(references) : len(names)]
-        calls.append((len(names), len(references)))
-        return answers.pop(0)
+def test_what_there_was_room_for_is_ready(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(monkeypatch, True, room=2)
+    assert store.prepared() == [True] * 2
+    assert "memory for the next save is not ready" in caplog.text
 
-    monkeypatch.setattr(staging, "put", put)
-    monkeypatch.setattr(staging, "PIN_BYTES", 10 << 10)
-    monkeypatch.setattr(ray, "get", lambda reference: reference.chunk)
-    monkeypatch.setattr(StoreMemory, "holds", lambda *_: True)
-    layout = lay_out(capture({"weight": torch.ones(5, 1024)}))
-    stager = Stager(4 << 10, pin)
-    for stop_at, answers, pinned in (
-        (99, [True, True], [True] * 6),
-        (5, [True, True], [True] * 5),
-        (99, [True, False], [True] * 4 + [False] * 2),
-        (99, [False], [False] * 6),
-    ):
-        expected = [(4, 4), (len(pinned), len(pinned) - 4)][: len(answers)]
-        most = stop_at
-        made.clear()
-        calls.clear()
-        ready = staging._Preparation(layout, 100)
-        ready.is_wanted.set()
-        stager._prepare(ready)
-        assert [slot.staged.is_pinned for slot in ready.slots] == pinned
-        assert [slot.staged.reference for slot in ready.slots] == made
-        assert calls == expected
+
+def test_memory_that_others_have_replaced_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(monkeypatch, wanted=3)
+    store.ready.is_abandoned = True
+    assert store.prepared() == store.calls == []
 
 
 def test_copying_works_without_the_fast_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """The shell of a simulated holder: `replication.holder.Holder` without Ray and without bytes.
 
 A chunk's bytes are one integer; its checksum is that integer, so that a flipped bit shows. The
-order of checks and events is the real shell's, but that each chunk that is offered has a call of its
-own, and may be lost alone.
+order of checks and events is the real shell's, but that each chunk that is offered has a call of
+its own, and may be lost alone.
 """
 
 from collections.abc import Callable, Sequence

@@ -22,7 +22,7 @@ from tiered.config import HAND_OVER
 CALL_TIMEOUT_S = 240.0
 JOIN_TIMEOUT_S = 60.0
 POLL_S = 0.1
-KEEP = 1  # so that three hosts with shards of 1 GiB fit a machine of 24 GiB
+KEEP = 2
 REPLICAS = 1
 SAVES_IN_MEMORY = KEEP + 2  # those kept, one on its way, one being staged
 STORE_SHARE = 0.75  # of an object store that a job may declare, with room to spare

@@ -3,11 +3,13 @@ from typing import Self
 
 import pytest
 
+import tiered
 from benchmarks import environments, suite
 from benchmarks.contender import Loaded, Saved, WrongBytesError
 from benchmarks.limits import LimitSample
 from benchmarks.measure import Measurement
 from benchmarks.observer import Memory
+from benchmarks.ours import SAVES_IN_MEMORY, Ours
 from benchmarks.peers import Peer
 from benchmarks.peers.contender import divided
 from benchmarks.processes import WorkerError
@@ -180,3 +182,8 @@ def test_a_pair_saves_the_same_bytes_as_one_rank() -> None:
     half = divided(SPEC, 1, 2)
     assert (half.size_bytes, half.tensors) == (SPEC.size_bytes // 2, SPEC.tensors // 2)
     assert divided(SPEC, 2, 2) == SPEC
+
+
+def test_the_policy_that_ours_is_measured_with_is_one_that_users_may_have() -> None:
+    memory = tiered.Memory(**Ours(SPEC, 1)._memory)  # a ConfigError else
+    assert memory.keep + memory.in_flight == SAVES_IN_MEMORY

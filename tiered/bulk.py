@@ -96,6 +96,11 @@ def are_dense(tensors: Tensors) -> bool:
     )
 
 
+def sizes(tensors: Iterable[torch.Tensor]) -> Iterator[int]:
+    """The bytes of each."""
+    return map(_size_bytes, tensors)
+
+
 def memory(tensors: Tensors) -> list[Buffer] | None:
     """The memory of each, [n] uint8; it keeps the tensor alive, as others may be writing there.
 

@@ -50,6 +50,8 @@ class Memory:
         repair_bytes_per_s: What a host sends at most, on average, to make up for lost copies.
         prepare: Make object-store memory for the next save ready in the background, so that a save
             is one copy into warm memory; it is part of what `in_flight` saves take anyway.
+        copy_threads: Threads that copy a save's tensors while training waits, training's own
+            included. None: a rank's share of the processors of its host, at most 4.
         transport: How chunks go from host to host. "tcp": over connections of our own, between the
             addresses by which Ray knows the hosts, on ports that the system chooses. "ray": through
             Ray's object transfer, which needs no further ports and is slower. "auto": the first
@@ -69,6 +71,7 @@ class Memory:
     in_flight: int = 2
     repair_bytes_per_s: int = 500_000_000
     prepare: bool = True
+    copy_threads: int | None = None
     transport: Way = "auto"
     max_overhead: float = 0.035
 
@@ -83,6 +86,8 @@ class Memory:
         _at_least("Memory.repair_bytes_per_s", self.repair_bytes_per_s, 1_000_000)
         if self.replicas is not None:
             _at_least("Memory.replicas", self.replicas, 0)
+        if self.copy_threads is not None:
+            _at_least("Memory.copy_threads", self.copy_threads, 1)
         check_policies("Memory.also_keep", self.also_keep, is_bounded=True)
         for name in ("strict", "prepare"):
             if type(value := getattr(self, name)) is not bool:

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from tiered import bulk
+from tiered.copying import Copying, copies
 from tiered.slots import Slot
 
 BUFFERS = 2  # chunks in pinned memory: one comes over the bus, one goes into the object store
@@ -72,10 +72,12 @@ class DeviceCopier:
     """Fills slots from tensors on GPUs; one thread at a time.
 
     Args:
+        threads: That copy a chunk from its buffer.
         gpu: Its library.
     """
 
-    def __init__(self, gpu: Gpu | None = None) -> None:
+    def __init__(self, threads: int = 1, gpu: Gpu | None = None) -> None:
+        self._threads = threads
         self._gpu: Gpu = gpu or Cuda()
         self._streams: dict[torch.device, Any] = {}
         self._buffers: list[torch.Tensor] = []  # those that are free
@@ -126,7 +128,8 @@ class DeviceCopier:
         try:
             for event in events:
                 event.synchronize()
-            np.copyto(slot.view, memory[: slot.view.nbytes].numpy())
+            with Copying([copies(slot.view, memory.numpy())], self._threads) as copying:
+                copying.finish(0)
         finally:
             self._buffers.append(memory)
 

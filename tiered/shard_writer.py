@@ -6,22 +6,23 @@ all are there or `UNDISTURBED_S` have passed: till then the copying has the proc
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from replication.errors import MemoryBudgetError
 from replication.records import ShardKey, ShardPlan, Version
 from tiered.admission import Admission
 from tiered.config import Memory
+from tiered.copying import share_of_processors
 from tiered.errors import SaveError
 from tiered.handle import SaveHandle
 from tiered.image import Layout, chunk_sizes, front, lay_out
 from tiered.own_holder import Call, OwnHolder
-from tiered.slots import Slot, Staged
-from tiered.staging import Stager
+from tiered.slots import Staged
+from tiered.staging import Filling, Stager
 from tiered.state import Captured
-from tiered.worker import Worker
+from tiered.worker import Worker, ranks_on_host
 
-UNDISTURBED_S = 0.1
+UNDISTURBED_S = 1.0
 
 Known = Callable[[bool], Admission | None]  # whether it must be known -> the admission, if it is
 
@@ -40,12 +41,14 @@ class ShardWriter:
     """
 
     def __init__(self, job: str, memory: Memory, worker: Worker, holder: OwnHolder) -> None:
+        threads = memory.copy_threads or share_of_processors(ranks_on_host(worker))
         self.generation = 0
         self._job, self._memory, self._worker, self._holder = job, memory, worker, holder
         self._layout: Layout | None = None
         self._front_bytes = 0  # of the last save
         self._stager = Stager(
             memory.chunk_bytes,
+            threads,
             lambda names, references: holder.prepare(self.generation, names, references),
         )
 
@@ -76,28 +79,11 @@ class ShardWriter:
         handle.size_bytes = plan.size_bytes
         self._holder.declare(self.generation, plan.size_bytes)
         slots = self._stager.take(layout)
-        undisturbed_until_s = time.monotonic() + UNDISTURBED_S
-        chunks: list[Staged] = []
-        told = 0
-        pending: list[Call] = []
-        admission: Admission | None = None
-        while told < len(sizes):
-            is_whole = len(chunks) == len(sizes)
-            is_long = time.monotonic() > undisturbed_until_s
-            must_know = is_whole or is_long or len(chunks) >= max(1, len(slots))
-            if admission is None and (admission := known(must_know)) is not None:
-                if not admission.is_admitted:
-                    self._stager.give_back(layout, slots)
-                    return admission
-                for replaced in admission.instead_of:
-                    self._holder.drop_step(Version(self.generation, replaced))
-            if not is_whole:
-                chunks.append(self._chunk(layout, first, captured, len(chunks), slots))
-            if admission is not None and (is_whole or is_long):
-                news = {index: chunks[index] for index in range(told, len(chunks))}
-                pending += self._holder.stage(key, plan, news)
-                told = len(chunks)
-        assert admission is not None
+        with self._stager.filling(captured, slots) as filling:
+            admission, pending = self._stage(key, plan, layout, first, filling, known)
+        if not admission.is_admitted:
+            self._stager.give_back(layout, slots)
+            return admission
         try:
             self._holder.settle(pending)
         except MemoryBudgetError as error:  # the policy fits, just not now: training goes on
@@ -131,14 +117,40 @@ class ShardWriter:
         self._front_bytes = len(first)
         return self._layout, first
 
-    def _chunk(
+    def _stage(
         self,
+        key: ShardKey,
+        plan: ShardPlan,
         layout: Layout,
         first: bytes,
-        captured: Captured,
-        index: int,
-        slots: Sequence[Slot],
-    ) -> Staged:
+        filling: Filling,
+        known: Known,
+    ) -> tuple[Admission, list[Call]]:
+        """Stage all chunks, unless the save is not admitted; and the holder's answers to come."""
+        undisturbed_until_s = time.monotonic() + UNDISTURBED_S
+        chunks: list[Staged] = []
+        told, count = 0, len(plan.chunk_sizes)
+        pending: list[Call] = []
+        admission: Admission | None = None
+        while told < count:
+            is_whole = len(chunks) == count
+            is_long = time.monotonic() > undisturbed_until_s
+            must_know = is_whole or is_long or len(chunks) >= max(1, len(filling.slots))
+            if admission is None and (admission := known(must_know)) is not None:
+                if not admission.is_admitted:
+                    return admission, pending
+                for replaced in admission.instead_of:
+                    self._holder.drop_step(Version(self.generation, replaced))
+            if not is_whole:
+                chunks.append(self._chunk(layout, first, len(chunks), filling))
+            if admission is not None and (is_whole or is_long):
+                news = {index: chunks[index] for index in range(told, len(chunks))}
+                pending += self._holder.stage(key, plan, news)
+                told = len(chunks)
+        assert admission is not None
+        return admission, pending
+
+    def _chunk(self, layout: Layout, first: bytes, index: int, filling: Filling) -> Staged:
         if index == 0:
-            return self._stager.stage_front(first, slots)
-        return self._stager.stage(layout, captured, index, slots)
+            return self._stager.stage_front(first, filling.slots)
+        return self._stager.stage(layout, index, filling)

@@ -1,14 +1,19 @@
 """A chunk's memory in the object store, and what of a state goes where in it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from tiered import bulk
 from tiered.boxes import Sizes, strides
+from tiered.copying import UNIT_BYTES, Unit
 from tiered.image import Layout, bytes_between, overlapping
+
+SMALL_BYTES = 64 << 10  # tensors of at most so much are copied many with one call
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,8 @@ class Slot:
         view: Its bytes, [n] uint8; keeps the object in memory.
         names: Tensors that lie in it as a whole.
         targets: For each of them the memory that it is copied into, of its dtype and shape.
+        runs: Of those that follow each other, first and last + 1, which one call copies: a large
+            one alone, or small ones.
         parts: Tensors that begin or end in another chunk: name, first byte, last byte + 1, and
             where in this chunk.
     """
@@ -48,25 +55,44 @@ class Slot:
     view: np.ndarray[Any, Any]
     names: tuple[str, ...]
     targets: list[torch.Tensor]
+    runs: tuple[tuple[int, int], ...]
     parts: tuple[tuple[str, int, int, int], ...]
 
-    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy the tensors' bytes into the object."""
-        with torch.no_grad():
-            if self.names:
-                copy_all(self.targets, [tensors[name] for name in self.names])
-            for name, low, high, start in self.parts:
-                source = bytes_between(tensors[name], low, high)
-                np.copyto(self.view[start : start + high - low], source)
+    def copies(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[Unit]:
+        """What copies the tensors' bytes into the object, in any order and in any threads."""
+        for first, last in self.runs:
+            source, target = tensors[self.names[first]], self.targets[first]
+            if last - first == 1 and target.nbytes > SMALL_BYTES and source.is_contiguous():
+                start = target.data_ptr() - self.view.ctypes.data
+                yield from self._pieces(source, 0, target.nbytes, start)
+            else:
+                names = self.names[first:last]
+                yield partial(copy_all, self.targets[first:last], [tensors[n] for n in names])
+        for name, low, high, start in self.parts:
+            yield from self._pieces(tensors[name], low, high, start)
+
+    def _pieces(self, source: torch.Tensor, low: int, high: int, start: int) -> Iterator[Unit]:
+        """Bytes `low` to `high` of a tensor; one that has to be made dense first, in one piece."""
+        step = UNIT_BYTES if source.is_contiguous() else high - low
+        for first in range(low, high, step):
+            last = min(first + step, high)
+            place = self.view[start + first - low : start + last - low]
+            yield partial(_copy_bytes, place, source, first, last)
 
 
 def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copy each source into its target: one call for all, where this torch has it."""
-    if hasattr(torch, "_foreach_copy_"):
-        torch._foreach_copy_(targets, sources)
-        return
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+    with torch.no_grad():
+        if hasattr(torch, "_foreach_copy_"):
+            torch._foreach_copy_(targets, sources)
+            return
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+
+def _copy_bytes(place: np.ndarray[Any, Any], source: torch.Tensor, first: int, last: int) -> None:
+    with torch.no_grad():
+        np.copyto(place, bytes_between(source, first, last))
 
 
 def slot_of(
@@ -85,7 +111,22 @@ def slot_of(
         else:
             names.append(span.name)
             targets.append(target)
-    return Slot(staged, view, tuple(names), targets, tuple(parts))
+    return Slot(staged, view, tuple(names), targets, tuple(_runs(targets)), tuple(parts))
+
+
+def _runs(targets: list[torch.Tensor]) -> Iterator[tuple[int, int]]:
+    """See `Slot.runs`; small ones up to `UNIT_BYTES` together."""
+    first = run_bytes = 0
+    for index, size_bytes in enumerate(bulk.sizes(targets)):
+        if index > first and (size_bytes > SMALL_BYTES or run_bytes + size_bytes > UNIT_BYTES):
+            yield first, index
+            first, run_bytes = index, 0
+        run_bytes += size_bytes
+        if size_bytes > SMALL_BYTES:
+            yield first, index + 1
+            first, run_bytes = index + 1, 0
+    if first < len(targets):
+        yield first, len(targets)
 
 
 class _Memory:

@@ -2,11 +2,10 @@
 
 Object-store memory for the next save is made ready in the background, while training goes on: new
 objects, filled with zeros, which also takes the page faults, and pinned by the holder. A save then
-copies its tensors straight into that memory, many with one call, and tells the holder so with one
-small call for the whole shard. Without
-it (the first save of a state, saves in close succession, a Ray that maps the store read-only) each
-chunk is put as usual, with one copy too, but through the pickling of each tensor's buffer and into
-memory that may never have been touched.
+copies its tensors straight into that memory, in a few threads, and tells the holder so with one
+small call for the whole shard. Without it (the first save of a state, saves in close succession, a
+Ray that maps the store read-only) each chunk is put as usual, with one copy too, but through the
+pickling of each tensor's buffer and into memory that may never have been touched.
 
 Nobody else reads such an object before it is full, and it is never written again afterwards:
 the next save has new ones. A trainer that is stopped in the middle of a copy and wakes up much
@@ -20,14 +19,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import ray
 from ray.exceptions import RayError
 
 from replication.pinning import StoreMemory, put
-from tiered.device_copy import DeviceCopier
+from tiered.copying import Copying
+from tiered.device_copy import BUFFERS, DeviceCopier
 from tiered.image import Layout, data_chunk
 from tiered.slots import Slot, Staged, slot_of
 from tiered.state import Captured
@@ -45,17 +46,19 @@ class Stager:
 
     Args:
         chunk_bytes: The size of a full chunk.
+        threads: That copy at a time, the one that saves included.
         pin: Has the holder pin memory that is ready, objects that have the last of these names,
             and let go of other memory of ours; whether it has.
     """
 
     def __init__(
-        self, chunk_bytes: int, pin: Callable[[Sequence[str], Sequence[Any]], bool]
+        self, chunk_bytes: int, threads: int, pin: Callable[[Sequence[str], Sequence[Any]], bool]
     ) -> None:
         self._chunk_bytes = chunk_bytes
+        self._threads = threads
         self._pin = pin
         self._store = StoreMemory()
-        self._device_copier = DeviceCopier()
+        self._device_copier = DeviceCopier(threads)
         self._ready: _Preparation | None = None
         self._is_possible = True
         self._told_of: Layout | None = None  # each layout once, for the log's reader
@@ -97,26 +100,17 @@ class Stager:
             return slots[0].staged
         return Staged(put([memory]))
 
-    def stage(
-        self, layout: Layout, captured: Captured, index: int, slots: Sequence[Slot]
-    ) -> Staged:
-        """Put chunk `index` into the object store, one of tensors: from 1."""
-        if index < len(slots):
-            self._fill(index, captured, slots)
-            return slots[index].staged
-        start, stop = [0, *layout.stops(self._chunk_bytes)][index - 1 : index + 1]
-        return Staged(put(data_chunk(layout, captured.tensors, start, stop)))
+    def filling(self, captured: Captured, slots: Sequence[Slot]) -> "Filling":
+        """Begin to copy a state into memory that is ready."""
+        return Filling(captured, slots, self._device_copier, self._threads)
 
-    def _fill(self, index: int, captured: Captured, slots: Sequence[Slot]) -> None:
-        """Copy a chunk's tensors into its memory; of a GPU the next chunk's are on their way."""
-        copier, tensors = self._device_copier, captured.tensors
-        if copier.kind not in captured.device_types or not copier.is_needed(slots[index], tensors):
-            slots[index].fill(tensors)
-            return
-        copier.begin(slots[index], tensors)
-        if index + 1 < len(slots) and copier.is_needed(slots[index + 1], tensors):
-            copier.begin(slots[index + 1], tensors)
-        copier.finish(slots[index])
+    def stage(self, layout: Layout, index: int, filling: "Filling") -> Staged:
+        """Put chunk `index` into the object store, one of tensors: from 1; in their order."""
+        if index < len(filling.slots):
+            filling.fill(index)
+            return filling.slots[index].staged
+        start, stop = [0, *layout.stops(self._chunk_bytes)][index - 1 : index + 1]
+        return Staged(put(data_chunk(layout, filling.captured.tensors, start, stop)))
 
     def release(self) -> None:
         """Give back what is ready and was not used."""
@@ -177,6 +171,55 @@ class Stager:
         references = [slot.staged.reference for slot in made]
         is_pinned = were_pinned and self._pin(names, references)  # else it is waited for once
         ready.slots += [replace(s, staged=Staged(s.staged.reference, is_pinned)) for s in made]
+
+
+class Filling:
+    """A state on its way into memory that is ready; a context manager that ends its threads.
+
+    Args:
+        captured: The state.
+        slots: The memory.
+        copier: For what is on a GPU.
+        threads: That copy what is not, this one included.
+    """
+
+    def __init__(
+        self, captured: Captured, slots: Sequence[Slot], copier: DeviceCopier, threads: int
+    ) -> None:
+        self.captured = captured
+        self.slots = slots
+        self._copier = copier
+        tensors = captured.tensors
+        has_gpu = copier.kind in captured.device_types
+        self._of_gpu = [has_gpu and copier.is_needed(slot, tensors) for slot in slots]
+        self._copying = Copying(
+            [
+                () if is_of_gpu else tuple(slot.copies(tensors))
+                for slot, is_of_gpu in zip(slots, self._of_gpu, strict=True)
+            ],
+            threads,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._copying.stop()
+
+    def fill(self, index: int) -> None:
+        """Have a slot filled, each after those before; of a GPU the next one's is on its way."""
+        if not self._of_gpu[index]:
+            self._copying.finish(index)
+            return
+        for following in range(index, min(index + BUFFERS, len(self.slots))):
+            if self._of_gpu[following]:
+                self._copier.begin(self.slots[following], self.captured.tensors)
+        self._copier.finish(self.slots[index])
 
 
 class _Preparation:

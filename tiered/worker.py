@@ -73,6 +73,25 @@ def _from_ray_train() -> Worker | None:
         return None
 
 
+def ranks_on_host(worker: Worker) -> int:
+    """Ranks of the job on this host; all of them, if nobody says how many."""
+    count = _local_of_ray_train() or os.environ.get("LOCAL_WORLD_SIZE", "")
+    if str(count).isdecimal() and 1 <= int(count) <= worker.world_size:
+        return int(count)
+    return worker.world_size
+
+
+def _local_of_ray_train() -> int | None:
+    if "ray.train" not in sys.modules:
+        return None
+    import ray.train
+
+    try:
+        return int(ray.train.get_context().get_local_world_size())
+    except RuntimeError:  # not inside of a training function
+        return None
+
+
 def new_life(worker: Worker, owner: Owner | None) -> tuple[Life, Owner | None]:
     """Name a new life of the job; a collective.
 

@@ -11,7 +11,7 @@ import torch
 from tiered.device_copy import DeviceCopier
 from tiered.image import chunk_sizes, data_chunk, lay_out
 from tiered.slots import Slot, Staged, slot_of
-from tiered.staging import Stager
+from tiered.staging import Filling, Stager
 from tiered.state import Captured, capture
 
 STATE = {
@@ -93,17 +93,16 @@ def slots_for(state: Mapping[str, Any], chunk_bytes: int) -> tuple[list[Slot], l
 
 
 def stage_all(copier: DeviceCopier, slots: list[Slot], captured: Captured) -> None:
-    stager = Stager(64, lambda *_: True)
-    stager._device_copier = copier
-    for index in range(len(slots)):
-        stager._fill(index, captured, slots)
+    with Filling(captured, slots, copier, 2) as filling:
+        for index in range(len(slots)):
+            filling.fill(index)
 
 
 @pytest.mark.parametrize("chunk_bytes", [16, 50, 64, 4096])
 def test_chunks_get_the_same_bytes_by_way_of_two_pinned_buffers(chunk_bytes: int) -> None:
     gpu = FakeGpu()
     slots, expected = slots_for(STATE, chunk_bytes)
-    copier = DeviceCopier(gpu)
+    copier = DeviceCopier(2, gpu)
     for _ in range(3):  # saves
         for slot in slots:
             slot.view[:] = 0
@@ -119,7 +118,7 @@ def test_training_and_copies_wait_for_each_other_and_the_host_for_one_chunk_at_a
     gpu = FakeGpu()
     slots, _ = slots_for({"x": torch.arange(48.0)}, 64)
     assert len(slots) == 3
-    stage_all(DeviceCopier(gpu), slots, capture({"x": torch.arange(48.0)}))
+    stage_all(DeviceCopier(1, gpu), slots, capture({"x": torch.arange(48.0)}))
     queued = [
         ["side waits for all of training", "copies on side", f"event {n} on side",
          f"training waits for event {n} of side"]
@@ -135,13 +134,12 @@ def test_what_was_begun_for_a_save_that_was_skipped_is_forgotten() -> None:
     gpu = FakeGpu()
     state = {"x": torch.arange(32.0)}
     slots, _ = slots_for(state, 64)
-    stager = Stager(64, lambda *_: True)
-    stager._device_copier = DeviceCopier(gpu)
-    stager._fill(0, capture(state), slots)  # the second chunk is on its way
+    stager = Stager(64, 1, lambda *_: True)
+    stager._device_copier = DeviceCopier(1, gpu)
+    stager.filling(capture(state), slots).fill(0)  # the second chunk is on its way
     changed = {"x": torch.arange(32.0) + 1}
     stager.take(lay_out(capture(state)))
-    for index in range(2):
-        stager._fill(index, capture(changed), slots)
+    stage_all(stager._device_copier, slots, capture(changed))
     assert slots[1].view.tobytes() == changed["x"][16:].numpy().tobytes()
 
 
@@ -150,7 +148,7 @@ def test_tensors_of_the_host_take_the_short_way() -> None:
     gpu.kind = "cuda"
     assert capture(STATE).device_types == {"cpu"}
     slots, expected = slots_for(STATE, 64)
-    stage_all(DeviceCopier(gpu), slots, capture(STATE))
+    stage_all(DeviceCopier(1, gpu), slots, capture(STATE))
     assert [slot.view.tobytes() for slot in slots] == expected
     assert gpu.log == gpu.allocated == []
 
@@ -164,6 +162,6 @@ def test_on_a_gpu() -> None:
     captured = capture(state)
     torch.cuda._sleep(50_000_000)  # what training has queued before is waited for
     state["a"].add_(1)
-    stage_all(DeviceCopier(), slots, captured)
+    stage_all(DeviceCopier(2), slots, captured)
     state["a"].zero_()
     assert [slot.view.tobytes() for slot in slots] == expected

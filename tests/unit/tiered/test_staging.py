@@ -9,11 +9,12 @@ import ray
 import torch
 
 from replication.pinning import StoreMemory, _OutOfBand
+from tiered import slots as slots_module
 from tiered import staging
 from tiered.image import chunk_sizes, data_chunk, lay_out
 from tiered.slots import Slot, Staged, copy_all, slot_of
 from tiered.staging import Stager
-from tiered.state import capture
+from tiered.state import Captured, capture
 
 STATE = {
     "double": torch.arange(5, dtype=torch.float64),
@@ -28,6 +29,12 @@ STATE = {
     "nothing": torch.empty(0, 3),
     "learned": torch.nn.Parameter(torch.ones(3)),
 }
+
+
+def fill_all(slots: list[Slot], captured: Captured, threads: int) -> None:
+    with Stager(64, threads, lambda *_: True).filling(captured, slots) as filling:
+        for index in range(len(slots)):
+            filling.fill(index)
 
 
 def slots_of(chunk_bytes: int) -> tuple[list[Slot], list[bytes]]:
@@ -45,25 +52,38 @@ def slots_of(chunk_bytes: int) -> tuple[list[Slot], list[bytes]]:
     return slots, expected
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("chunk_bytes", [7, 16, 50, 64, 4096])
-def test_prepared_memory_is_filled_with_the_same_bytes(chunk_bytes: int) -> None:
+def test_prepared_memory_is_filled_with_the_same_bytes(chunk_bytes: int, threads: int) -> None:
     slots, expected = slots_of(chunk_bytes)
-    tensors = capture(STATE).tensors
-    for slot in slots:
-        slot.fill(tensors)
+    fill_all(slots, capture(STATE), threads)
     assert [slot.view.tobytes() for slot in slots] == expected
 
 
-def test_tensors_that_fit_are_copied_with_one_call() -> None:
+@pytest.mark.parametrize("small_bytes", [0, 9, 24, 100])
+@pytest.mark.parametrize("unit_bytes", [1, 7, 40, 1000])
+@pytest.mark.parametrize("chunk_bytes", [50, 4096])
+def test_large_tensors_are_copied_in_pieces_and_small_ones_together(
+    monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, unit_bytes: int, small_bytes: int
+) -> None:
+    monkeypatch.setattr(slots_module, "UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(slots_module, "SMALL_BYTES", small_bytes)
+    slots, expected = slots_of(chunk_bytes)
+    fill_all(slots, capture(STATE), 2)
+    assert [slot.view.tobytes() for slot in slots] == expected
+
+
+def test_small_tensors_that_fit_are_copied_with_one_call() -> None:
     (slot,), _ = slots_of(4096)
     assert set(slot.names) == STATE.keys() - {"nothing"}
     assert slot.parts == ()
+    assert len(list(slot.copies(capture(STATE).tensors))) == 1
 
 
 def test_the_front_goes_into_prepared_memory_if_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "put", lambda chunk: chunk)
-    stager = Stager(64, lambda *_: True)
-    front_slot = Slot(Staged("prepared"), np.zeros(10, dtype=np.uint8), (), [], ())
+    stager = Stager(64, 1, lambda *_: True)
+    front_slot = Slot(Staged("prepared"), np.zeros(10, dtype=np.uint8), (), [], (), ())
     assert stager.stage_front(b"0123456789", [front_slot]).reference == "prepared"
     assert stager.stage_front(b"abc", [front_slot]).reference == "prepared"
     assert front_slot.view.tobytes() == b"abc3456789"
@@ -89,7 +109,7 @@ def test_once_for_each_layout_the_log_says_that_memory_is_ready(
     monkeypatch.setattr(ray, "get", lambda reference: reference.chunk)
     monkeypatch.setattr(StoreMemory, "holds", lambda *_: True)
     caplog.set_level(logging.INFO)
-    stager = Stager(64, lambda *_: True)
+    stager = Stager(64, 1, lambda *_: True)
     one, other = lay_out(capture(STATE)), lay_out(capture({"other": torch.ones(500_000)}))
     lines = []
     for layout in (one, one, other, other):
@@ -120,7 +140,7 @@ class Store:
         patch.setattr(staging, "put", self._put)
         patch.setattr(ray, "get", lambda reference: reference.chunk)
         patch.setattr(StoreMemory, "holds", lambda *_: True)
-        self.stager = Stager(4 << 10, self._pin)
+        self.stager = Stager(4 << 10, 1, self._pin)
         self.ready = staging._Preparation(lay_out(capture({"weight": torch.ones(5, 1024)})), 100)
         self.ready.is_wanted.set()
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from replication.records import Owner
 from tiered.errors import ConfigError
-from tiered.worker import Worker, find_worker, new_life
+from tiered.worker import Worker, find_worker, new_life, ranks_on_host
 
 
 def in_ray_train(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ PLACES: list[Callable[[pytest.MonkeyPatch], None]] = [
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "ray.train", raising=False)
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -112,6 +112,26 @@ def test_an_environment_that_makes_no_sense_is_refused_with_both_values(
         find_worker(None, None)
     assert f"RANK={rank!r} and WORLD_SIZE={world_size!r}" in str(caught.value)
     assert find_worker(0, 1) == Worker(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "count"),
+    [("4", 4), ("30", 30), ("31", 30), ("0", 30), ("-1", 30), ("x", 30), ("", 30)],
+)
+def test_the_launcher_says_how_many_ranks_a_host_has(
+    monkeypatch: pytest.MonkeyPatch, said: str, count: int
+) -> None:
+    assert ranks_on_host(Worker(3, 30)) == 30  # to be on the safe side
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+    assert ranks_on_host(Worker(3, 30)) == count
+
+
+def test_ray_train_says_how_many_ranks_a_host_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_ray_train(monkeypatch)
+    context = sys.modules["ray.train"].get_context()
+    monkeypatch.setattr(context, "get_local_world_size", lambda: 5, raising=False)
+    monkeypatch.setattr(sys.modules["ray.train"], "get_context", lambda: context)
+    assert ranks_on_host(Worker(1, 10)) == 5
 
 
 OWNER = Owner("run", "node", "host", 7, 1.5, "mark")

@@ -1,0 +1,137 @@
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from tiered import copying
+from tiered.copying import Copying, copies, share_of_processors
+
+DEADLINE_S = 20.0
+
+
+class Log:
+    """Units of work that say so when they are done, and by whom."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, bool]] = []
+        self._mine = threading.get_ident()
+
+    def unit(self, name: str, work: Callable[[], object] = lambda: None) -> Callable[[], None]:
+        def run() -> None:
+            work()
+            self.done.append((name, threading.get_ident() == self._mine))
+
+        return run
+
+
+def wait(event: threading.Event) -> None:
+    assert event.wait(DEADLINE_S)
+
+
+def test_one_thread_copies_chunk_after_chunk_and_no_further_than_asked() -> None:
+    log = Log()
+    with Copying([[log.unit("a"), log.unit("b")], [], [log.unit("c")], [log.unit("d")]], 1) as one:
+        one.finish(0)
+        assert log.done == [("a", True), ("b", True)]
+        one.finish(1)
+        assert len(log.done) == 2
+        one.finish(2)
+    assert log.done == [("a", True), ("b", True), ("c", True)]
+
+
+def test_helpers_begin_at_the_end_and_are_waited_for_where_they_meet() -> None:
+    log, is_last_begun, goes_on = Log(), threading.Event(), threading.Event()
+
+    def last() -> None:
+        is_last_begun.set()
+        wait(goes_on)
+
+    chunks = [
+        [log.unit("a", lambda: wait(is_last_begun))], [log.unit("b", goes_on.set)],
+        [log.unit("c", last)],
+    ]  # fmt: skip
+    with Copying(chunks, 2) as two:
+        two.finish(0)  # waits for the helper to be at the last one
+        assert log.done == [("a", True)]
+        two.finish(1)
+        two.finish(2)  # waits for the helper to be done
+        assert log.done == [("a", True), ("b", True), ("c", False)]
+
+
+def fail() -> None:
+    raise ValueError("no such memory")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_copy_that_fails_is_raised_whoever_made_it(threads: int) -> None:
+    is_begun = threading.Event()
+    first = [lambda: wait(is_begun)] if threads > 1 else []
+    with Copying([first, [fail, is_begun.set]], threads) as team:
+        team.finish(0)
+        with pytest.raises(ValueError, match="no such memory"):
+            team.finish(1)
+
+
+def test_no_copy_is_begun_after_the_end_and_none_goes_on() -> None:
+    log, is_begun, goes_on = Log(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        is_begun.set()
+        wait(goes_on)
+
+    team = Copying([[log.unit("a")], [log.unit("b")], [log.unit("c", work)]], 2)
+    wait(is_begun)
+    ender = threading.Thread(target=team.stop)
+    ender.start()
+    while team._units:
+        assert ender.is_alive()
+    goes_on.set()
+    ender.join(DEADLINE_S)
+    assert not ender.is_alive()
+    assert log.done == [("c", False)]
+    assert not [t for t in threading.enumerate() if t.name == "tiered-copy"]
+    team.stop()
+
+
+def test_a_helper_that_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "TIMEOUT_S", 0.01)
+    is_begun, goes_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        is_begun.set()
+        wait(goes_on)
+
+    team = Copying([[lambda: wait(is_begun)], [hang]], 2)
+    try:
+        team.finish(0)
+        with pytest.raises(TimeoutError, match="8 MiB took"):
+            team.finish(1)
+    finally:
+        goes_on.set()
+        monkeypatch.setattr(copying, "TIMEOUT_S", DEADLINE_S)
+        team.stop()
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 9, 10, 11, 35])
+def test_memory_is_copied_in_pieces(monkeypatch: pytest.MonkeyPatch, size_bytes: int) -> None:
+    monkeypatch.setattr(copying, "UNIT_BYTES", 10)
+    source = np.arange(40, dtype=np.uint8)
+    target = np.zeros(size_bytes, dtype=np.uint8)
+    units = copies(target, source)
+    assert len(units) == -(-size_bytes // 10)
+    with Copying([units], 3) as three:
+        three.finish(0)
+    assert target.tobytes() == source[:size_bytes].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("processors", "ranks", "threads"), [(1, 1, 1), (2, 1, 2), (2, 4, 1), (96, 8, 4), (24, 8, 3)]
+)
+def test_threads_are_a_ranks_share_of_the_processors(
+    monkeypatch: pytest.MonkeyPatch, processors: int, ranks: int, threads: int
+) -> None:
+    monkeypatch.setattr(
+        copying.os, "sched_getaffinity", lambda _: set(range(processors)), raising=False
+    )
+    assert share_of_processors(ranks) == threads

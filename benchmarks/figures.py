@@ -127,8 +127,8 @@ def unchanged(outcome: Outcome) -> Unchanged | None:
     )
 
 
-def limit_rates(case: Case, ranks: int) -> tuple[float, float, float, str] | None:
-    """The limits in GB/s: memcpy, a restore's memcpy, TCP; and the fastest count of connections."""
+def limit_rates(case: Case, ranks: int) -> tuple[float, float, str] | None:
+    """The limits in GB/s: memcpy, TCP; and the fastest count of connections."""
     samples = [s for s in case.limits if s["ranks"] == ranks]
     if not samples:
         return None
@@ -136,9 +136,8 @@ def limit_rates(case: Case, ranks: int) -> tuple[float, float, float, str] | Non
     streams = {n: median(s["tcp_s"][n] for s in samples) for n in samples[0]["tcp_s"]}
     best = min(streams, key=lambda n: streams[n])
     tcp_s = median(min(s["tcp_s"].values()) for s in samples)
-    one_s = median(s["memcpy_s"] for s in samples)
-    restore_s = median(min(s["memcpy_s"], s.get("memcpy_2_s", s["memcpy_s"])) for s in samples)
-    return size / one_s / GB, size / restore_s / GB, size / tcp_s / GB, best
+    memcpy_s = median(min(s["memcpy_s"], s.get("memcpy_2_s", s["memcpy_s"])) for s in samples)
+    return size / memcpy_s / GB, size / tcp_s / GB, best
 
 
 def limit_cpu_s_per_gb(case: Case, ranks: int) -> tuple[float, float] | None:

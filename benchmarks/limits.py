@@ -1,10 +1,10 @@
 """What this machine can do at best: a memory copy, and bytes over TCP. Measured beside the rest.
 
 memcpy: every tensor of the state into another one that is warm, in as many processes at once as
-there are ranks: `torch._foreach_copy_`, with one thread each, as launchers set it. (Two of torch's
-threads, which wait for each other after every tensor, were 10 % faster on an idle machine and
-thirty times slower on a busy one.) A restore has no training beside it, and ours uses two threads:
-its limit is the faster of this copy and of one by two threads with half of the tensors each.
+there are ranks: `torch._foreach_copy_`, with one thread each, and with two, each with half of the
+tensors; the faster one counts, as ours saves and restores with two where there are two processors.
+(Two of torch's threads, which wait for each other after every tensor, were 10 % faster on an idle
+machine and thirty times slower on a busy one.)
 TCP: the bytes of all ranks from warm memory of one process into warm memory of another over
 loopback, without looking at them, over 1, 2 and 4 connections; the fastest counts.
 """

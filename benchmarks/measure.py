@@ -123,7 +123,7 @@ class Measurement:
                     stall_s=saved.stall_s,
                     complete_s=saved.complete_s,
                     size_bytes=self._size_bytes,
-                    memcpy_s=(before.memcpy_s + after.memcpy_s) / 2,
+                    memcpy_s=(before.best_memcpy_s + after.best_memcpy_s) / 2,
                     tcp_s=(before.best_tcp_s + after.best_tcp_s) / 2,
                     cpu_s=spent_s,
                     loopback_bytes=lo,

@@ -138,8 +138,8 @@ def _limit_rows(case: Case) -> Iterator[list[str]]:
     rates, cpu = figures.limit_rates(case, ranks), figures.limit_cpu_s_per_gb(case, ranks)
     if rates is None or cpu is None:
         return
-    memcpy, restore, tcp, streams = rates
-    yield ["limit: memcpy", f"{memcpy:.1f}", "", f"{restore:.1f}", "", f"{cpu[0]:.2f}", ""]
+    memcpy, tcp, streams = rates
+    yield ["limit: memcpy", f"{memcpy:.1f}", "", f"{memcpy:.1f}", "", f"{cpu[0]:.2f}", ""]
     plural = "stream" if streams == "1" else "streams"
     yield [f"limit: TCP, {streams} {plural}", "", f"{tcp:.1f}", "", f"{tcp:.1f}", f"{cpu[1]:.2f}",
            ""]  # fmt: skip

@@ -28,7 +28,8 @@ class SaveSample:
         complete_s: From the first rank's begin until it was complete everywhere, in the
             contender's own sense (`Outcome.complete_means`).
         size_bytes: Of all ranks.
-        memcpy_s, tcp_s: The limits' mean of right before and right after.
+        memcpy_s, tcp_s: The limits' mean of right before and right after; memcpy with one or two
+            threads a rank, the faster.
         cpu_s: Processor time of everything that took part, the idle share taken off.
         loopback_bytes: That went over the loopback interface meanwhile, whoever sent them.
     """
@@ -51,7 +52,7 @@ class RestoreSample:
         whole_s: From the call to its return: finding out what to restore included.
         size_bytes: Of all ranks.
         source: Where the bytes came from, in the contender's words.
-        memcpy_s, tcp_s: As for saves; memcpy with one or two threads a rank, the faster.
+        memcpy_s, tcp_s: As for saves.
     """
 
     seconds: float

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from benchmarks import environments, machine
 from benchmarks.contender import Contender
-from benchmarks.limits import Limits
+from benchmarks.limits import BUFFER_BYTES, Limits
 from benchmarks.measure import Measurement
-from benchmarks.ours import SAVES_IN_MEMORY, Ours, store_bytes
+from benchmarks.ours import SAVES_IN_MEMORY, Ours
 from benchmarks.peers import Peer
 from benchmarks.peers.contender import PeerContender
 from benchmarks.results import Case, Outcome
@@ -56,9 +56,8 @@ class Plan:
         host was lost, on a third; two states a rank; the limits' two, and their buffers.
         """
         total = self.spec.size_bytes * self.ranks * self.training_hosts
-        store = store_bytes(self.spec, self.ranks)
         used = SAVES_IN_MEMORY * total * (2 if self.is_short else 3)
-        return max(used + 4 * total + 2 * min(total, 1 << 30), store + 2 * SAVES_IN_MEMORY * total)
+        return used + 4 * total + 2 * min(total, BUFFER_BYTES)
 
     def fits(self, available_bytes: int) -> bool:
         """Whether it would."""

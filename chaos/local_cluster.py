@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 MIB = 1024 * 1024
 HEAD_STORE_BYTES = 100 * MIB
+HOST_MEMORY_BYTES = 4 << 30  # as Ray counts it for tasks that ask for memory: no limit
 LOOK_FOR_AGENT = "ray._private.utils.get_dashboard_dependency_error"
 PREEMPTION = 2  # in Ray's autoscaler.proto: DRAIN_NODE_REASON_PREEMPTION
 
@@ -175,6 +176,8 @@ class LocalCluster:
         with self._session_environment(), where:
             node = self._cluster.add_node(
                 num_cpus=self._cpus_per_host,
+                # Else Ray refuses a store that is not free once more beside all the others.
+                memory=HOST_MEMORY_BYTES,
                 object_store_memory=self._object_store_bytes,
                 labels=dict(labels or {}),
                 node_ip_address=address,

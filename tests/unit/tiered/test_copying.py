@@ -59,6 +59,11 @@ def test_helpers_begin_at_the_end_and_are_waited_for_where_they_meet() -> None:
         assert log.done == [("a", True), ("b", True), ("c", False)]
 
 
+def finish_all(team: Copying, count: int) -> None:
+    for index in range(count):
+        team.finish(index)
+
+
 def fail() -> None:
     raise ValueError("no such memory")
 
@@ -67,10 +72,11 @@ def fail() -> None:
 def test_a_copy_that_fails_is_raised_whoever_made_it(threads: int) -> None:
     is_begun = threading.Event()
     first = [lambda: wait(is_begun)] if threads > 1 else []
-    with Copying([first, [fail, is_begun.set]], threads) as team:
-        team.finish(0)
-        with pytest.raises(ValueError, match="no such memory"):
-            team.finish(1)
+    with (
+        Copying([first, [fail, is_begun.set]], threads) as team,
+        pytest.raises(ValueError, match="no such memory"),
+    ):
+        finish_all(team, 2)
 
 
 def test_no_copy_is_begun_after_the_end_and_none_goes_on() -> None:

@@ -2,7 +2,7 @@
 
 memcpy: every tensor of the state into another one that is warm, in as many processes at once as
 there are ranks: `torch._foreach_copy_`, with one thread each, and with two, each with half of the
-tensors; the faster one counts, as ours saves and restores with two where there are two processors.
+tensors; the faster one counts, as ours saves and restores with several threads, too.
 (Two of torch's threads, which wait for each other after every tensor, were 10 % faster on an idle
 machine and thirty times slower on a busy one.)
 TCP: the bytes of all ranks from warm memory of one process into warm memory of another over

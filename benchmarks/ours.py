@@ -128,6 +128,7 @@ class Ours:
             self._hosts_wanted,
             cpus_per_host=1,
             object_store_bytes=store_bytes(self.spec, self._ranks_a_host),
+            overcommit=True,
         ).start()
         signal.signal(signal.SIGTERM, handler)  # ray.init has put its own in place
         hosts = self.cluster.hosts[: self._training_hosts]

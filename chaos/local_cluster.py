@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 MIB = 1024 * 1024
 HEAD_STORE_BYTES = 100 * MIB
-HOST_MEMORY_BYTES = 4 << 30  # as Ray counts it for tasks that ask for memory: no limit
+# Ray checks no store against what is free where it is told both of these.
+OVERCOMMITTED = {"memory": 4 << 30, "plasma_directory": "/dev/shm"}
 LOOK_FOR_AGENT = "ray._private.utils.get_dashboard_dependency_error"
 PREEMPTION = 2  # in Ray's autoscaler.proto: DRAIN_NODE_REASON_PREEMPTION
 
@@ -79,6 +80,8 @@ class LocalCluster:
             after this. Without one all hosts share this machine's loopback network.
         with_agents: Have Ray's dashboard agent, which exports metrics, run on each host, as with
             `pip install 'ray[default]'`. Each takes seconds of a processor to start.
+        overcommit: Let the hosts' object stores be larger in sum than the memory that is free:
+            what is used of them has to fit.
     """
 
     def __init__(
@@ -93,9 +96,11 @@ class LocalCluster:
         disk_bytes: int = 0,
         network: HostNetwork | None = None,
         with_agents: bool = False,
+        overcommit: bool = False,
     ) -> None:
         self._network = network
         self._with_agents = with_agents
+        self._more = dict(OVERCOMMITTED) if overcommit else {}
         self._initial_hosts = hosts
         self._cpus_per_host = cpus_per_host
         self._object_store_bytes = object_store_bytes
@@ -176,12 +181,11 @@ class LocalCluster:
         with self._session_environment(), where:
             node = self._cluster.add_node(
                 num_cpus=self._cpus_per_host,
-                # Else Ray refuses a store that is not free once more beside all the others.
-                memory=HOST_MEMORY_BYTES,
                 object_store_memory=self._object_store_bytes,
                 labels=dict(labels or {}),
                 node_ip_address=address,
                 **sockets,
+                **self._more,
                 **({"plasma_directory": disk, "object_spilling_directory": disk} if disk else {}),
             )
         node_id = str(node.node_id)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -50,14 +50,16 @@ class Memory:
         repair_bytes_per_s: What a host sends at most, on average, to make up for lost copies.
         prepare: Make object-store memory for the next save ready in the background, so that a save
             is one copy into warm memory; it is part of what `in_flight` saves take anyway.
-        copy_threads: Threads that copy a save's tensors while training waits, training's own
-            included. None: a rank's share of the processors of its host, at most 4.
         transport: How chunks go from host to host. "tcp": over connections of our own, between the
             addresses by which Ray knows the hosts, on ports that the system chooses. "ray": through
             Ray's object transfer, which needs no further ports and is slower. "auto": the first
             where it works, else the second.
         max_overhead: With `every_steps="auto"`, the share of the time that saves may hold up
             training at most.
+        copy_threads: Threads that copy a save's tensors while training waits, training's own
+            included; may differ between ranks. None: a rank's share of the processors of its host,
+            at most 4. Ray Train and LOCAL_WORLD_SIZE say how many ranks share a host; where nobody
+            does it might be all of them.
     """
 
     every_steps: int | Literal["auto"] = 10
@@ -71,9 +73,9 @@ class Memory:
     in_flight: int = 2
     repair_bytes_per_s: int = 500_000_000
     prepare: bool = True
-    copy_threads: int | None = None
     transport: Way = "auto"
     max_overhead: float = 0.035
+    copy_threads: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.every_steps != "auto":

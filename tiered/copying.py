@@ -4,14 +4,18 @@ One core copies at a fraction of what a host's memory can do. The calling thread
 first chunk on, so that chunks are ready, and told of, in order; helpers work from the last one on.
 They meet somewhere, and only there one waits for another, for one unit of work: threads that share
 each chunk wait for each other at the end of each, for whole time slices on a busy host.
+
+These waits have no deadline, as a copy by the training thread itself has none: whoever went on
+without a helper would give memory to others that it still writes to.
 """
 
+import contextlib
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,7 +23,7 @@ import numpy as np
 
 UNIT_BYTES = 8 << 20  # of work that one thread does at a time, 1-2 ms
 MAX_THREADS = 4  # if nobody asks for more: training's data loaders need processors, too
-TIMEOUT_S = 60.0  # for a unit that a helper has begun
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of this container: microseconds in so many, or "max"
 
 Unit = Callable[[], object]  # copies something; in any thread
 
@@ -28,6 +32,9 @@ def share_of_processors(ranks: int) -> int:
     """Threads for one of so many ranks that save at the same time on this host."""
     known = getattr(os, "sched_getaffinity", None)
     count = len(known(0)) if known else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file, or no quota
+        quota, period = map(int, CPU_QUOTA.read_text().split())
+        count = min(count, quota // period)
     return max(1, min(MAX_THREADS, count // ranks))
 
 
@@ -53,13 +60,14 @@ class Copying:
         self._left = [len(units) for units in chunks]
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
-        count = min(threads, len(self._units)) - 1
-        self._helpers = [
-            threading.Thread(target=self._help, name="tiered-copy", daemon=True)
-            for _ in range(count)
-        ]
-        for helper in self._helpers:
-            helper.start()
+        self._helpers: list[threading.Thread] = []
+        for _ in range(min(threads, len(self._units)) - 1):
+            helper = threading.Thread(target=self._help, name="tiered-copy", daemon=True)
+            try:
+                helper.start()
+            except RuntimeError:  # the system has no thread for us
+                break
+            self._helpers.append(helper)
 
     def __enter__(self) -> Self:
         return self
@@ -76,30 +84,27 @@ class Copying:
         """Return when a chunk, and all before it, are copied; called in the order of the chunks.
 
         Raises:
-            TimeoutError: A helper hangs.
-            Exception: What a copy of a helper's raised.
+            BaseException: What the first copy that failed has raised, whoever made it.
         """
         while (unit := self._first(index)) is not None:
             self._copy(index, unit)
         with self._changed:
-            is_over = self._changed.wait_for(
-                lambda: not self._left[index] or self._failure is not None, TIMEOUT_S
-            )
+            self._changed.wait_for(lambda: not self._left[index] or self._failure is not None)
             if self._failure is not None:
                 raise self._failure
-        if not is_over:
-            raise TimeoutError(f"a copy of at most {UNIT_BYTES >> 20} MiB took {TIMEOUT_S:.0f} s")
 
     def stop(self) -> None:
         """Begin no further copy, and wait for those that were begun; idempotent."""
         self._units.clear()
-        ends_s = time.monotonic() + TIMEOUT_S
         for helper in self._helpers:
-            helper.join(max(0.0, ends_s - time.monotonic()))
+            helper.join()
         self._helpers.clear()
 
     def _first(self, index: int) -> Unit | None:
-        """The next unit of a chunk, if one is left for us."""
+        """The next unit of a chunk, if one is left for us.
+
+        A helper that looks while the last one is in our hand ends: that one is ours then.
+        """
         try:
             first = self._units.popleft()
         except IndexError:

@@ -23,6 +23,7 @@ from tiered.state import Captured
 from tiered.worker import Worker, ranks_on_host
 
 UNDISTURBED_S = 1.0
+TELL_EVERY_S = 0.1  # after that; a call for each chunk would hold up training
 
 Known = Callable[[bool], Admission | None]  # whether it must be known -> the admission, if it is
 
@@ -127,14 +128,14 @@ class ShardWriter:
         known: Known,
     ) -> tuple[Admission, list[Call]]:
         """Stage all chunks, unless the save is not admitted; and the holder's answers to come."""
-        undisturbed_until_s = time.monotonic() + UNDISTURBED_S
+        tell_s = time.monotonic() + UNDISTURBED_S
         chunks: list[Staged] = []
         told, count = 0, len(plan.chunk_sizes)
         pending: list[Call] = []
         admission: Admission | None = None
         while told < count:
             is_whole = len(chunks) == count
-            is_long = time.monotonic() > undisturbed_until_s
+            is_long = time.monotonic() > tell_s
             must_know = is_whole or is_long or len(chunks) >= max(1, len(filling.slots))
             if admission is None and (admission := known(must_know)) is not None:
                 if not admission.is_admitted:
@@ -146,7 +147,7 @@ class ShardWriter:
             if admission is not None and (is_whole or is_long):
                 news = {index: chunks[index] for index in range(told, len(chunks))}
                 pending += self._holder.stage(key, plan, news)
-                told = len(chunks)
+                told, tell_s = len(chunks), time.monotonic() + TELL_EVERY_S
         assert admission is not None
         return admission, pending
 

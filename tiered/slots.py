@@ -11,9 +11,9 @@ import torch
 from tiered import bulk
 from tiered.boxes import Sizes, strides
 from tiered.copying import UNIT_BYTES, Unit
-from tiered.image import Layout, bytes_between, overlapping
+from tiered.image import Layout, bytes_between, bytes_of, overlapping
 
-SMALL_BYTES = 64 << 10  # tensors of at most so much are copied many with one call
+PARALLEL_ELEMENTS = 32768  # torch copies more than that with its own threads, if it has several
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class Slot:
         view: Its bytes, [n] uint8; keeps the object in memory.
         names: Tensors that lie in it as a whole.
         targets: For each of them the memory that it is copied into, of its dtype and shape.
-        runs: Of those that follow each other, first and last + 1, which one call copies: a large
-            one alone, or small ones.
+        runs: Of those that follow each other, first and last + 1, which one thread copies with one
+            call; one that is larger than that is alone, and copied in pieces if it can be.
         parts: Tensors that begin or end in another chunk: name, first byte, last byte + 1, and
             where in this chunk.
     """
@@ -62,7 +62,7 @@ class Slot:
         """What copies the tensors' bytes into the object, in any order and in any threads."""
         for first, last in self.runs:
             source, target = tensors[self.names[first]], self.targets[first]
-            if last - first == 1 and target.nbytes > SMALL_BYTES and source.is_contiguous():
+            if target.nbytes > UNIT_BYTES and _is_plain(source):
                 start = target.data_ptr() - self.view.ctypes.data
                 yield from self._pieces(source, 0, target.nbytes, start)
             else:
@@ -73,7 +73,7 @@ class Slot:
 
     def _pieces(self, source: torch.Tensor, low: int, high: int, start: int) -> Iterator[Unit]:
         """Bytes `low` to `high` of a tensor; one that has to be made dense first, in one piece."""
-        step = UNIT_BYTES if source.is_contiguous() else high - low
+        step = UNIT_BYTES if _is_plain(source) else high - low
         for first in range(low, high, step):
             last = min(first + step, high)
             place = self.view[start + first - low : start + last - low]
@@ -81,13 +81,32 @@ class Slot:
 
 
 def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """Copy each source into its target: one call for all, where this torch has it."""
+    """Copy each source into its target: one call for all, where this torch has it.
+
+    If torch has several threads, they would wait for each other after every large tensor: those
+    are copied by this thread alone.
+    """
     with torch.no_grad():
-        if hasattr(torch, "_foreach_copy_"):
-            torch._foreach_copy_(targets, sources)
-            return
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
+        pairs = list(zip(targets, sources, strict=True))
+        if torch.get_num_threads() > 1:
+            for target, source in filter(_is_shared_by_threads, pairs):
+                np.copyto(bytes_of(target), bytes_of(source))
+            pairs = [pair for pair in pairs if not _is_shared_by_threads(pair)]
+        if not hasattr(torch, "_foreach_copy_"):
+            for target, source in pairs:
+                target.copy_(source)
+        elif pairs:
+            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+
+
+def _is_shared_by_threads(pair: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    return pair[0].numel() > PARALLEL_ELEMENTS and _is_plain(pair[1])
+
+
+def _is_plain(source: torch.Tensor) -> bool:
+    """Whether its bytes are in memory as they are to be saved."""
+    is_mirrored = source.is_conj() or source.is_neg()
+    return source.device.type == "cpu" and source.is_contiguous() and not is_mirrored
 
 
 def _copy_bytes(place: np.ndarray[Any, Any], source: torch.Tensor, first: int, last: int) -> None:
@@ -115,16 +134,13 @@ def slot_of(
 
 
 def _runs(targets: list[torch.Tensor]) -> Iterator[tuple[int, int]]:
-    """See `Slot.runs`; small ones up to `UNIT_BYTES` together."""
+    """See `Slot.runs`: up to `UNIT_BYTES` together."""
     first = run_bytes = 0
     for index, size_bytes in enumerate(bulk.sizes(targets)):
-        if index > first and (size_bytes > SMALL_BYTES or run_bytes + size_bytes > UNIT_BYTES):
+        if index > first and run_bytes + size_bytes > UNIT_BYTES:
             yield first, index
             first, run_bytes = index, 0
         run_bytes += size_bytes
-        if size_bytes > SMALL_BYTES:
-            yield first, index + 1
-            first, run_bytes = index + 1, 0
     if first < len(targets):
         yield first, len(targets)
 

@@ -192,12 +192,14 @@ class Filling:
         tensors = captured.tensors
         has_gpu = copier.kind in captured.device_types
         self._of_gpu = [has_gpu and copier.is_needed(slot, tensors) for slot in slots]
+        # Of another kind of device this thread alone knows the stream that training uses.
+        is_known = captured.device_types <= {"cpu", copier.kind}
         self._copying = Copying(
             [
                 () if is_of_gpu else tuple(slot.copies(tensors))
                 for slot, is_of_gpu in zip(slots, self._of_gpu, strict=True)
             ],
-            threads,
+            threads if is_known else 1,
         )
 
     def __enter__(self) -> Self:

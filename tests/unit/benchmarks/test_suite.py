@@ -100,6 +100,7 @@ def test_every_repetition_stands_between_two_measurements_of_the_limits() -> Non
     assert len(outcome.saves) == len(outcome.restores) == 3
     assert len(case.limits) == 2 * (3 + 1)
     assert outcome.saves[0].tcp_s == 0.3  # of the fastest number of connections
+    assert outcome.saves[0].memcpy_s == 0.05  # of the faster number of threads
     assert outcome.memory is not None
     assert outcome.memory.extra_bytes == 10
 

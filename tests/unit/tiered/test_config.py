@@ -12,18 +12,23 @@ NO_WHOLE_NUMBERS = [0.5, 2.0, "2", True, False, float("nan"), [], object()]
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("every_steps", 1), ("keep", 2), ("chunk_bytes", 4096), ("replicas", 0)]
+    ("name", "least"),
+    [("every_steps", 1), ("keep", 2), ("chunk_bytes", 4096), ("replicas", 0), ("copy_threads", 1)],
 )
 def test_a_wrong_memory_setting_is_named_with_its_least_value(name: str, least: int) -> None:
     assert getattr(Memory(**{name: least}), name) == least
     bad: list[Any] = [least - 1, -(10**30), *NO_WHOLE_NUMBERS]
-    if name != "replicas":
+    if name not in ("replicas", "copy_threads"):
         bad.append(None)
     for value in bad:
         with pytest.raises(ConfigError) as caught:
             Memory(**{name: value})
         assert f"Memory.{name}={value!r}" in str(caught.value)
         assert f"whole number of at least {least}" in str(caught.value)
+
+
+def test_ranks_may_copy_with_different_numbers_of_threads() -> None:
+    assert Memory(copy_threads=3) == Memory()
 
 
 def test_a_wrong_transport_is_named_with_those_that_there_are() -> None:

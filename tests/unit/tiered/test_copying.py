@@ -1,5 +1,6 @@
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_a_copy_that_fails_is_raised_whoever_made_it(threads: int) -> None:
     is_begun = threading.Event()
     first = [lambda: wait(is_begun)] if threads > 1 else []
     with (
-        Copying([first, [fail, is_begun.set]], threads) as team,
+        Copying([first, [is_begun.set, fail]], threads) as team,
         pytest.raises(ValueError, match="no such memory"),
     ):
         finish_all(team, 2)
@@ -100,23 +101,25 @@ def test_no_copy_is_begun_after_the_end_and_none_goes_on() -> None:
     team.stop()
 
 
-def test_a_helper_that_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copying, "TIMEOUT_S", 0.01)
-    is_begun, goes_on = threading.Event(), threading.Event()
+@pytest.mark.parametrize("possible", [0, 1])
+def test_it_goes_on_with_the_threads_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, possible: int
+) -> None:
+    begun = []
+    start = threading.Thread.start
 
-    def hang() -> None:
-        is_begun.set()
-        wait(goes_on)
+    def start_few(thread: threading.Thread) -> None:
+        if len(begun) == possible:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
 
-    team = Copying([[lambda: wait(is_begun)], [hang]], 2)
-    try:
-        team.finish(0)
-        with pytest.raises(TimeoutError, match="8 MiB took"):
-            team.finish(1)
-    finally:
-        goes_on.set()
-        monkeypatch.setattr(copying, "TIMEOUT_S", DEADLINE_S)
-        team.stop()
+    monkeypatch.setattr(threading.Thread, "start", start_few)
+    log = Log()
+    with Copying([[log.unit(str(n))] for n in range(5)], 4) as team:
+        finish_all(team, 5)
+    assert sorted(name for name, _ in log.done) == ["0", "1", "2", "3", "4"]
+    assert len(begun) == possible
 
 
 @pytest.mark.parametrize("size_bytes", [0, 1, 9, 10, 11, 35])
@@ -140,4 +143,18 @@ def test_threads_are_a_ranks_share_of_the_processors(
     monkeypatch.setattr(
         copying.os, "sched_getaffinity", lambda _: set(range(processors)), raising=False
     )
+    monkeypatch.setattr(copying, "CPU_QUOTA", Path("/nowhere"))
     assert share_of_processors(ranks) == threads
+
+
+@pytest.mark.parametrize(
+    ("quota", "threads"),
+    [("200000 100000", 2), ("50000 100000", 1), ("max 100000", 4), ("", 4)],
+)
+def test_a_containers_quota_bounds_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quota: str, threads: int
+) -> None:
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(copying, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(copying.os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
+    assert share_of_processors(1) == threads

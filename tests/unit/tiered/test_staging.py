@@ -28,6 +28,11 @@ STATE = {
     "scalar": torch.tensor(7),
     "nothing": torch.empty(0, 3),
     "learned": torch.nn.Parameter(torch.ones(3)),
+    "mirrored": torch.tensor([[1 + 2j, 3 - 4j], [5j, 6]]).conj(),
+    "negative": torch.tensor([1 + 2j, 3 - 4j]).conj().imag,
+    "row": torch.arange(12.0).as_strided((1, 5), (7, 1)),
+    "column": torch.arange(12.0).as_strided((5, 1), (2, 9)),
+    "image": torch.arange(24.0).reshape(1, 2, 3, 4).to(memory_format=torch.channels_last),
 }
 
 
@@ -52,6 +57,41 @@ def slots_of(chunk_bytes: int) -> tuple[list[Slot], list[bytes]]:
     return slots, expected
 
 
+def test_what_is_on_a_gpu_and_what_is_not_go_their_ways_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slots, expected = slots_of(50)
+    on_gpu = {id(slot): index % 3 != 1 for index, slot in enumerate(slots)}
+
+    class Copier:
+        kind = "cpu"
+
+        def __init__(self) -> None:
+            self.begun: list[int] = []
+            self.finished: list[int] = []
+
+        def is_needed(self, slot: Slot, _: Any) -> bool:
+            return on_gpu[id(slot)]
+
+        def begin(self, slot: Slot, _: Any) -> None:
+            assert on_gpu[id(slot)]
+            self.begun.append(id(slot))
+
+        def finish(self, slot: Slot) -> None:
+            self.finished.append(id(slot))
+
+    copier: Any = Copier()
+    captured = capture(STATE)
+    with staging.Filling(captured, slots, copier, 2) as filling:
+        for index in range(len(slots)):
+            filling.fill(index)
+    theirs = [id(slot) for slot in slots if on_gpu[id(slot)]]
+    assert copier.finished == theirs
+    assert list(dict.fromkeys(copier.begun)) == theirs
+    for slot, bytes_ in zip(slots, expected, strict=True):
+        assert (slot.view.tobytes() == bytes_) != on_gpu[id(slot)]
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("chunk_bytes", [7, 16, 50, 64, 4096])
 def test_prepared_memory_is_filled_with_the_same_bytes(chunk_bytes: int, threads: int) -> None:
@@ -60,24 +100,33 @@ def test_prepared_memory_is_filled_with_the_same_bytes(chunk_bytes: int, threads
     assert [slot.view.tobytes() for slot in slots] == expected
 
 
-@pytest.mark.parametrize("small_bytes", [0, 9, 24, 100])
+@pytest.mark.parametrize("torch_threads", [1, 2])
 @pytest.mark.parametrize("unit_bytes", [1, 7, 40, 1000])
 @pytest.mark.parametrize("chunk_bytes", [50, 4096])
 def test_large_tensors_are_copied_in_pieces_and_small_ones_together(
-    monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, unit_bytes: int, small_bytes: int
+    monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, unit_bytes: int, torch_threads: int
 ) -> None:
     monkeypatch.setattr(slots_module, "UNIT_BYTES", unit_bytes)
-    monkeypatch.setattr(slots_module, "SMALL_BYTES", small_bytes)
+    monkeypatch.setattr(slots_module, "PARALLEL_ELEMENTS", 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torch_threads)
     slots, expected = slots_of(chunk_bytes)
     fill_all(slots, capture(STATE), 2)
     assert [slot.view.tobytes() for slot in slots] == expected
 
 
-def test_small_tensors_that_fit_are_copied_with_one_call() -> None:
-    (slot,), _ = slots_of(4096)
-    assert set(slot.names) == STATE.keys() - {"nothing"}
-    assert slot.parts == ()
-    assert len(list(slot.copies(capture(STATE).tensors))) == 1
+def units_of(state: dict[str, torch.Tensor]) -> int:
+    captured = capture(state)
+    layout = lay_out(captured)
+    view = np.zeros(layout.data_bytes, dtype=np.uint8)
+    slot = slot_of(layout, Staged(None), view, 0, layout.data_bytes)
+    return len(list(slot.copies(captured.tensors)))
+
+
+def test_a_unit_of_work_is_neither_one_small_tensor_nor_all_of_a_large_one() -> None:
+    assert units_of({str(n): torch.zeros(25 << 10) for n in range(250)}) == 4  # of 100 KiB each
+    assert units_of({"large": torch.zeros(3, 2 << 20)}) == 3
+    assert units_of({"mirrored": torch.zeros(3, 2 << 20, dtype=torch.complex64).conj()}) == 1
+    assert units_of({"transposed": torch.zeros(3, 2 << 20).t()}) == 1
 
 
 def test_the_front_goes_into_prepared_memory_if_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:

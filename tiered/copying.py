@@ -38,7 +38,7 @@ def share_of_processors(ranks: int) -> int:
     return max(1, min(MAX_THREADS, count // ranks))
 
 
-def copies(target: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> list[Unit]:
+def copies_of(target: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> list[Unit]:
     """Copy the first bytes of `source`, [m] uint8, to all of `target`, [n] uint8."""
     bounds = [
         (first, min(first + UNIT_BYTES, target.nbytes))

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from tiered import bulk
-from tiered.copying import Copying, copies
+from tiered.copying import Copying, copies_of
 from tiered.slots import Slot
 
 BUFFERS = 2  # chunks in pinned memory: one comes over the bus, one goes into the object store
@@ -128,7 +128,7 @@ class DeviceCopier:
         try:
             for event in events:
                 event.synchronize()
-            with Copying([copies(slot.view, memory.numpy())], self._threads) as copying:
+            with Copying([copies_of(slot.view, memory.numpy())], self._threads) as copying:
                 copying.finish(0)
         finally:
             self._buffers.append(memory)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tiered import copying
-from tiered.copying import Copying, copies, share_of_processors
+from tiered.copying import Copying, copies_of, share_of_processors
 
 DEADLINE_S = 20.0
 
@@ -127,7 +127,7 @@ def test_memory_is_copied_in_pieces(monkeypatch: pytest.MonkeyPatch, size_bytes:
     monkeypatch.setattr(copying, "UNIT_BYTES", 10)
     source = np.arange(40, dtype=np.uint8)
     target = np.zeros(size_bytes, dtype=np.uint8)
-    units = copies(target, source)
+    units = copies_of(target, source)
     assert len(units) == -(-size_bytes // 10)
     with Copying([units], 3) as three:
         three.finish(0)

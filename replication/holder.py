@@ -385,7 +385,9 @@ class Holder:
         return Traffic(self._arrivals.received_bytes, sent, self._spared_bytes)
 
     async def fence(self, job: str, generation: int) -> None:
-        """Refuse older generations of `job` from now on."""
+        """Refuse older generations of `job` from now on, and end repairs that they asked for."""
+        if generation > self._core.fences.get(job, 0):
+            self._outbox.withdraw(job)
         self._feed(messages.FenceRaised(job, generation))
         self._unprepare(job, generation)
 
@@ -395,9 +397,9 @@ class Holder:
         """Replicate shards of `job` staged here to `buddies`, past ones included."""
         self._feed(messages.BuddiesChanged(job, buddies, counted))
 
-    async def replicate(self, key: ShardKey, to: HolderId) -> None:
-        """Make one more copy of a shard, on `to`."""
-        self._feed(messages.ReplicationRequested(key, to))
+    async def replicate(self, key: ShardKey, to: HolderId, bytes_per_s: int | None = None) -> None:
+        """Make one more copy of a shard, on `to`; see `messages.ReplicationRequested`."""
+        self._feed(messages.ReplicationRequested(key, to, bytes_per_s))
 
     async def collect(
         self,

@@ -352,6 +352,7 @@ class Inventory:
     def _raise_fence(self, job: str, generation: int) -> None:
         if generation > self.fences.get(job, 0):
             self.fences[job] = generation
+            self.offers.end_repairs(job)
             # What was dropped elsewhere too late may be what the new generation resumes from.
             dropped = self.dropped.get(job, set())
             self.dropped[job] = {v for v in dropped if v.generation >= generation}

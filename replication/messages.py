@@ -75,10 +75,17 @@ class BuddiesChanged:
 
 @dataclass(frozen=True, slots=True)
 class ReplicationRequested:
-    """The coordinator wants one more copy of a shard, whoever staged it (repair)."""
+    """The coordinator wants one more copy of a shard, whoever staged it (repair).
+
+    Attributes:
+        key: The shard.
+        to: Who is to have it.
+        bytes_per_s: How fast this host sends it, and others like it; None: as fast as it can.
+    """
 
     key: ShardKey
     to: HolderId
+    bytes_per_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,13 +264,17 @@ class ShareChunk:
 
 @dataclass(frozen=True, slots=True)
 class OfferChunk:
-    """Ask `to` to fetch a chunk from here; answer with ChunkTaken or ChunkNotTaken."""
+    """Ask `to` to fetch a chunk from here; answer with ChunkTaken or ChunkNotTaken.
+
+    `bytes_per_s` is as in `ReplicationRequested`.
+    """
 
     to: HolderId
     key: ShardKey
     plan: ShardPlan
     index: int
     digest: bytes
+    bytes_per_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

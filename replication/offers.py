@@ -30,7 +30,7 @@ class HeldShard:
     blocks: dict[int, int] = field(default_factory=dict)  # which bytes each chunk here is
     digests: dict[int, bytes] = field(default_factory=dict)
     quarantined: bool = False
-    extra_peers: set[HolderId] = field(default_factory=set)
+    extra_peers: dict[HolderId, int | None] = field(default_factory=dict)  # -> bytes a second
     offered: set[tuple[HolderId, int]] = field(default_factory=set)
     taken: set[tuple[HolderId, int]] = field(default_factory=set)
 
@@ -81,12 +81,18 @@ class Offers:
         """The coordinator wants a copy somewhere."""
         if (shard := self.shards.get(event.key)) is None or not shard.is_sealed:
             return []
-        shard.extra_peers.add(event.to)
+        shard.extra_peers[event.to] = event.bytes_per_s
         # The peer may have lost what it once took: offer every chunk again.
         for index in range(len(shard.plan.chunk_sizes)):
             shard.taken.discard((event.to, index))
             shard.offered.discard((event.to, index))
         return self.of_shard(event.key)
+
+    def end_repairs(self, job: str) -> None:
+        """Copies that were asked for are not made any more: a new generation asks for its own."""
+        for key, shard in self.shards.items():
+            if key.job == job:
+                shard.extra_peers.clear()
 
     def of_shard(self, key: ShardKey) -> list[Command]:
         """Offer each hashed chunk of a shard to each peer that was not offered it yet."""
@@ -119,7 +125,7 @@ class Offers:
                     shard.offered.discard((peer, index))
             elif due_s <= now_s:
                 self._retries[slot] = (tries, float("inf"))  # under way again
-                commands.append(OfferChunk(peer, key, shard.plan, index, shard.digests[index]))
+                commands.append(_offer(peer, key, shard, index))
         return commands
 
     def forget(self, key: ShardKey) -> None:
@@ -143,7 +149,7 @@ class Offers:
             due = [index for index in shard.digests if (peer, index) not in shard.offered]
             for index in sorted(due):
                 shard.offered.add((peer, index))
-                commands.append(OfferChunk(peer, key, shard.plan, index, shard.digests[index]))
+                commands.append(_offer(peer, key, shard, index))
         return commands
 
     def _has_copies_enough(self, key: ShardKey, shard: HeldShard) -> bool:
@@ -152,3 +158,8 @@ class Offers:
         counted = self.counted.get(key.job, frozenset())
         whole = [p for p, n in taken.items() if n == len(shard.plan.chunk_sizes) and p in counted]
         return len(whole) >= len(self.buddies.get(key.job, ()))
+
+
+def _offer(peer: HolderId, key: ShardKey, shard: HeldShard, index: int) -> OfferChunk:
+    bytes_per_s = shard.extra_peers.get(peer)
+    return OfferChunk(peer, key, shard.plan, index, shard.digests[index], bytes_per_s)

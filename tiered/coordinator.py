@@ -387,6 +387,8 @@ class Coordinator:
         """A rank has filled its state: which version, rank, bytes, from where, in how long."""
         await self._ready()
         self._monitor.restored(job_name, generation, *restored)
+        _, rank, *_ = restored
+        self._feed(await self._job(job_name), m.RankRestored(generation, rank))
 
     async def durable_settings(self, job_name: str) -> S3 | None:
         """Where the job's durable steps are, as its newest generation said."""

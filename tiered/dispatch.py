@@ -88,7 +88,8 @@ class Dispatch:
                 mates = (command.buddies, command.counted)
                 self.tell(command.holder, "set_buddies", job.name, *mates)
             case m.ReplicateShard():
-                self.tell(command.source, "replicate", command.key, command.to)
+                pace = command.bytes_per_s
+                self.tell(command.source, "replicate", command.key, command.to, pace)
             case m.CollectBelow(generation, below, holders, pinned, branch):
                 terms = (below, pinned, branch)
                 order = self._order(job, generation, holders, "collect", *terms)

@@ -56,6 +56,12 @@ class Job(Catalogue):
 
     def handle(self, event: m.Event, now_s: float) -> list[m.Command]:
         """Take one event; return what has to be done because of it."""
+        commands = self._handle(event, now_s)
+        if any(isinstance(c, m.AnswerBegin) and c.error is not None for c in commands):
+            self.repair.nobody_reads()
+        return commands
+
+    def _handle(self, event: m.Event, now_s: float) -> list[m.Command]:
         match event:
             case m.Recalled():
                 for claim in event.claims:
@@ -77,7 +83,7 @@ class Job(Catalogue):
             case m.OwnerSought():
                 return self.generations.sought(event)
             case m.GenerationClaimed():
-                return self.generations.claimed(event)
+                return self._claimed(event, now_s)
             case m.DurableListed():
                 return self.generations.listed(event)
             case m.HoldersFenced():
@@ -86,6 +92,10 @@ class Job(Catalogue):
                 return self.generations.verified(event)
             case m.ParentRecorded():
                 return self._started(event, now_s)
+            case m.RankRestored(generation, rank):
+                if generation == self.generation:
+                    self.repair.rank_has_read(rank)
+                return self.repair.repair(now_s)
             case m.ShardReported():
                 return self._reported(event, now_s)
             case m.DurableFoundCorrupt():  # the next life resumes from an older one
@@ -214,12 +224,20 @@ class Job(Catalogue):
 
     # -- begin, admit, commit, collect, flush ------------------------------------------------
 
+    def _claimed(self, event: m.GenerationClaimed, now_s: float) -> list[m.Command]:
+        commands = self.generations.claimed(event)
+        if (begin := self.begin) is not None and begin.is_claimed and not begin.is_stop:
+            self.repair.ranks_read(begin.claim.world_size, now_s)
+        return commands
+
     def _started(self, event: m.ParentRecorded, now_s: float) -> list[m.Command]:
         """A generation has its parent: care for what it has inherited, then answer its ranks."""
         begin = self.generations.recorded(event)
         if begin is None or begin.choice is None:
             return []
         commands = self._rearrange()
+        if event.parent is None:
+            self.repair.nobody_reads()
         if event.parent == begin.choice.version:
             commands += [*self.repair.repair(now_s), *self._collect()]
         return [*commands, *self.generations.answer(begin)]

@@ -205,6 +205,14 @@ class ShardReported:
 
 
 @dataclass(frozen=True, slots=True)
+class RankRestored:
+    """A rank of this generation has filled its state from what the generation resumed from."""
+
+    generation: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class CopyFoundCorrupt:
     """A holder has read its copy of a shard, and it is not what it was."""
 
@@ -301,6 +309,7 @@ Event = (
     | HoldersFenced
     | ShardsVerified
     | ParentRecorded
+    | RankRestored
     | ShardReported
     | CopyFoundCorrupt
     | DurableFoundCorrupt
@@ -432,11 +441,12 @@ class ReleaseCopies:
 
 @dataclass(frozen=True, slots=True)
 class ReplicateShard:
-    """Tell `source` to make one more copy on `to`."""
+    """Tell `source` to make one more copy on `to`, at so many bytes a second."""
 
     source: HolderId
     key: ShardKey
     to: HolderId
+    bytes_per_s: int
 
 
 @dataclass(frozen=True, slots=True)

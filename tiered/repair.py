@@ -2,9 +2,12 @@
 
 A shard of a step that is still needed with fewer copies than the policy asks for is copied again,
 newest step first. Each try takes the next of its holders as the source: the first one's copy may be
-corrupt. Some are under way at a time, and a host sends for repair at a bounded rate.
+corrupt. Some are under way at a time, and a host sends for repair at a bounded rate (which the
+holder keeps to within a shard, see `replication.outbox`). Ranks that
+read their state go first, for a while: training waits for them, and they read from the same hosts.
 """
 
+import math
 from collections import Counter
 from zlib import crc32
 
@@ -15,6 +18,7 @@ from tiered.catalogue import Catalogue, Degraded
 REPAIR_BASE_S = 60.0
 REPAIR_BYTES_PER_S = 20e6  # slower than this counts as lost
 REPAIRS_AT_ONCE = 8
+RESTORES_FIRST_S = 30.0  # for so long, and at most half of the time
 
 
 class Repair:
@@ -25,15 +29,46 @@ class Repair:
         self._under_way: dict[tuple[ShardKey, HolderId], float] = {}  # -> when it counts as lost
         self._tries: dict[ShardKey, int] = {}
         self._free_s: dict[str, float] = {}  # by host: when it may send again
+        self._reading: set[int] = set()  # ranks that do not have their state yet
+        self._reading_since_s = -math.inf
 
     def forget_below(self, mark: Version) -> None:
         """Steps below the watermark begin with their first source again."""
         self._tries = {k: n for k, n in self._tries.items() if k.version >= mark}
 
+    def ranks_read(self, ranks: int, now_s: float) -> None:
+        """So many ranks are about to read their state, once it is verified, and go first.
+
+        What is under way ends with the new generation's fence, and is asked for again. Lives of a
+        job that fails again and again do not put its repair off for ever.
+        """
+        for key, _ in self._under_way:  # its source was not at fault
+            self._tries[key] = max(0, self._tries.get(key, 0) - 1)
+        self._under_way.clear()
+        self._free_s.clear()
+        self._reading = set(range(ranks))
+        if now_s >= self._reading_since_s + 2 * RESTORES_FIRST_S:
+            self._reading_since_s = now_s
+
+    def nobody_reads(self) -> None:
+        """There is nothing to read."""
+        self._reading.clear()
+
+    def rank_has_read(self, rank: int) -> None:
+        """A rank has its state."""
+        self._reading.discard(rank)
+
+    def _waits(self, now_s: float) -> bool:
+        """Whether ranks that read go first; a host that is to go away has no time for that."""
+        is_soon = now_s < self._reading_since_s + RESTORES_FIRST_S
+        return bool(self._reading) and is_soon and not self.known.leaving
+
     def repair(self, now_s: float) -> list[m.Command]:
         """Ask for one more copy of each shard that has too few, newest step first."""
         known = self.known
         commands: list[m.Command] = []
+        if self._waits(now_s):
+            return commands
         need = known.copies_needed
         self._under_way = {
             (key, to): due
@@ -82,11 +117,13 @@ class Repair:
             free_s = max(now_s, self._free_s.get(source.node_id, 0.0))
             if missing <= 0 or len(self._under_way) >= REPAIRS_AT_ONCE or free_s > now_s:
                 break
-            self._under_way[key, target] = now_s + REPAIR_BASE_S + size_bytes / REPAIR_BYTES_PER_S
+            pace = settings.memory.repair_bytes_per_s
+            busy_s = size_bytes / pace
+            slow_s = max(size_bytes / REPAIR_BYTES_PER_S, 2 * busy_s)
+            self._under_way[key, target] = now_s + REPAIR_BASE_S + slow_s
             self._tries[key] = tries + 1
-            busy_s = size_bytes / settings.memory.repair_bytes_per_s
             self._free_s[source.node_id] = now_s + busy_s
-            commands.append(m.ReplicateShard(source, key, target))
+            commands.append(m.ReplicateShard(source, key, target, pace))
             missing -= 1
         return commands
 

@@ -196,6 +196,7 @@ OF_JOB: dict[str, Callable[[Words], m.Event]] = {
     "recorded": lambda w: m.ParentRecorded(_generation(w.names[0]), _parent(w.one("parent"))),
     "asks": lambda w: m.SaveAsked(read_version(w.names[0]), w.has("force")),
     "not-staged": lambda w: m.ShardNotStaged(read_version(w.names[0])),
+    "has-read": lambda w: m.RankRestored(_generation(w.names[0]), int(w.names[1])),
     "report": _report,
     "corrupt": lambda w: m.CopyFoundCorrupt(read_holder(w.names[0]), read_shard(w.names[1])),
     "rotten": lambda w: m.DurableFoundCorrupt(*_version_and_rank(w)),

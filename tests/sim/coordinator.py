@@ -111,6 +111,15 @@ class Coordinator(Process):
 
         self._when_open(report)
 
+    def report_restored(self, generation: int, rank: int, reply: Reply) -> None:
+        """A rank has its state."""
+
+        def report() -> None:
+            self.feed(m.RankRestored(generation, rank))
+            reply(None)
+
+        self._when_open(report)
+
     def leave(self, place: str) -> None:
         """A host will go away."""
         self._when_open(lambda: self.feed(m.HostLeaving(place)))

@@ -47,6 +47,7 @@ def shrunk_cores() -> AbstractContextManager[Any]:
     """The same for the cores' own periods, while it is entered."""
     patches = contextlib.ExitStack()
     patches.enter_context(mock.patch("tiered.repair.REPAIR_BASE_S", 20.0))
+    patches.enter_context(mock.patch("tiered.repair.RESTORES_FIRST_S", 10.0))
     patches.enter_context(mock.patch("tiered.admission.STUCK_S", STUCK_S))
     patches.enter_context(mock.patch("replication.membership.HOPELESS_MISSES", 10))
     return patches

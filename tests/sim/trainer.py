@@ -133,6 +133,7 @@ class Rank(Process):
             if self._to_read:  # fewer ranks than saved it: each reads several shards
                 self._restore(self._to_read.pop(0))
             else:
+                self._tell_restored()
                 self._ready()
             return
         if not places:
@@ -160,6 +161,14 @@ class Rank(Process):
             reply(dict(peer.chunks[key]))
 
         self.world.network.call("fetch", self, peer, STAGE_TIMEOUT_S, serve, got)
+
+    def _tell_restored(self) -> None:
+        """Nobody waits for the answer."""
+        coordinator = self.world.coordinator
+        self.world.network.call(
+            "progress", self, coordinator, STAGE_TIMEOUT_S,
+            lambda reply: coordinator.report_restored(self.generation, self.rank, reply),
+        )  # fmt: skip
 
     def _give_up(self, key: ShardKey, *, is_rotten: bool) -> None:
         """The process ends; if S3 has something else than was saved, the next one must know."""

@@ -364,6 +364,34 @@ def test_a_copy_that_is_asked_for_again_is_offered_again_and_to_none_besides() -
         assert offers(asked) == [(C, key(), 0), (C, key(), 1)]
 
 
+def test_a_copy_goes_at_the_rate_that_it_was_asked_for_with_also_when_it_is_offered_again() -> None:
+    core = holder()
+    core.handle(BuddiesChanged("job", (B,)), 0.0)
+    staged = stage(core, key())
+    asked = core.handle(ReplicationRequested(key(), C, 1000), 0.0)
+    core.handle(ChunkNotTaken(C, key(), 1), 0.0)
+    again = core.handle(Ticked(), 60.0)
+    rates = [[c.bytes_per_s for c in cs if isinstance(c, OfferChunk)] for cs in (asked, again)]
+    assert rates == [[1000, 1000], [1000]]
+    assert {c.bytes_per_s for c in staged if isinstance(c, OfferChunk)} == {None}
+
+
+def test_a_newer_generation_ends_the_repairs_of_older_ones() -> None:
+    core = holder()
+    core.handle(BuddiesChanged("job", (B,)), 0.0)
+    stage(core, key())
+    core.handle(FenceRaised("job", 2), 0.0)
+    for generation, left in ((2, 1), (3, 0)):  # it is told again, and then a newer one
+        core.handle(ReplicationRequested(key(), C, 1000), 0.0)
+        core.handle(ChunkNotTaken(C, key(), 1), 0.0)
+        core.handle(FenceRaised("other", 9), 0.0)
+        core.handle(FenceRaised("job", generation), 0.0)
+        assert len(offers(core.handle(Ticked(), 60.0))) == left
+        core.handle(ChunkTaken(C, key(), 1), 60.0)
+    asked = core.handle(ReplicationRequested(key(), C, 1000), 60.0)
+    assert offers(asked) == [(C, key(), 0), (C, key(), 1)]
+
+
 def test_nothing_is_sent_of_what_is_not_whole_or_corrupt_or_not_here() -> None:
     core = holder()
     core.handle(ChunkStaged(key(), PLAN, 0), 0.0)

@@ -15,9 +15,12 @@ BUDDY, OTHER = HolderId("buddy", "1"), HolderId("other", "1")
 ONE, TWO = ShardKey("job", Version(1, 1), 0), ShardKey("job", Version(1, 1), 1)
 
 
-def offers(key: ShardKey, *indexes: int, to: HolderId = BUDDY) -> list[OfferChunk]:
+def offers(
+    key: ShardKey, *indexes: int, to: HolderId = BUDDY, rate: int | None = None
+) -> list[OfferChunk]:
+    """Of chunks of 10 bytes each."""
     plan = ShardPlan(1, (10,) * 64)
-    return [OfferChunk(to, key, plan, index, bytes(16)) for index in indexes]
+    return [OfferChunk(to, key, plan, index, bytes(16), rate) for index in indexes]
 
 
 class Calls:
@@ -27,13 +30,26 @@ class Calls:
         self.made: list[tuple[HolderId, ShardKey, list[int]]] = []
         self._ends: list[asyncio.Future[None]] = []
         self.background = Background("a test")
-        self.outbox = Outbox(self._send, self.background)
+        self.now_s = 100.0
+        self._asleep: list[tuple[float, asyncio.Future[None]]] = []
+        self.outbox = Outbox(self._send, self.background, lambda: self.now_s, self._sleep)
 
     async def _send(self, to: HolderId, chunks: Sequence[OfferChunk]) -> None:
         self.made.append((to, chunks[0].key, [chunk.index for chunk in chunks]))
         assert {chunk.key for chunk in chunks} == {chunks[0].key}
         self._ends.append(asyncio.get_running_loop().create_future())
         await self._ends[-1]
+
+    async def _sleep(self, seconds: float) -> None:
+        self._asleep.append((self.now_s + seconds, asyncio.get_running_loop().create_future()))
+        await self._asleep[-1][1]
+
+    async def wait(self, seconds: float) -> None:
+        self.now_s += seconds
+        for due_s, waiter in self._asleep:
+            if due_s <= self.now_s and not waiter.done():
+                waiter.set_result(None)
+        await self._settled()
 
     async def put(self, *chunks: OfferChunk) -> None:
         for chunk in chunks:
@@ -122,5 +138,70 @@ def test_nothing_is_kept_of_a_peer_that_has_it_all() -> None:
             await calls.end(index)
         assert calls.indexes == [[0], [1], [2]]
         assert calls.outbox._waiting == calls.outbox._calls == {}
+
+    asyncio.run(run())
+
+
+def test_a_bounded_rate_is_kept_from_the_first_chunk_on() -> None:
+    async def run() -> None:
+        calls = Calls()
+        await calls.put(*offers(ONE, *range(4), rate=10))  # a chunk a second
+        assert calls.indexes == [[0]]
+        await calls.end(0)
+        assert calls.indexes == [[0]]
+        await calls.wait(0.9)
+        assert calls.indexes == [[0]]
+        await calls.wait(0.2)
+        assert calls.indexes == [[0], [1]]
+        await calls.wait(10.0)  # one call at a time, however long it takes
+        assert calls.indexes == [[0], [1]]
+        await calls.end(1)
+        assert calls.indexes == [[0], [1], [2]]
+        await calls.end(2)
+        await calls.wait(1.0)
+        assert calls.indexes == [[0], [1], [2], [3]]
+        await calls.end(3)
+        await calls.wait(1.0)
+        assert not calls.background.tasks
+        assert calls.outbox._waiting == calls.outbox._calls == {}
+
+    asyncio.run(run())
+
+
+def test_the_rate_is_that_of_all_peers_together_and_saves_do_not_wait_for_it() -> None:
+    async def run() -> None:
+        calls = Calls()
+        await calls.put(*offers(ONE, 0, rate=10), *offers(ONE, 0, to=OTHER, rate=10))
+        await calls.put(*offers(TWO, 0, 1))
+        assert calls.made == [(BUDDY, ONE, [0]), (BUDDY, TWO, [0]), (BUDDY, TWO, [1])]
+        await calls.wait(1.0)
+        assert calls.made[3:] == [(OTHER, ONE, [0])]
+
+    asyncio.run(run())
+
+
+def test_small_chunks_at_a_bounded_rate_go_together() -> None:
+    async def run() -> None:
+        calls = Calls()
+        await calls.put(*offers(ONE, *range(10), rate=120))  # three in a quarter of a second
+        assert calls.indexes == [[0, 1, 2]]
+        await calls.end(0)
+        await calls.wait(0.25)
+        assert calls.indexes == [[0, 1, 2], [3, 4, 5]]
+
+    asyncio.run(run())
+
+
+def test_what_waits_at_a_bounded_rate_can_be_withdrawn() -> None:
+    async def run() -> None:
+        calls = Calls()
+        other = ShardKey("other", Version(1, 1), 0)
+        await calls.put(*offers(ONE, 0, 1, 2, rate=10), *offers(other, 0, rate=10))
+        await calls.put(*offers(TWO, 0, 1, 2))
+        calls.outbox.withdraw("job")
+        assert calls.made == [(BUDDY, ONE, [0]), (BUDDY, TWO, [0, 1]), (BUDDY, TWO, [2])]
+        await calls.end(0)
+        await calls.wait(1.0)
+        assert calls.made[3:] == [(BUDDY, other, [0])]
 
     asyncio.run(run())

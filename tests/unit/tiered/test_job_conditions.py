@@ -196,6 +196,7 @@ def test_a_kept_step_of_an_older_generation_is_repaired_although_the_mark_has_pa
     for step, loss in enumerate((5.0, 1.0, 4.0)):
         commit(job, step, loss=loss)
     begin(job, "two", memory)
+    job.handle(m.RankRestored(2, 0), 1.0)
     for step in (3, 4):
         commit(job, step, loss=3.0)
     best = Version(1, 1)

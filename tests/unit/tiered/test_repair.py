@@ -5,11 +5,11 @@ from itertools import combinations, product
 import pytest
 
 from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
-from tests.unit.tiered.test_job import A, B, C, D, begun, of
+from tests.unit.tiered.test_job import A, B, C, D, begin, begun, of
 from tiered import messages as m
 from tiered.config import Memory
 from tiered.job import Job
-from tiered.repair import REPAIR_BASE_S, REPAIRS_AT_ONCE
+from tiered.repair import REPAIR_BASE_S, REPAIRS_AT_ONCE, RESTORES_FIRST_S
 
 E = HolderId("e", "1")
 RANKS = REPAIRS_AT_ONCE + 4
@@ -116,6 +116,88 @@ def test_a_repair_that_was_not_taken_goes_to_another_host() -> None:
     (again, *_) = repairs(job.handle(m.Ticked(), 100.0))
     assert again.key == first.key
     assert {first.to, again.to} == {C, D}
+
+
+def resumed(*holders: HolderId) -> Job:
+    """The next life of `committed`, whose ranks were just told to read what B has lost."""
+    job = committed(*holders)
+    begin(job, "two", Memory(every_steps=1), ranks=RANKS)  # at 0 s
+    assert not repairs(job.handle(m.HolderDown(B), 1.0))
+    return job
+
+
+def test_nothing_is_copied_before_the_last_rank_has_its_state() -> None:
+    job = resumed(A, B, C)
+    for rank in range(RANKS - 1):
+        assert not repairs(job.handle(m.RankRestored(2, rank), 2.0))
+        assert not repairs(job.handle(m.Ticked(), 2.0))
+    asked = repairs(job.handle(m.RankRestored(2, RANKS - 1), 3.0))
+    assert [r.key.rank for r in asked] == list(range(REPAIRS_AT_ONCE))
+
+
+def test_what_was_under_way_is_asked_for_again_from_the_same_host_to_the_same_one() -> None:
+    job = committed(A, B, C, D)
+    before = repairs(job.handle(m.HolderDown(B), 1.0))
+    begin(job, "two", Memory(every_steps=1), ranks=RANKS)
+    assert not repairs(job.handle(m.Ticked(), 2.0))
+    for rank in range(RANKS):
+        asked = repairs(job.handle(m.RankRestored(2, rank), 3.0))
+    assert asked == before
+
+
+def test_ranks_of_another_generation_are_not_those_that_read() -> None:
+    job = resumed(A, B, C)
+    for rank in range(RANKS):
+        assert not repairs(job.handle(m.RankRestored(1, rank), 2.0))
+    assert not repairs(job.handle(m.Ticked(), 2.0))
+
+
+def test_ranks_that_read_for_long_are_not_waited_for() -> None:
+    job = resumed(A, B, C)
+    assert not repairs(job.handle(m.Ticked(), RESTORES_FIRST_S - 0.1))
+    assert len(repairs(job.handle(m.Ticked(), RESTORES_FIRST_S))) == REPAIRS_AT_ONCE
+
+
+def test_a_job_that_fails_again_and_again_is_repaired_half_of_the_time() -> None:
+    job = resumed(A, B, C)
+    begin(job, "three", Memory(every_steps=1), ranks=RANKS)
+    assert not repairs(job.handle(m.Ticked(), RESTORES_FIRST_S - 0.1))
+    assert repairs(job.handle(m.Ticked(), RESTORES_FIRST_S))
+    later = resumed(A, B, C)
+    later.repair.ranks_read(RANKS, 2 * RESTORES_FIRST_S - 0.1)
+    assert repairs(later.handle(m.Ticked(), 2 * RESTORES_FIRST_S))
+    later = resumed(A, B, C)
+    later.repair.ranks_read(RANKS, 2 * RESTORES_FIRST_S)
+    assert not repairs(later.handle(m.Ticked(), 3 * RESTORES_FIRST_S - 0.1))
+    assert repairs(later.handle(m.Ticked(), 3 * RESTORES_FIRST_S))
+
+
+def test_what_a_leaving_host_has_is_copied_although_ranks_read() -> None:
+    job = resumed(A, B, C, D)
+    assert repairs(job.handle(m.HostLeaving("a"), 2.0))
+
+
+def test_a_fresh_start_has_nothing_to_read() -> None:
+    job = begun(holders=(A, B, C), ranks=RANKS)
+    for rank in range(RANKS):
+        for holder in (A, B):
+            job.handle(m.ShardReported(holder, shard(rank)), 0.0)
+    assert len(repairs(job.handle(m.HolderDown(B), 1.0))) == REPAIRS_AT_ONCE
+
+
+def test_a_copy_at_a_low_rate_has_more_time_before_it_counts_as_lost() -> None:
+    memory = Memory(every_steps=1, repair_bytes_per_s=2_000_000)
+    job = begun(memory, holders=(A, B, C))
+    key = ShardKey("job", VERSION, 0)
+    for holder in (A, B):
+        record = ShardRecord(key, ShardPlan(1, (100_000_000,)), (b"d" * 16,))
+        job.handle(m.ShardReported(holder, record), 0.0)
+    (asked,) = repairs(job.handle(m.HolderDown(B), 100.0))
+    assert (asked.to, asked.bytes_per_s) == (C, 2_000_000)
+    lost_s = 100.0 + REPAIR_BASE_S + 100  # twice as long as the rate has it
+    assert not repairs(job.handle(m.Ticked(), lost_s - 1.0))
+    (again,) = repairs(job.handle(m.Ticked(), lost_s + 1.0))
+    assert again == asked
 
 
 def test_repairs_that_the_buddies_cannot_take_go_to_whoever_has_least() -> None:

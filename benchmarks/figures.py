@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from benchmarks.results import Case, Outcome, RestoreSample, SaveSample
 
@@ -138,6 +139,44 @@ def limit_rates(case: Case, ranks: int) -> tuple[float, float, str] | None:
     tcp_s = median(min(s["tcp_s"].values()) for s in samples)
     memcpy_s = median(min(s["memcpy_s"], s.get("memcpy_2_s", s["memcpy_s"])) for s in samples)
     return size / memcpy_s / GB, size / tcp_s / GB, best
+
+
+@dataclass(frozen=True, slots=True)
+class Bare:
+    """What a bare program of the same work reaches of a limit (see `benchmarks.limits`), and ours.
+
+    Attributes:
+        text: Which work.
+        limit: Its name.
+        bare: Relative to the limit, median.
+        ours: Relative to the bare program, of medians.
+    """
+
+    text: str
+    limit: str
+    bare: float
+    ours: float
+
+
+def bare(case: Case, ours: Outcome) -> list[Bare]:
+    """Of an older file, or where ours was not measured: nothing."""
+    samples = [s for s in case.limits if s["ranks"] == ours.ranks and "bare_save_s" in s]
+    found = []
+    for text, limit, field, measured in (
+        ("copied, hashed, sent and hashed", "TCP", "bare_save_s", complete(ours.saves)),
+        ("copied and hashed", "memcpy", "bare_copy_s", restore(ours.restores)),
+        ("received and hashed", "TCP", "bare_receive_s", buddy_restore(ours.buddy_restores)),
+    ):
+        if samples and measured is not None:
+            reached = median(_limit_s(s, limit) / s[field] for s in samples)
+            found.append(Bare(text, limit, reached, measured.median / reached))
+    return found
+
+
+def _limit_s(sample: dict[str, Any], limit: str) -> float:
+    if limit == "TCP":
+        return float(min(sample["tcp_s"].values()))
+    return float(min(sample["memcpy_s"], sample["memcpy_2_s"]))
 
 
 def limit_cpu_s_per_gb(case: Case, ranks: int) -> tuple[float, float] | None:

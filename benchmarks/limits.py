@@ -7,6 +7,14 @@ tensors; the faster one counts, as ours saves and restores with several threads,
 machine and thirty times slower on a busy one.)
 TCP: the bytes of all ranks from warm memory of one process into warm memory of another over
 loopback, without looking at them, over 1, 2 and 4 connections; the fastest counts.
+
+Beside these, what a program without a cluster takes for the work that a save and the restores
+cannot do without: how much of a limit this machine's processors leave to whoever verifies.
+
+    copy     a restore on the same host: the memory copy by two threads, which hash each block
+    receive  a restore from another host: TCP over 2 connections, whose receiver hashes each block
+    save     all bytes copied once by two threads, then block by block hashed and sent over 2
+             connections, and hashed by the receiver
 """
 
 import resource
@@ -20,18 +28,21 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import xxhash
 
 from benchmarks.processes import Worker, Workers
 from benchmarks.state import StateSpec
 
 STREAMS = (1, 2, 4)
+BARE_STREAMS = 2  # as ours
+COPIED_BYTES, MOVED_BYTES = 1 << 20, 4 << 20  # hashed at once; others were no faster
 BUFFER_BYTES = 1 << 30  # more than that goes round
 TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class LimitSample:
-    """One measurement of both limits.
+    """One measurement of the limits.
 
     Attributes:
         memcpy_s: From the first rank's begin to the last one's end.
@@ -39,6 +50,7 @@ class LimitSample:
         memcpy_2_s: As `memcpy_s`, with two threads a rank.
         tcp_s: By the number of connections.
         tcp_cpu_s: Processor time of both ends, with the fastest number of connections.
+        bare_copy_s, bare_receive_s, bare_save_s: See the module.
     """
 
     memcpy_s: float
@@ -46,6 +58,9 @@ class LimitSample:
     memcpy_2_s: float
     tcp_s: dict[str, float]
     tcp_cpu_s: float
+    bare_copy_s: float
+    bare_receive_s: float
+    bare_save_s: float
 
     @property
     def best_memcpy_s(self) -> float:
@@ -88,9 +103,10 @@ class Limits:
         return self.ranks * sum(part.size_bytes for part in self.spec.parts)
 
     def measure(self) -> LimitSample:
-        """Measure both, now."""
+        """Measure all, now."""
         spans = self._copiers.call("copy", TIMEOUT_S, threads=1)
         pairs = self._copiers.call("copy", TIMEOUT_S, threads=2)
+        verified = self._copiers.call("copy", TIMEOUT_S, threads=2, verify=True)
         tcp = {streams: self._tcp(streams) for streams in STREAMS}
         best = min(tcp.values())
         return LimitSample(
@@ -99,14 +115,19 @@ class Limits:
             memcpy_cpu_s=sum(s["cpu_s"] for s in spans),
             tcp_s={str(streams): seconds for streams, (seconds, _) in tcp.items()},
             tcp_cpu_s=best[1],
+            bare_copy_s=_span_s(verified),
+            bare_receive_s=self._tcp(BARE_STREAMS, verify=True)[0],
+            bare_save_s=self._tcp(BARE_STREAMS, verify=True, stage=True)[0],
         )
 
-    def _tcp(self, streams: int) -> tuple[float, float]:
+    def _tcp(
+        self, streams: int, *, verify: bool = False, stage: bool = False
+    ) -> tuple[float, float]:
         source, sink = self._ends.workers
         port = sink.call("listen", streams=streams)
         deadline_s = time.monotonic() + TIMEOUT_S
-        sink.send("receive")
-        source.send("send", port=port, streams=streams)
+        sink.send("receive", verify=verify)
+        source.send("send", port=port, streams=streams, stage=stage)
         sent, received = (end.receive(deadline_s, "tcp") for end in (source, sink))
         cpu_s = sent["cpu_s"] + received["cpu_s"]
         return received["ended_s"] - sent["began_s"], cpu_s
@@ -157,19 +178,23 @@ class Copier:
         self._source = list(state.make(what, rank).values())
         self._target = list(state.make_other(what).values())
 
-    def copy(self, threads: int) -> dict[str, float]:
+    def copy(self, threads: int, *, verify: bool = False) -> dict[str, float]:
         """Copy everything once, by so many threads with the same share of the bytes."""
         pairs = list(zip(self._target, self._source, strict=True))
         pairs.sort(key=lambda pair: -pair[0].nbytes)
         shares = [pairs[first::threads] for first in range(threads)]
-        return _timed(lambda: _copy(shares))
+        return _timed(lambda: _copy(shares, verify=verify))
 
 
-def _copy(shares: list[list[Any]]) -> None:
+def _copy(shares: list[list[Any]], *, verify: bool) -> None:
     import torch
 
     def copy(share: list[Any]) -> None:
-        torch._foreach_copy_([target for target, _ in share], [source for _, source in share])
+        if verify:
+            for pair in share:
+                _copy_and_hash(*(t.view(torch.uint8).flatten().numpy() for t in pair))
+        else:
+            torch._foreach_copy_([target for target, _ in share], [source for _, source in share])
 
     threads = [threading.Thread(target=copy, args=(share,)) for share in shares[1:]]
     for thread in threads:
@@ -177,6 +202,15 @@ def _copy(shares: list[list[Any]]) -> None:
     copy(shares[0])
     for thread in threads:
         thread.join()
+
+
+def _copy_and_hash(target: Any, source: Any) -> None:
+    checksum = xxhash.xxh3_128()
+    for start in range(0, len(source), COPIED_BYTES):
+        block = target[start : start + COPIED_BYTES]
+        block[:] = source[start : start + COPIED_BYTES]
+        checksum.update(block)
+    checksum.digest()
 
 
 class TcpEnd:
@@ -196,17 +230,39 @@ class TcpEnd:
         self._streams = streams
         return int(self._listener.getsockname()[1])
 
-    def receive(self) -> dict[str, float]:
-        """Take what the other end sends."""
+    def receive(self, *, verify: bool) -> dict[str, float]:
+        """Take what the other end sends, and hash it, or do not look at it."""
         assert self._listener is not None
         with self._listener as listener:
             sockets = [listener.accept()[0] for _ in range(self._streams)]
-        return _timed(lambda: self._in_threads(sockets, _take))
+        return _timed(lambda: self._in_threads(sockets, _take_and_hash if verify else _take))
 
-    def send(self, port: int, streams: int) -> dict[str, float]:
-        """Send everything."""
+    def send(self, port: int, streams: int, *, stage: bool) -> dict[str, float]:
+        """Send everything; or copy everything first, and hash each block before it goes."""
         sockets = [socket.create_connection(("127.0.0.1", port), TIMEOUT_S) for _ in range(streams)]
-        return _timed(lambda: self._in_threads(sockets, _give))
+
+        def work() -> None:
+            if stage:
+                self._stage()
+            self._in_threads(sockets, _hash_and_give if stage else _give)
+
+        return _timed(work)
+
+    def _stage(self) -> None:
+        """Copy as many bytes as are sent, by two threads: one half of the buffer over the other."""
+        bytes_ = np.frombuffer(self._buffer, np.uint8)
+        quarter = len(bytes_) // 4
+        rounds = -(-self._size_bytes // (2 * quarter))
+
+        def copy(first: int) -> None:
+            for _ in range(rounds):
+                target = bytes_[2 * quarter + first : 3 * quarter + first]
+                target[:] = bytes_[first : quarter + first]
+
+        other = threading.Thread(target=copy, args=(quarter,))
+        other.start()
+        copy(0)
+        other.join()
 
     def _in_threads(
         self,
@@ -250,3 +306,26 @@ def _take(connection: socket.socket, buffer: memoryview, size_bytes: int) -> Non
             raise ConnectionError(f"the stream ended {left} bytes early")
         left -= got
         at = (at + got) % len(buffer)
+
+
+def _hash_and_give(connection: socket.socket, buffer: memoryview, size_bytes: int) -> None:
+    left, at = size_bytes, 0
+    while left:
+        block = buffer[at : at + min(left, MOVED_BYTES)]
+        xxhash.xxh3_128_digest(block)
+        connection.sendall(block)
+        left -= len(block)
+        at = (at + len(block)) % len(buffer)
+
+
+def _take_and_hash(connection: socket.socket, buffer: memoryview, size_bytes: int) -> None:
+    left, at, checksum = size_bytes, 0, xxhash.xxh3_128()
+    while left:
+        room = min(left, len(buffer) - at, MOVED_BYTES)
+        got = connection.recv_into(buffer[at:], room)
+        if not got:
+            raise ConnectionError(f"the stream ended {left} bytes early")
+        checksum.update(buffer[at : at + got])
+        left -= got
+        at = (at + got) % len(buffer)
+    checksum.digest()

@@ -36,6 +36,7 @@ def show(run: Run) -> RenderableType:
         if ours is not None:
             parts += [
                 goal_table(figures.goals(case, ours)),
+                *_bare_lines(case, ours),
                 *_begin_lines(ours),
                 *_unchanged_lines(ours),
             ]
@@ -109,6 +110,15 @@ def goal_table(goals: list[Goal]) -> Table:
         wanted = f"{sign} {goal.bound:g}{goal.unit}"
         shown.add_row(goal.name, goal.text, have, wanted, verdict[goal.is_met])
     return shown
+
+
+def _bare_lines(case: Case, ours: Outcome) -> Iterator[Text]:
+    """How much of the limits the processors leave to whoever verifies."""
+    for one in figures.bare(case, ours):
+        yield Text(
+            f"bytes that a bare program has {one.text}: {one.bare:.2f} of {one.limit}; ours is "
+            f"{one.ours:.2f} of that"
+        )
 
 
 def _begin_lines(ours: Outcome) -> Iterator[Text]:

@@ -25,6 +25,9 @@ def limit(memcpy_s: float = 0.1, tcp_s: float = 0.4) -> dict[str, Any]:
         "memcpy_2_s": memcpy_s / 2,
         "tcp_s": tcp,
         "tcp_cpu_s": 0.5,
+        "bare_copy_s": memcpy_s,
+        "bare_receive_s": 1.25 * tcp_s,
+        "bare_save_s": 2 * tcp_s,
     }
 
 

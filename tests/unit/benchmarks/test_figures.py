@@ -1,6 +1,7 @@
 import pytest
 
 from benchmarks import figures
+from benchmarks.results import Outcome
 from tests.unit.benchmarks.samples import GB, ours, restore, run, save
 
 
@@ -81,3 +82,21 @@ def test_the_limit_in_an_older_file_is_a_copy_by_one_thread() -> None:
     rates = figures.limit_rates(old.cases[0], 1)
     assert rates is not None
     assert rates[0] == pytest.approx(1 / 0.15)
+
+
+def test_a_bare_program_is_relative_to_its_limit_and_ours_to_it() -> None:
+    saved, copied, received = figures.bare(run().cases[0], ours())
+    assert (saved.limit, saved.bare) == ("TCP", pytest.approx(0.5))
+    assert saved.ours == pytest.approx(0.5 / 0.5)  # 0.8 s, and TCP 0.4
+    assert (copied.limit, copied.bare) == ("memcpy", pytest.approx(0.5))
+    assert copied.ours == pytest.approx(0.5 / 0.5)
+    assert (received.limit, received.bare) == ("TCP", pytest.approx(0.8))
+    assert received.ours == pytest.approx(0.5 / 0.8)
+
+
+def test_without_a_bare_program_or_ours_there_is_nothing_to_compare() -> None:
+    old = run()
+    for sample in old.cases[0].limits:
+        del sample["bare_save_s"]
+    assert figures.bare(old.cases[0], ours()) == []
+    assert figures.bare(run().cases[0], Outcome("tiered")) == []

@@ -25,7 +25,7 @@ class FakeLimits:
     ranks, size_bytes = 1, 1 << 20
 
     def measure(self) -> LimitSample:
-        return LimitSample(0.1, 0.1, 0.05, {"1": 0.4, "2": 0.3}, 0.2)
+        return LimitSample(0.1, 0.1, 0.05, {"1": 0.4, "2": 0.3}, 0.2, 0.1, 0.4, 0.5)
 
 
 class FakeContender:

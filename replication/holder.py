@@ -160,7 +160,7 @@ class Holder:
         self._probes = Probes(self._peer, self._core.offers.peers)
         self._peers: dict[HolderId, ActorRef] = {}
         self._background = Background(f"holder {self._core.holder}")
-        self._outbox = Outbox(self._offer, self._background)
+        self._outbox = Outbox(self._offer, self._background, self._core.offers.is_wanted)
 
     async def hello(self) -> HolderInfo:
         """Answer that this holder is alive; the first call starts its background work."""
@@ -386,8 +386,6 @@ class Holder:
 
     async def fence(self, job: str, generation: int) -> None:
         """Refuse older generations of `job` from now on, and end repairs that they asked for."""
-        if generation > self._core.fences.get(job, 0):
-            self._outbox.withdraw(job)
         self._feed(messages.FenceRaised(job, generation))
         self._unprepare(job, generation)
 
@@ -397,9 +395,11 @@ class Holder:
         """Replicate shards of `job` staged here to `buddies`, past ones included."""
         self._feed(messages.BuddiesChanged(job, buddies, counted))
 
-    async def replicate(self, key: ShardKey, to: HolderId, bytes_per_s: int | None = None) -> None:
+    async def replicate(
+        self, key: ShardKey, to: HolderId, generation: int, bytes_per_s: int
+    ) -> None:
         """Make one more copy of a shard, on `to`; see `messages.ReplicationRequested`."""
-        self._feed(messages.ReplicationRequested(key, to, bytes_per_s))
+        self._feed(messages.ReplicationRequested(key, to, generation, bytes_per_s))
 
     async def collect(
         self,

@@ -258,6 +258,9 @@ class Inventory:
             case BuddiesChanged():
                 return self.offers.buddies_changed(event, self.fences.get(event.job, 0))
             case ReplicationRequested():
+                if event.generation < self.fences.get(event.key.job, 0):
+                    return []
+                self._raise_fence(event.key.job, event.generation)
                 return self.offers.requested(event)
             case FenceRaised():
                 self._raise_fence(event.job, event.generation)

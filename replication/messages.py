@@ -80,11 +80,13 @@ class ReplicationRequested:
     Attributes:
         key: The shard.
         to: Who is to have it.
-        bytes_per_s: How fast this host sends it, and others like it; None: as fast as it can.
+        generation: The newest one that the coordinator knows of.
+        bytes_per_s: How fast this host sends all that goes at a bounded rate; None: no bound.
     """
 
     key: ShardKey
     to: HolderId
+    generation: int
     bytes_per_s: int | None = None
 
 

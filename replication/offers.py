@@ -81,7 +81,10 @@ class Offers:
         """The coordinator wants a copy somewhere."""
         if (shard := self.shards.get(event.key)) is None or not shard.is_sealed:
             return []
-        shard.extra_peers[event.to] = event.bytes_per_s
+        # Saves go to a buddy in any case; one that is on its way has no bound.
+        is_served = shard.staged_here and event.to in self.buddies.get(event.key.job, ())
+        is_current = event.key.version.generation >= event.generation
+        shard.extra_peers[event.to] = None if is_served and is_current else event.bytes_per_s
         # The peer may have lost what it once took: offer every chunk again.
         for index in range(len(shard.plan.chunk_sizes)):
             shard.taken.discard((event.to, index))
@@ -93,6 +96,11 @@ class Offers:
         for key, shard in self.shards.items():
             if key.job == job:
                 shard.extra_peers.clear()
+
+    def is_wanted(self, offer: OfferChunk) -> bool:
+        """Whether a chunk that has waited to be sent at a bounded rate still is to be."""
+        shard = self.shards.get(offer.key)
+        return shard is not None and shard.extra_peers.get(offer.to) == offer.bytes_per_s
 
     def of_shard(self, key: ShardKey) -> list[Command]:
         """Offer each hashed chunk of a shard to each peer that was not offered it yet."""

@@ -8,20 +8,21 @@ it, have the same links.
 """
 
 import asyncio
+import itertools
 import math
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
 from replication.background import Background
 from replication.messages import OfferChunk
-from replication.records import HolderId
+from replication.records import HolderId, ShardKey
 
 CALLS_AT_ONCE = 2  # per peer, as many as it has connections; more won 1-3 %
 CALL_BYTES, CALL_CHUNKS = 256 << 20, 16  # the most in a call: its deadline grows with the bytes
 BOUNDED_CALL_S = 0.25  # as many bytes as the rate allows in it go with one call, one chunk at least
 
 Lane = tuple[HolderId, bool]  # to whom, and whether at a bounded rate
+Waiting = dict[tuple[ShardKey, int], OfferChunk]  # what is offered again keeps its place
 
 
 class Outbox:
@@ -30,6 +31,7 @@ class Outbox:
     Args:
         send: Makes one call to a peer, with chunks of one shard; raises nothing.
         background: Where the calls are made.
+        is_wanted: Whether a chunk that has waited for its turn, at a bounded rate, is to go yet.
         clock: Monotonic seconds.
         sleep: Lets so many seconds pass.
     """
@@ -38,13 +40,15 @@ class Outbox:
         self,
         send: Callable[[HolderId, Sequence[OfferChunk]], Awaitable[None]],
         background: Background,
+        is_wanted: Callable[[OfferChunk], bool],
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._send = send
         self._background = background
+        self._is_wanted = is_wanted
         self._clock, self._sleep = clock, sleep
-        self._waiting: dict[Lane, deque[OfferChunk]] = {}
+        self._waiting: dict[Lane, Waiting] = {}
         self._calls: dict[Lane, int] = {}
         self._free_s = -math.inf  # when the next chunk may go at a bounded rate, to whomever
 
@@ -52,55 +56,57 @@ class Outbox:
         """Offer a chunk once those before it are on their way."""
         is_bounded = offer.bytes_per_s is not None
         lane = offer.to, is_bounded
-        self._waiting.setdefault(lane, deque()).append(offer)
+        self._waiting.setdefault(lane, {})[offer.key, offer.index] = offer
         if self._calls.get(lane, 0) < (1 if is_bounded else CALLS_AT_ONCE):
             self._calls[lane] = self._calls.get(lane, 0) + 1
-            self._background.start(self._empty(lane))
-
-    def withdraw(self, job: str) -> None:
-        """Of a job nothing that waits goes at a bounded rate any more."""
-        for (_, is_bounded), waiting in self._waiting.items():
-            if is_bounded:
-                left = [offer for offer in waiting if offer.key.job != job]
-                waiting.clear()
-                waiting.extend(left)
+            run = self._empty_slowly if is_bounded else self._empty
+            self._background.start(run(lane))
 
     async def _empty(self, lane: Lane) -> None:
         try:
-            while offers := self._next(lane):
-                await self._turn(offers)
+            while offers := self._next(lane, CALL_BYTES):
                 await self._send(lane[0], offers)
         finally:
-            self._calls[lane] -= 1
-            if not self._calls[lane]:
-                del self._calls[lane]
-                if not self._waiting[lane]:
-                    del self._waiting[lane]
+            self._ended(lane)
 
-    def _next(self, lane: Lane) -> list[OfferChunk]:
+    async def _empty_slowly(self, lane: Lane) -> None:
+        """Send at the rate that the chunks say, as far as they are wanted when it is their turn."""
+        waiting = self._waiting[lane]
+        try:
+            while waiting:
+                while (left_s := self._free_s - self._clock()) > 0:
+                    await self._sleep(left_s)
+                for place in [p for p, offer in waiting.items() if not self._is_wanted(offer)]:
+                    del waiting[place]
+                rate = next((offer.bytes_per_s for offer in waiting.values()), None)
+                if rate is not None:
+                    offers = self._next(lane, rate * BOUNDED_CALL_S)
+                    self._free_s = self._clock() + sum(map(_size_of, offers)) / rate
+                    await self._send(lane[0], offers)
+        finally:
+            self._ended(lane)
+
+    def _ended(self, lane: Lane) -> None:
+        self._calls[lane] -= 1
+        if not self._calls[lane]:
+            del self._calls[lane]
+            if not self._waiting[lane]:
+                del self._waiting[lane]
+
+    def _next(self, lane: Lane, most_bytes: float) -> list[OfferChunk]:
         """This call's share of the first shard's chunks: the other calls have theirs to carry."""
         waiting, offers, size_bytes = self._waiting[lane], list[OfferChunk](), 0
         share = min(CALL_CHUNKS, math.ceil(len(waiting) / CALLS_AT_ONCE))
-        while waiting and len(offers) < share:
-            offer = waiting[0]
+        for offer in itertools.islice(waiting.values(), share):
             size_bytes += _size_of(offer)
             if offers and (offer.key, offer.plan) != (offers[0].key, offers[0].plan):
                 break
-            rate = offer.bytes_per_s
-            if offers and size_bytes > (CALL_BYTES if rate is None else rate * BOUNDED_CALL_S):
+            if offers and size_bytes > most_bytes:
                 break
-            offers.append(waiting.popleft())
+            offers.append(offer)
+        for offer in offers:
+            del waiting[offer.key, offer.index]
         return offers
-
-    async def _turn(self, offers: Sequence[OfferChunk]) -> None:
-        """Wait until chunks at a bounded rate may go."""
-        if (bytes_per_s := offers[0].bytes_per_s) is None:
-            return
-        now_s = self._clock()
-        turn_s = max(now_s, self._free_s)
-        self._free_s = turn_s + sum(map(_size_of, offers)) / bytes_per_s
-        if turn_s > now_s:
-            await self._sleep(turn_s - now_s)
 
 
 def _size_of(offer: OfferChunk) -> int:

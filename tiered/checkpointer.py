@@ -323,7 +323,7 @@ class Checkpointer:
         self._metrics.restored(self.restored.seconds, self.restored.source)
 
     def _report_restored(self, version: Version, restored: Restored) -> None:
-        """Tell the coordinator for its journal; nobody waits for that."""
+        """Tell the coordinator, whose repair lets restores go first; nobody here waits for that."""
         facts = (
             version, self._worker.rank, restored.size_bytes, restored.source, restored.seconds
         )  # fmt: skip

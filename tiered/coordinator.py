@@ -384,7 +384,10 @@ class Coordinator:
     async def report_restored(
         self, job_name: str, generation: int, restored: tuple[Version, int, int, str, float]
     ) -> None:
-        """A rank has filled its state: which version, rank, bytes, from where, in how long."""
+        """A rank has filled its state: which version, rank, bytes, from where, in how long.
+
+        Repair waits for the last one.
+        """
         await self._ready()
         self._monitor.restored(job_name, generation, *restored)
         _, rank, *_ = restored

@@ -88,8 +88,8 @@ class Dispatch:
                 mates = (command.buddies, command.counted)
                 self.tell(command.holder, "set_buddies", job.name, *mates)
             case m.ReplicateShard():
-                pace = command.bytes_per_s
-                self.tell(command.source, "replicate", command.key, command.to, pace)
+                copy = (command.key, command.to, command.generation, command.bytes_per_s)
+                self.tell(command.source, "replicate", *copy)
             case m.CollectBelow(generation, below, holders, pinned, branch):
                 terms = (below, pinned, branch)
                 order = self._order(job, generation, holders, "collect", *terms)

@@ -57,8 +57,9 @@ class Job(Catalogue):
     def handle(self, event: m.Event, now_s: float) -> list[m.Command]:
         """Take one event; return what has to be done because of it."""
         commands = self._handle(event, now_s)
-        if any(isinstance(c, m.AnswerBegin) and c.error is not None for c in commands):
-            self.repair.nobody_reads()
+        refused = {c.life for c in commands if isinstance(c, m.AnswerBegin) and c.error is not None}
+        if refused and self.claims and self.claims[self.generation].life in refused:
+            self.repair.nobody_reads()  # it cannot begin yet
         return commands
 
     def _handle(self, event: m.Event, now_s: float) -> list[m.Command]:
@@ -93,9 +94,9 @@ class Job(Catalogue):
             case m.ParentRecorded():
                 return self._started(event, now_s)
             case m.RankRestored(generation, rank):
-                if generation == self.generation:
-                    self.repair.rank_has_read(rank)
-                return self.repair.repair(now_s)
+                if generation != self.generation or not self.repair.rank_has_read(rank):
+                    return []
+                return [] if self.is_rebuilding else self.repair.repair(now_s)
             case m.ShardReported():
                 return self._reported(event, now_s)
             case m.DurableFoundCorrupt():  # the next life resumes from an older one
@@ -226,7 +227,9 @@ class Job(Catalogue):
 
     def _claimed(self, event: m.GenerationClaimed, now_s: float) -> list[m.Command]:
         commands = self.generations.claimed(event)
-        if (begin := self.begin) is not None and begin.is_claimed and not begin.is_stop:
+        begin = self.begin
+        is_news = begin is not None and begin.claim.generation == event.generation
+        if begin is not None and is_news and begin.is_claimed and not begin.is_stop:
             self.repair.ranks_read(begin.claim.world_size, now_s)
         return commands
 
@@ -246,6 +249,7 @@ class Job(Catalogue):
         version, settings = event.version, self.settings
         if settings is None or version.generation != self.generation:
             return []
+        self.repair.nobody_reads()  # or no rank would have got so far
         memory, current, step = settings.memory, self.generation, version.step
         mine = [v for v in self.copies if v.generation == current]
         for other in mine:

@@ -441,11 +441,15 @@ class ReleaseCopies:
 
 @dataclass(frozen=True, slots=True)
 class ReplicateShard:
-    """Tell `source` to make one more copy on `to`, at so many bytes a second."""
+    """Tell `source` to make one more copy on `to`, at so many bytes a second.
+
+    `generation` is the newest one: who knows of a newer one refuses.
+    """
 
     source: HolderId
     key: ShardKey
     to: HolderId
+    generation: int
     bytes_per_s: int
 
 

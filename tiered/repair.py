@@ -2,9 +2,9 @@
 
 A shard of a step that is still needed with fewer copies than the policy asks for is copied again,
 newest step first. Each try takes the next of its holders as the source: the first one's copy may be
-corrupt. Some are under way at a time, and a host sends for repair at a bounded rate (which the
-holder keeps to within a shard, see `replication.outbox`). Ranks that
-read their state go first, for a while: training waits for them, and they read from the same hosts.
+corrupt. Some are under way at a time, and a host sends for repair at a bounded rate, which its
+holder keeps to within a shard (`replication.outbox`). Ranks that read their state go first, for a
+while: training waits for them, and they read from the same hosts.
 """
 
 import math
@@ -54,14 +54,17 @@ class Repair:
         """There is nothing to read."""
         self._reading.clear()
 
-    def rank_has_read(self, rank: int) -> None:
-        """A rank has its state."""
+    def rank_has_read(self, rank: int) -> bool:
+        """A rank has its state; whether it was the last one."""
+        was_reading = bool(self._reading)
         self._reading.discard(rank)
+        return was_reading and not self._reading
 
     def _waits(self, now_s: float) -> bool:
         """Whether ranks that read go first; a host that is to go away has no time for that."""
-        is_soon = now_s < self._reading_since_s + RESTORES_FIRST_S
-        return bool(self._reading) and is_soon and not self.known.leaving
+        if not self._reading or now_s >= self._reading_since_s + RESTORES_FIRST_S:
+            return False
+        return not any(holder.node_id in self.known.leaving for holder in self.known.holders)
 
     def repair(self, now_s: float) -> list[m.Command]:
         """Ask for one more copy of each shard that has too few, newest step first."""
@@ -123,7 +126,7 @@ class Repair:
             self._under_way[key, target] = now_s + REPAIR_BASE_S + slow_s
             self._tries[key] = tries + 1
             self._free_s[source.node_id] = now_s + busy_s
-            commands.append(m.ReplicateShard(source, key, target, pace))
+            commands.append(m.ReplicateShard(source, key, target, known.generation, pace))
             missing -= 1
         return commands
 

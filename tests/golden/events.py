@@ -220,7 +220,7 @@ OF_HOLDER: dict[str, Callable[[Words], messages.Event]] = {
     "refused": lambda w: messages.ChunkNotTaken(read_holder(w.one("by")), *read_chunk(w.names[0])),
     "buddies": lambda w: messages.BuddiesChanged(JOB, tuple(map(read_holder, w.names))),
     "copy": lambda w: messages.ReplicationRequested(
-        read_shard(w.names[0]), read_holder(w.one("to"))
+        read_shard(w.names[0]), read_holder(w.one("to")), read_shard(w.names[0]).version.generation
     ),
     "fence": lambda w: messages.FenceRaised(JOB, _generation(w.names[0])),
     "collect": lambda w: messages.WatermarkRaised(

@@ -255,9 +255,13 @@ class InventoryLife(RuleBasedStateMachine):
     def set_buddies(self, buddies: list[HolderId], counted: frozenset[HolderId]) -> None:
         self.check_offers(self.feed(messages.BuddiesChanged(JOB, tuple(buddies), counted)))
 
-    @rule(key=KEYS, to=st.sampled_from(PEERS))
-    def ask_for_a_copy(self, key: ShardKey, to: HolderId) -> None:
-        commands = self.feed(messages.ReplicationRequested(key, to))
+    @rule(key=KEYS, to=st.sampled_from(PEERS), generation=st.integers(1, 2))
+    def ask_for_a_copy(self, key: ShardKey, to: HolderId, generation: int) -> None:
+        commands = self.feed(messages.ReplicationRequested(key, to, generation))
+        if generation < self.fence:
+            assert commands == []
+            return
+        self.fence = generation
         is_sealed = key not in self.corrupt and len(self.verified.get(key, ())) == CHUNKS
         offers = [c for c in commands if isinstance(c, messages.OfferChunk) and c.to == to]
         assert len(offers) == (CHUNKS if is_sealed else 0)

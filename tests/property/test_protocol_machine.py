@@ -254,5 +254,6 @@ def test_a_broken_core_is_found(name: str) -> None:
     cores, promises = BROKEN[name]
     machine = type(name, (Protocol,), {"cores": cores})
     found = settings(**{**COMMON, "phases": [Phase.generate]}, max_examples=1000)
-    with pytest.raises((Broken, KeyError), match=promises):
+    endless = "maximum recursion depth"  # it reads a step that it cannot find again and again
+    with pytest.raises((Broken, KeyError, RecursionError), match=f"{promises}|{endless}"):
         run_state_machine_as_test(machine, settings=found)

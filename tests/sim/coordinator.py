@@ -323,7 +323,8 @@ class Coordinator(Process):
             case m.SetBuddies():
                 self._tell("set_buddies", command.holder, command.buddies, command.counted)
             case m.ReplicateShard():
-                self._tell("replicate", command.source, command.key, command.to)
+                terms = command.generation, command.bytes_per_s
+                self._tell("replicate", command.source, command.key, command.to, *terms)
             case m.CollectBelow():
                 self.collect(command)
             case m.ReleaseCopies():

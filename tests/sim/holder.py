@@ -160,9 +160,9 @@ class Holder(Process):
         """Replicate to these."""
         self.feed(messages.BuddiesChanged(self.world.job_name, buddies, counted))
 
-    def replicate(self, key: ShardKey, to: HolderId) -> None:
-        """Make one more copy."""
-        self.feed(messages.ReplicationRequested(key, to))
+    def replicate(self, key: ShardKey, to: HolderId, generation: int, bytes_per_s: int) -> None:
+        """Make one more copy; it takes no longer for being bounded."""
+        self.feed(messages.ReplicationRequested(key, to, generation, bytes_per_s))
 
     def collect(
         self,

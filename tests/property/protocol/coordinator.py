@@ -166,8 +166,8 @@ class Coordinator:
             case m.SetBuddies(holder, buddies, counted):
                 event = messages.BuddiesChanged(cluster.name, buddies, counted)
                 self._tell("buddies", holder, lambda h: h.feed(event))
-            case m.ReplicateShard(source, key, to):
-                wanted = messages.ReplicationRequested(key, to)
+            case m.ReplicateShard(source, key, to, generation, rate):
+                wanted = messages.ReplicationRequested(key, to, generation, rate)
                 self._tell(f"copy {key} to {to}", source, lambda h: h.feed(wanted))
             case m.CollectBelow(generation, below, holders, pinned, branch):
                 if cluster.register.newest == generation:

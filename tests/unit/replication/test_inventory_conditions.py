@@ -349,7 +349,7 @@ def test_a_copy_of_another_host_s_shard_is_offered_to_nobody_unless_it_is_asked_
     core = holder()
     core.handle(BuddiesChanged("job", (B,)), 0.0)
     assert not offers(fetch(core, key(10, 1)))
-    asked = core.handle(ReplicationRequested(key(10, 1), C), 0.0)
+    asked = core.handle(ReplicationRequested(key(10, 1), C, 1), 0.0)
     assert offers(asked) == [(C, key(10, 1), 0), (C, key(10, 1), 1)]
 
 
@@ -360,7 +360,7 @@ def test_a_copy_that_is_asked_for_again_is_offered_again_and_to_none_besides() -
     for index in (0, 1):
         core.handle(ChunkTaken(C, key(), index), 0.0)
     for _ in range(2):  # it may have lost what it had
-        asked = core.handle(ReplicationRequested(key(), C), 0.0)
+        asked = core.handle(ReplicationRequested(key(), C, 1), 0.0)
         assert offers(asked) == [(C, key(), 0), (C, key(), 1)]
 
 
@@ -368,7 +368,7 @@ def test_a_copy_goes_at_the_rate_that_it_was_asked_for_with_also_when_it_is_offe
     core = holder()
     core.handle(BuddiesChanged("job", (B,)), 0.0)
     staged = stage(core, key())
-    asked = core.handle(ReplicationRequested(key(), C, 1000), 0.0)
+    asked = core.handle(ReplicationRequested(key(), C, 1, 1000), 0.0)
     core.handle(ChunkNotTaken(C, key(), 1), 0.0)
     again = core.handle(Ticked(), 60.0)
     rates = [[c.bytes_per_s for c in cs if isinstance(c, OfferChunk)] for cs in (asked, again)]
@@ -382,25 +382,55 @@ def test_a_newer_generation_ends_the_repairs_of_older_ones() -> None:
     stage(core, key())
     core.handle(FenceRaised("job", 2), 0.0)
     for generation, left in ((2, 1), (3, 0)):  # it is told again, and then a newer one
-        core.handle(ReplicationRequested(key(), C, 1000), 0.0)
+        core.handle(ReplicationRequested(key(), C, 2, 1000), 0.0)
         core.handle(ChunkNotTaken(C, key(), 1), 0.0)
         core.handle(FenceRaised("other", 9), 0.0)
         core.handle(FenceRaised("job", generation), 0.0)
         assert len(offers(core.handle(Ticked(), 60.0))) == left
         core.handle(ChunkTaken(C, key(), 1), 60.0)
-    asked = core.handle(ReplicationRequested(key(), C, 1000), 60.0)
+    assert not core.handle(ReplicationRequested(key(), C, 2, 1000), 60.0)  # it came late
+    asked = core.handle(ReplicationRequested(key(), C, 4, 1000), 60.0)
     assert offers(asked) == [(C, key(), 0), (C, key(), 1)]
+    assert core.fences["job"] == 4
+    core.handle(FenceRaised("job", 4), 60.0)  # which it does not end
+    core.handle(ChunkNotTaken(C, key(), 0), 60.0)
+    assert len(offers(core.handle(Ticked(), 90.0))) == 1
+
+
+def test_what_a_buddy_gets_in_any_case_has_no_bound_and_what_it_gets_of_older_lives_has() -> None:
+    core = holder()
+    core.handle(BuddiesChanged("job", (B,)), 0.0)
+    stage(core, key())
+    for generation, rate in ((1, None), (2, 1000)):
+        asked = core.handle(ReplicationRequested(key(), B, generation, 1000), 0.0)
+        assert {c.bytes_per_s for c in asked if isinstance(c, OfferChunk)} == {rate}
+
+
+def test_a_chunk_that_waited_is_wanted_unless_its_repair_has_ended_or_the_shard_is_gone() -> None:
+    core = holder()
+    core.handle(BuddiesChanged("job", (B,)), 0.0)
+    stage(core, key())
+    (offer, _) = core.handle(ReplicationRequested(key(), C, 1, 1000), 0.0)
+    assert isinstance(offer, OfferChunk)
+    assert core.offers.is_wanted(offer)
+    core.handle(FenceRaised("job", 2), 0.0)
+    assert not core.offers.is_wanted(offer)
+    core.handle(ReplicationRequested(key(), C, 2, 1000), 0.0)
+    assert core.offers.is_wanted(offer)
+    core.handle(StepDropped("job", key().version), 0.0)
+    core.handle(JobForgotten("job"), 0.0)
+    assert not core.offers.is_wanted(offer)
 
 
 def test_nothing_is_sent_of_what_is_not_whole_or_corrupt_or_not_here() -> None:
     core = holder()
     core.handle(ChunkStaged(key(), PLAN, 0), 0.0)
     core.handle(ChunkHashed(key(), 0, digest(0)), 0.0)
-    assert core.handle(ReplicationRequested(key(), B), 0.0) == []
-    assert core.handle(ReplicationRequested(key(20), B), 0.0) == []
+    assert core.handle(ReplicationRequested(key(), B, 1), 0.0) == []
+    assert core.handle(ReplicationRequested(key(20), B, 1), 0.0) == []
     stage(core, key())
     core.handle(ChunkFoundCorrupt(key(), 1), 0.0)
-    assert core.handle(ReplicationRequested(key(), B), 0.0) == []
+    assert core.handle(ReplicationRequested(key(), B, 1), 0.0) == []
     assert core.handle(BuddiesChanged("job", (C,)), 0.0) == []
 
 
@@ -443,7 +473,7 @@ def test_who_is_a_buddy_no_more_gets_no_offer_again_and_all_of_it_when_it_is_one
 def test_a_copy_that_was_asked_for_takes_nothing_from_the_buddies() -> None:
     core = holder()
     stage(core, key())
-    core.handle(ReplicationRequested(key(), C), 0.0)
+    core.handle(ReplicationRequested(key(), C, 1), 0.0)
     told = core.handle(BuddiesChanged("job", (B,)), 0.0)
     assert offers(told) == [(B, key(), 0), (B, key(), 1)]
 
@@ -454,7 +484,7 @@ def test_who_is_to_have_a_copy_once_more_is_not_taken_to_have_it() -> None:
     stage(core, key())
     for index in (0, 1):
         core.handle(ChunkTaken(B, key(), index), 0.0)
-    core.handle(ReplicationRequested(key(), B), 0.0)
+    core.handle(ReplicationRequested(key(), B, 1), 0.0)
     told = core.handle(BuddiesChanged("job", (C,), frozenset({A, B, C})), 0.0)
     assert offers(told) == [(C, key(), 0), (C, key(), 1)]
 
@@ -516,7 +546,7 @@ def test_whoever_the_coordinator_asked_for_is_sent_to_although_there_are_copies_
     stage(core, key())
     for index in (0, 1):
         core.handle(ChunkTaken(B, key(), index), 0.0)
-    core.handle(ReplicationRequested(key(), C), 0.0)
+    core.handle(ReplicationRequested(key(), C, 1), 0.0)
     core.handle(ChunkNotTaken(C, key(), 0), 0.0)
     core.handle(BuddiesChanged("job", (B,), frozenset({A, B, C})), 0.0)
     assert offers(core.handle(Ticked(), 1.0)) == [(C, key(), 0)]

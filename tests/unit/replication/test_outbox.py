@@ -32,13 +32,19 @@ class Calls:
         self.background = Background("a test")
         self.now_s = 100.0
         self._asleep: list[tuple[float, asyncio.Future[None]]] = []
-        self.outbox = Outbox(self._send, self.background, lambda: self.now_s, self._sleep)
+        self.unwanted: set[ShardKey] = set()
+        self.outbox = Outbox(
+            self._send, self.background, self._is_wanted, lambda: self.now_s, self._sleep
+        )
 
     async def _send(self, to: HolderId, chunks: Sequence[OfferChunk]) -> None:
         self.made.append((to, chunks[0].key, [chunk.index for chunk in chunks]))
         assert {chunk.key for chunk in chunks} == {chunks[0].key}
         self._ends.append(asyncio.get_running_loop().create_future())
         await self._ends[-1]
+
+    def _is_wanted(self, chunk: OfferChunk) -> bool:
+        return chunk.key not in self.unwanted
 
     async def _sleep(self, seconds: float) -> None:
         self._asleep.append((self.now_s + seconds, asyncio.get_running_loop().create_future()))
@@ -192,16 +198,36 @@ def test_small_chunks_at_a_bounded_rate_go_together() -> None:
     asyncio.run(run())
 
 
-def test_what_waits_at_a_bounded_rate_can_be_withdrawn() -> None:
+def test_what_is_not_wanted_any_more_when_its_turn_comes_takes_no_time() -> None:
     async def run() -> None:
         calls = Calls()
         other = ShardKey("other", Version(1, 1), 0)
         await calls.put(*offers(ONE, 0, 1, 2, rate=10), *offers(other, 0, rate=10))
         await calls.put(*offers(TWO, 0, 1, 2))
-        calls.outbox.withdraw("job")
         assert calls.made == [(BUDDY, ONE, [0]), (BUDDY, TWO, [0, 1]), (BUDDY, TWO, [2])]
         await calls.end(0)
+        calls.unwanted = {ONE, TWO}  # while its turn is waited for; without a bound nobody asks
         await calls.wait(1.0)
         assert calls.made[3:] == [(BUDDY, other, [0])]
+        await calls.put(*offers(ONE, 3, rate=10))
+        await calls.end(3)
+        await calls.wait(1.0)
+        assert len(calls.made) == 4
+        calls.unwanted = set()
+        await calls.put(*offers(ONE, 3, rate=10))
+        assert calls.made[4:] == [(BUDDY, ONE, [3])]
+
+    asyncio.run(run())
+
+
+def test_what_is_offered_again_while_it_waits_goes_once() -> None:
+    async def run() -> None:
+        calls = Calls()
+        await calls.put(*offers(ONE, 0, 1, rate=10))
+        await calls.put(*offers(ONE, 1, 2, rate=10))
+        for call in range(3):
+            await calls.end(call)
+            await calls.wait(1.0)
+        assert calls.indexes == [[0], [1], [2]]
 
     asyncio.run(run())

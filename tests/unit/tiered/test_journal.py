@@ -58,7 +58,7 @@ def test_ranks_that_restore_are_one_entry_that_names_from_where() -> None:
 def test_repairs_of_one_step_are_one_entry_for_a_while() -> None:
     journal = Journal()
     for rank, now_s in ((0, 100.0), (1, 101.0), (1, 900.0)):
-        journal.heard("job", m.ReplicateShard(A, ShardKey("job", V, rank), B, 1), now_s)
+        journal.heard("job", m.ReplicateShard(A, ShardKey("job", V, rank), B, 1, 1), now_s)
     assert [e.text for e in journal.entries()] == [
         "copied again to host bbbbbbbb: ranks 0-1",
         "copied again to host bbbbbbbb: ranks 1",

@@ -4,10 +4,10 @@ from itertools import combinations, product
 
 import pytest
 
-from replication.records import HolderId, ShardKey, ShardPlan, ShardRecord, Version
+from replication.records import HolderId, Life, ShardKey, ShardPlan, ShardRecord, Version
 from tests.unit.tiered.test_job import A, B, C, D, begin, begun, of
 from tiered import messages as m
-from tiered.config import Memory
+from tiered.config import JobSettings, Memory
 from tiered.job import Job
 from tiered.repair import REPAIR_BASE_S, REPAIRS_AT_ONCE, RESTORES_FIRST_S
 
@@ -132,6 +132,7 @@ def test_nothing_is_copied_before_the_last_rank_has_its_state() -> None:
         assert not repairs(job.handle(m.RankRestored(2, rank), 2.0))
         assert not repairs(job.handle(m.Ticked(), 2.0))
     asked = repairs(job.handle(m.RankRestored(2, RANKS - 1), 3.0))
+    assert not job.handle(m.RankRestored(2, RANKS - 1), 3.0)  # it said so again
     assert [r.key.rank for r in asked] == list(range(REPAIRS_AT_ONCE))
 
 
@@ -142,7 +143,10 @@ def test_what_was_under_way_is_asked_for_again_from_the_same_host_to_the_same_on
     assert not repairs(job.handle(m.Ticked(), 2.0))
     for rank in range(RANKS):
         asked = repairs(job.handle(m.RankRestored(2, rank), 3.0))
-    assert asked == before
+        if asked:
+            break
+    assert [(r.source, r.key, r.to) for r in asked] == [(r.source, r.key, r.to) for r in before]
+    assert {r.generation for r in asked} == {2}
 
 
 def test_ranks_of_another_generation_are_not_those_that_read() -> None:
@@ -175,6 +179,28 @@ def test_a_job_that_fails_again_and_again_is_repaired_half_of_the_time() -> None
 def test_what_a_leaving_host_has_is_copied_although_ranks_read() -> None:
     job = resumed(A, B, C, D)
     assert repairs(job.handle(m.HostLeaving("a"), 2.0))
+
+
+def test_a_host_that_has_left_is_no_reason_not_to_wait() -> None:
+    job = resumed(A, B, C)
+    assert not repairs(job.handle(m.HostLeaving("b"), 2.0))
+    assert repairs(job.handle(m.Ticked(), RESTORES_FIRST_S))
+
+
+def test_only_who_would_read_can_be_refused_so_that_nobody_does() -> None:
+    job = resumed(A, B, C)
+    late = m.BeginAsked(Life("one"), 0, RANKS, JobSettings(Memory(every_steps=1)))
+    (answer,) = of(m.AnswerBegin, job.handle(late, 2.0))  # it was overtaken
+    assert answer.error is not None
+    assert not repairs(job.handle(m.Ticked(), 2.0))
+
+
+def test_who_saves_has_its_state_although_nobody_said_so() -> None:
+    job = resumed(A, B, C)
+    job.handle(m.SaveAsked(Version(1, 20)), 2.0)  # of the older life
+    assert not repairs(job.handle(m.Ticked(), 2.0))
+    job.handle(m.SaveAsked(Version(2, 20)), 2.0)
+    assert repairs(job.handle(m.Ticked(), 2.0))
 
 
 def test_a_fresh_start_has_nothing_to_read() -> None:

@@ -135,9 +135,18 @@ class FallbackTransport:
 
     name = "auto"
 
-    def __init__(self, first: Transport, second: Transport) -> None:
+    def __init__(self, first: Transport, second: Transport, *, needs_endpoint: bool = True) -> None:
+        """Read nothing yet.
+
+        Args:
+            first: The way to try.
+            second: The other one.
+            needs_endpoint: Whether a source without an endpoint is to be read the second way at
+                once, which is no failure then.
+        """
         self._first = first
         self._second = second
+        self._needs_endpoint = needs_endpoint
         self._lock = threading.Lock()
         self._failing: set[str] = set()
 
@@ -149,7 +158,7 @@ class FallbackTransport:
     def read(self, source: Source, chunk: ChunkId, sink: Sink, timeout_s: float) -> None:
         """See Transport."""
         ends_s = time.monotonic() + timeout_s
-        if source.endpoint is not None:
+        if source.endpoint is not None or not self._needs_endpoint:
             try:
                 self._first.read(source, chunk, sink, timeout_s)
             except (ShardNotHeldError, HolderTimeoutError, ReadCancelledError):
@@ -164,7 +173,7 @@ class FallbackTransport:
     def fetch(self, source: Source, chunk: ChunkId, timeout_s: float) -> Chunk:
         """See Transport."""
         ends_s = time.monotonic() + timeout_s
-        if source.endpoint is not None:
+        if source.endpoint is not None or not self._needs_endpoint:
             try:
                 whole = self._first.fetch(source, chunk, timeout_s)
             except (ShardNotHeldError, HolderTimeoutError, ReadCancelledError):

@@ -358,6 +358,13 @@ def test_without_an_endpoint_the_second_way_is_no_failure(
     assert caplog.text == ""
 
 
+def test_a_way_that_needs_no_endpoint_is_tried_without_one(both: BothPlace) -> None:
+    both.transport = FallbackTransport(RayTransport(), both.tcp, needs_endpoint=False)
+    both.source = Source(NODE, both.handle, None)
+    fetch(both)
+    assert (both.handle.calls, both.tcp.bytes_read) == (1, 0)
+
+
 def test_the_second_way_goes_on_where_the_first_stopped(both: BothPlace) -> None:
     class Half:
         name, bytes_read = "half", 0

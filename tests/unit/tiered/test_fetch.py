@@ -270,6 +270,45 @@ def test_a_holder_is_asked_once_how_to_read_from_it(
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("is_readable", [True, False])
+def test_the_own_host_is_asked_of_its_data_plane_only_if_its_memory_cannot_be_read(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch, *, is_readable: bool
+) -> None:
+    _, network = holder_tier(shard, monkeypatch, shard.chunks[1])
+    calls = []
+    monkeypatch.setattr(ray, "get", lambda answer, timeout: calls.append(timeout) or answer)
+    unmapped = HolderUnavailableError("b", "its memory is not mapped here")
+    near: Any = FakeTransport(shard.chunks[1] if is_readable else unmapped)
+    sources = ShardSources(shard.record, (THERE,), is_durable=False)
+    (tier,) = tiers_of(sources, THERE.node_id, None, near=near)
+    for _ in range(2):
+        assert image_of([tier.read(1)]) == image_of([shard.chunks[1]])
+    assert len(near.calls) == 2
+    assert (len(network.calls), len(calls)) == ((0, 0) if is_readable else (2, 1))
+    tier.close()
+    assert (near.closed, network.closed) == (1, 0 if is_readable else 1)
+
+
+def test_an_own_host_that_is_silent_is_waited_for_once(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder_tier(shard, monkeypatch, [])
+    calls = []
+
+    def silent(answer: object, timeout: float) -> None:
+        calls.append(timeout)
+        raise GetTimeoutError
+
+    monkeypatch.setattr(ray, "get", silent)
+    near: Any = FakeTransport(HolderUnavailableError("b", "its memory is not mapped here"))
+    sources = ShardSources(shard.record, (THERE,), is_durable=False)
+    (tier,) = tiers_of(sources, THERE.node_id, None, near=near)
+    for _ in range(3):
+        with pytest.raises(HolderTimeoutError, match="no answer within"):
+            tier.read(0)
+    assert len(calls) == 1
+
+
 def test_a_holder_that_does_not_answer_is_waited_for_once(
     shard: Shard, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,8 +14,10 @@ comma := ,
 demo: $(STAMP)
 	@$(BIN)/python -m examples.demo $(ARGS)
 
+# Each worker starts clusters of several hosts: more of them need more memory. 0: one test at a time.
+WORKERS ?= 2
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)

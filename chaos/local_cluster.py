@@ -1,9 +1,10 @@
 """A real Ray cluster of several hosts on this machine, whose hosts can be killed.
 
 Each host is a raylet with its own object store, its own workers and its own loopback address
-(127.10.0.2, .3, ...), so that whatever tells hosts apart by address (Ray Train's local ranks do)
-sees several. The head, 127.10.0.1, has no CPU: like the head of a Kubernetes cluster it runs the
-GCS and the driver, no trainer, and is never killed.
+(127.10.N.2, .3, ...), so that whatever tells hosts apart by address (Ray Train's local ranks do)
+sees several. The head, 127.10.N.1, has no CPU: like the head of a Kubernetes cluster it runs the
+GCS and the driver, no trainer, and is never killed. N is the process' own: another cluster beside
+this one would else take over a killed host's address, and perhaps its port.
 
 Raylets are started one after another. Four at once took 3 s instead of 7 s, but in one of three
 runs two agents took each other's files, and a raylet died (ray 2.60).
@@ -99,6 +100,7 @@ class LocalCluster:
         overcommit: bool = False,
     ) -> None:
         self._network = network
+        self._subnet = f"127.10.{os.getpid() % 250}"
         self._with_agents = with_agents
         self._more = dict(OVERCOMMITTED) if overcommit else {}
         self._initial_hosts = hosts
@@ -152,7 +154,7 @@ class LocalCluster:
                         "dashboard_port": free_ports(1)[0],
                         "temp_dir": os.path.join(self._folder, "ray"),
                         "_system_config": self._system_config,
-                        "node_ip_address": "127.10.0.1"
+                        "node_ip_address": f"{self._subnet}.1"
                         if network is None
                         else network.head_address,
                         **self._sockets(),
@@ -174,7 +176,7 @@ class LocalCluster:
     def add_host(self, labels: Mapping[str, str] | None = None) -> str:
         """Start one more host; returns its node id once it is part of the cluster."""
         sockets, network = self._sockets(), self._network
-        address, disk = f"127.10.0.{self._started}", self._make_disk()
+        address, disk = f"{self._subnet}.{self._started}", self._make_disk()
         if network is not None:
             address = network.add(self._started)
         where = contextlib.nullcontext() if network is None else network.inside(address)

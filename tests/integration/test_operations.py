@@ -235,7 +235,7 @@ def test_the_doctor_finds_no_problem_in_a_cluster_and_a_store_that_work(
     for found in (
         r"! memory on every host: object store 209\.7 MB, of which 167\.8 MB .*; the host has .*",
         r"✗ clock on every host: -5\.\d s off",
-        r"✗ room for the job: 1\.0 GB a host and save need .*; 127\.10\.0\.\d+ has 209\.7 MB, .*",
+        r"✗ room for the job: 1\.0 GB a host and save need .*; 127\.10\.\d+\.\d+ has 209\.7 MB, .*",
         r"✗ s3://no-such-bucket/x: reach: NoSuchBucket .*",
     ):
         assert re.search(rf"^{found}\n  → \S", text, re.MULTILINE), (found, text)

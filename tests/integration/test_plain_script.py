@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,9 +44,10 @@ def ours(folder: object) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tmp_path() -> Iterator[Path]:
     """Short: the path of a unix socket has room for 107 characters."""
-    return Path(tmp_path_factory.mktemp("p"))
+    with tempfile.TemporaryDirectory(prefix="p-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def readme_session() -> str:

@@ -1,10 +1,10 @@
 """A real Ray cluster of several hosts on this machine, whose hosts can be killed.
 
 Each host is a raylet with its own object store, its own workers and its own loopback address
-(127.10.N.2, .3, ...), so that whatever tells hosts apart by address (Ray Train's local ranks do)
-sees several. The head, 127.10.N.1, has no CPU: like the head of a Kubernetes cluster it runs the
-GCS and the driver, no trainer, and is never killed. N is the process' own: another cluster beside
-this one would else take over a killed host's address, and perhaps its port.
+(127.M.N.2, .3, ...), so that whatever tells hosts apart by address (Ray Train's local ranks do)
+sees several. The head, 127.M.N.1, has no CPU: like the head of a Kubernetes cluster it runs the
+GCS and the driver, no trainer, and is never killed. M and N are from the process' id: another
+cluster beside this one would else take over a killed host's address, and perhaps its port.
 
 Raylets are started one after another. Four at once took 3 s instead of 7 s, but in one of three
 runs two agents took each other's files, and a raylet died (ray 2.60).
@@ -100,7 +100,7 @@ class LocalCluster:
         overcommit: bool = False,
     ) -> None:
         self._network = network
-        self._subnet = f"127.10.{os.getpid() % 250}"
+        self._subnet = f"127.{16 + os.getpid() // 250 % 200}.{os.getpid() % 250}"
         self._with_agents = with_agents
         self._more = dict(OVERCOMMITTED) if overcommit else {}
         self._initial_hosts = hosts

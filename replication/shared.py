@@ -15,7 +15,7 @@ import itertools
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -27,6 +27,9 @@ from replication.pinning import MAPS, pin
 from replication.records import ActorRef, Buffer, Chunk, ChunkId, ShardKey
 from replication.sink import Sink, gather
 from replication.transport import Source, check_size, read_whole
+
+if TYPE_CHECKING:
+    from replication.dataplane import Access
 
 TOUCH_BYTES = 64 << 10  # what Linux maps with one fault, if those pages are in memory
 SENTINEL_BYTES = 256 << 10  # Ray keeps objects of less than 100 KiB outside of the store
@@ -152,6 +155,9 @@ class SharedMemoryTransport:
     """Reads from the holder of this host; see `replication.transport.Transport`.
 
     A holder is asked once where all of a shard lies.
+
+    Attributes:
+        access: How this host's holder is reached otherwise, if `open` has heard of it.
     """
 
     name = "shared memory"
@@ -161,13 +167,15 @@ class SharedMemoryTransport:
         self._sentinel: Chunk | None = None  # keeps the store mapped,
         self._home: list[Mapping] = []  # here
         self._places: dict[tuple[str, ShardKey], list[list[Place] | None]] = {}
+        self.access: Access | None = None
         self._counting = threading.Lock()
         self.bytes_read = 0
 
     def open(self, host: Source, job: str, rank: int, timeout_s: float) -> None:
         """Get ready for the shard that will likely be read, ahead of its first read, if that works.
 
-        Its pages are mapped here, which otherwise takes as long as a third of its copying.
+        Its pages are mapped here, which otherwise takes as long as a third of its copying; and the
+        holder is asked what its first reader would ask it.
 
         Args:
             host: The holder of this host.
@@ -178,16 +186,17 @@ class SharedMemoryTransport:
         with contextlib.suppress(RayError, ReplicationError):
             with self._lock:
                 home = self._find_home()
-            answer = host.actor.newest_places.remote(job, rank)
+            access, places = host.actor.access.remote(), host.actor.newest_places.remote(job, rank)
+            self.access = _answer(access, host, timeout_s)
             newest: tuple[ShardKey, list[list[Place] | None]] | None
-            if (newest := _answer(answer, host, timeout_s)) is None:
+            if (newest := _answer(places, host, timeout_s)) is None:
                 return
             key, of_shard = newest
             with self._lock:
                 if self._is_closed():  # meanwhile
                     return
                 self._places.setdefault((host.node_id, key), of_shard)
-            for place in itertools.chain.from_iterable(places or () for places in of_shard):
+            for place in itertools.chain.from_iterable(some or () for some in of_shard):
                 if self._is_closed():  # nothing is read any more
                     return
                 if (view := view_of(place, home)) is not None:
@@ -235,7 +244,7 @@ class SharedMemoryTransport:
     def close(self) -> None:
         """See Transport."""
         with self._lock:
-            self._sentinel, self._home = None, []
+            self._sentinel, self._home, self.access = None, [], None
             self._places.clear()
 
     def _read(self, source: Source, chunk: ChunkId, places: list[Place] | None, sink: Sink) -> None:

@@ -100,75 +100,6 @@ class _OfShard:
         return self._record.digests[index]
 
 
-class _Way:
-    """A holder and the way to it, asked for when first needed; nobody waits for it twice.
-
-    Args:
-        ask: Finds them, or raises HolderUnavailableError.
-    """
-
-    def __init__(self, ask: Callable[[], tuple[Source, Transport]]) -> None:
-        self._ask = ask
-        self._lock = threading.Lock()
-        self._found: tuple[Source, Transport] | None = None
-        self._problem: HolderUnavailableError | None = None
-
-    def find(self) -> tuple[Source, Transport]:
-        """The holder, and the way to it.
-
-        Raises:
-            HolderUnavailableError: It is gone, or did not answer.
-        """
-        with self._lock:
-            if self._problem is not None:
-                raise self._problem
-            if self._found is None:
-                try:
-                    self._found = self._ask()
-                except HolderUnavailableError as error:
-                    self._problem = error
-                    raise
-            return self._found
-
-    def close(self) -> None:
-        """Let go of connections, and forget what was found."""
-        if not self._lock.acquire(blocking=False):
-            return  # a read that was outrun is still asking; it has no connection, and opens none
-        try:
-            if self._found is not None:
-                self._found[1].close()
-            self._found = self._problem = None
-        finally:
-            self._lock.release()
-
-
-class _ByNetwork:
-    """Reads from the holder of one's own host as from any other; a Transport.
-
-    Only where its memory cannot be read: what that takes to know costs an actor call.
-    """
-
-    name = "the network"
-
-    def __init__(self, source: Source, way: Way) -> None:
-        self._there = _Way(functools.partial(_with_access, source, way))
-        self.bytes_read = 0
-
-    def read(self, _source: Source, chunk: ChunkId, sink: Sink, timeout_s: float) -> None:
-        """See Transport."""
-        source, transport = self._there.find()
-        transport.read(source, chunk, sink, timeout_s)
-
-    def fetch(self, _source: Source, chunk: ChunkId, timeout_s: float) -> Chunk:
-        """See Transport."""
-        source, transport = self._there.find()
-        return transport.fetch(source, chunk, timeout_s)
-
-    def close(self) -> None:
-        """See Transport."""
-        self._there.close()
-
-
 class HolderTier(_OfShard):
     """The memory of one host."""
 
@@ -190,70 +121,83 @@ class HolderTier(_OfShard):
         self.is_near = holder.node_id == node_id
         self._near = near or SharedMemoryTransport()
         self._way = way
-        self._there = _Way(self._ask)
+        self._lock = threading.Lock()
+        self._found: tuple[Source, Transport] | None = None
+        self._problem: HolderUnavailableError | None = None
 
     def read(self, index: int) -> Chunk:
         """See Tier."""
-        source, transport = self._there.find()
+        source, transport = self._find()
         chunk = self.chunk_id(index)
         return transport.fetch(source, chunk, fetch_timeout_s(chunk.size_bytes))
 
     def read_into(self, index: int, sink: Sink) -> None:
         """See Tier."""
-        source, transport = self._there.find()
+        source, transport = self._find()
         chunk = self.chunk_id(index)
         transport.read(source, chunk, sink, fetch_timeout_s(chunk.size_bytes))
 
     def close(self) -> None:
         """See Tier."""
-        self._there.close()
+        if not self._lock.acquire(blocking=False):
+            return  # a read that was outrun is still asking; it has no connection, and opens none
+        try:
+            if self._found is not None:
+                self._found[1].close()
+            self._found = self._problem = None
+        finally:
+            self._lock.release()
 
     def origin(self, _index: int) -> AtHolder:
-        """How another holder is to read from this one, which is asked once; of another host.
+        """How another holder is to read from this one, which is asked once.
 
         Raises:
             HolderUnavailableError: It is gone, or did not answer.
         """
-        source, _ = self._there.find()
+        source, _ = self._find()
         return AtHolder(self._holder, source.endpoint, self._way)
 
     def timeout_s(self, index: int) -> float:
         """How long one chunk may take."""
         return fetch_timeout_s(self._record.plan.chunk_sizes[index])
 
+    def _find(self) -> tuple[Source, Transport]:
+        """The holder, and the way to it; asked for once, by an actor call.
+
+        Raises:
+            HolderUnavailableError: It is gone, or did not answer; nobody waits for it twice.
+        """
+        with self._lock:
+            if self._problem is not None:
+                raise self._problem
+            if self._found is None:
+                try:
+                    self._found = self._ask()
+                except HolderUnavailableError as error:
+                    self._problem = error
+                    raise
+            return self._found
+
     def _ask(self) -> tuple[Source, Transport]:
         node_id = self._holder.node_id
         try:
             handle: ActorRef = ray.get_actor(holder_name(node_id), NAMESPACE)
+            if self._way == "ray":
+                return Source(node_id, handle), RayTransport()
+            access: Access | None = self._near.access if self.is_near else None
+            if access is None:
+                access = ray.get(handle.access.remote(), timeout=ACCESS_TIMEOUT_S)
         except ValueError as error:  # Ray's word for: no such actor
             raise HolderUnavailableError(node_id, "it is gone") from error
+        except GetTimeoutError as error:
+            reason = f"no answer within {ACCESS_TIMEOUT_S:g} s"
+            raise HolderTimeoutError(node_id, reason) from error
         except RayError as error:
             raise HolderUnavailableError(node_id, f"{type(error).__name__}: {error}") from error
-        source = Source(node_id, handle)
-        if self._way == "ray":
-            return source, RayTransport()
-        if not self.is_near:
-            return _with_access(source, self._way)
-        network = _ByNetwork(source, self._way)
-        return source, FallbackTransport(self._near, network, needs_endpoint=False)
-
-
-def _with_access(source: Source, way: Way) -> tuple[Source, Transport]:
-    """A holder and the way to it, when it has said how its data plane is reached.
-
-    Raises:
-        HolderUnavailableError: It is gone, or did not answer.
-    """
-    node_id, handle = source.node_id, source.actor
-    try:
-        access: Access = ray.get(handle.access.remote(), timeout=ACCESS_TIMEOUT_S)
-    except GetTimeoutError as error:
-        reason = f"no answer within {ACCESS_TIMEOUT_S:g} s"
-        raise HolderTimeoutError(node_id, reason) from error
-    except RayError as error:
-        raise HolderUnavailableError(node_id, f"{type(error).__name__}: {error}") from error
-    transport = open_transports(access.secret, tls_like_ray(os.environ))[way]
-    return Source(node_id, handle, access.endpoint), transport
+        transport = open_transports(access.secret, tls_like_ray(os.environ))[self._way]
+        if self.is_near:
+            transport = FallbackTransport(self._near, transport, needs_endpoint=False)
+        return Source(node_id, handle, access.endpoint), transport
 
 
 class DurableTier(_OfShard):

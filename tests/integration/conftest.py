@@ -1,6 +1,8 @@
 import contextlib
+import tempfile
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -18,6 +20,13 @@ def job() -> Iterator[str]:
     if ray.is_initialized():
         with contextlib.suppress(tiered.ConfigError):  # the test has stopped the last job
             tiered.forget(name)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder for Ray: the path of a Unix socket has room for 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="p-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")

@@ -233,8 +233,7 @@ def _ask_everything(place: str, training: Training) -> None:
     for query in queries:
         query = query.replace("$job", training.name)
         wait_for(lambda query=query: ask("query", query=query)["result"])
-    up = ask("query", query="up")["result"]
-    assert [series["value"][1] for series in up] == ["1"] * 4
+    wait_for(lambda: [s["value"][1] for s in ask("query", query="up")["result"]] == ["1"] * 4)
     rules = [r for group in ask("rules")["groups"] for r in group["rules"]]
     assert len(rules) == (MONITORING / "alerts.yml").read_text().count("alert: ")
     assert {r["health"] for r in rules} == {"ok"}

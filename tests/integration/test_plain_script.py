@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,9 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+def environment(short_path: Path) -> Iterator[dict[str, str]]:
     """A machine without a Ray cluster: its own place for notes, and nothing left of it after."""
-    folder = tmp_path / "t"
+    folder = short_path / "t"
     folder.mkdir()
     variables = {**os.environ, "TMPDIR": str(folder), "RAY_TMPDIR": str(folder)}
     variables.pop("RAY_ADDRESS", None)
@@ -43,13 +42,6 @@ def ours(folder: object) -> list[psutil.Process]:
     ]
 
 
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """Short: the path of a unix socket has room for 107 characters."""
-    with tempfile.TemporaryDirectory(prefix="p-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
-
-
 def readme_session() -> str:
     """The first Python block of the README."""
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
@@ -65,9 +57,9 @@ def run(command: list[str], environment: Mapping[str, str]) -> str:
 
 
 def test_the_readmes_session_resumes_after_sigkill_and_stops_what_it_started(
-    environment: dict[str, str], tmp_path: Path
+    environment: dict[str, str], short_path: Path
 ) -> None:
-    script = tmp_path / "train.py"
+    script = short_path / "train.py"
     script.write_text(
         readme_session().replace("ckpt.save(step, state)", "print(ckpt.save(step, state))")
     )
@@ -91,9 +83,9 @@ def test_the_readmes_session_resumes_after_sigkill_and_stops_what_it_started(
 
 
 def test_two_ranks_under_torchrun_start_one_local_ray_and_resume_together(
-    environment: dict[str, str], tmp_path: Path
+    environment: dict[str, str], short_path: Path
 ) -> None:
-    script = tmp_path / "ranks.py"
+    script = short_path / "ranks.py"
     script.write_text(
         textwrap.dedent(
             """

@@ -127,7 +127,7 @@ def test_a_hung_holder_delays_one_save_and_no_other(
     with hung_holder(cluster.hosts[0]):
         error, first_s = save(trainer, 2)
         assert "silent for" in error
-        assert first_s < 15.0
+        assert first_s < 20.0  # its deadline is 10
         error, second_s = save(trainer, 3)
         assert "has not answered since" in error
         assert second_s < 2.0

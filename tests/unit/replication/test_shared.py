@@ -12,8 +12,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from replication import shared
+from replication.dataplane import Access
 from replication.errors import HolderTimeoutError, HolderUnavailableError, ProtocolError
-from replication.records import ByteRange, Chunk, ChunkId, ShardKey, Version
+from replication.records import ByteRange, Chunk, ChunkId, Endpoint, ShardKey, Version
 from replication.shared import (
     Mapping,
     Place,
@@ -26,6 +27,7 @@ from replication.shared import (
 )
 from replication.sink import BLOCK_BYTES, Sink
 from replication.transport import Source
+from replication.wire import Secret
 
 MAPS = """\
 7f0000000000-7f0000100000 rw-s 00002000 00:1a 77     /dev/shm/plasma (deleted)
@@ -35,6 +37,7 @@ MAPS = """\
 """
 KEY = ShardKey("job", Version(1, 10), 0)
 SIZE = 3 * BLOCK_BYTES + 17
+ACCESS = Access(Endpoint("127.0.0.1", 1), Secret(b"s" * 32))
 SMAPS = Path("/proc/self/smaps")
 
 
@@ -246,14 +249,15 @@ class ReadyHolder(FakeHolder):
     def __init__(self, newest: Any) -> None:
         super().__init__(newest and newest[1])
         self._answer = newest and newest[1]
-        self.newest_places = ReadyHolder.Call(newest)
+        self.newest_places = ReadyHolder.Call(newest, KEY.job, KEY.rank)
+        self.access = ReadyHolder.Call(ACCESS)
 
     class Call:
-        def __init__(self, answer: Any) -> None:
-            self._answer = answer
+        def __init__(self, answer: Any, *expected: Any) -> None:
+            self._answer, self._expected = answer, expected
 
-        def remote(self, job: str, rank: int) -> Any:
-            assert (job, rank) == (KEY.job, KEY.rank)
+        def remote(self, *args: Any) -> Any:
+            assert args == self._expected
             return self._answer
 
 
@@ -271,9 +275,20 @@ def test_the_shard_that_is_likely_wanted_is_mapped_and_located_ahead(
         before = mapped_bytes(mine)
         transport.open(Source("node", holder), KEY.job, KEY.rank, 1.0)
         assert before < SIZE <= mapped_bytes(mine)
+        assert transport.access is ACCESS
         (got,) = transport.fetch(Source("node", holder), ChunkId(KEY, 0, SIZE), 1.0)
         assert np.array_equal(got, memory[:SIZE])
         assert holder.calls == 0
+
+
+@pytest.mark.parametrize("answer", [RayActorError(), GetTimeoutError()])
+def test_a_holder_that_does_not_say_how_it_is_reached_is_asked_again(
+    transport: SharedMemoryTransport, answer: Any
+) -> None:
+    silent = ReadyHolder(None)
+    silent.access = ReadyHolder.Call(answer)
+    transport.open(Source("node", silent), KEY.job, KEY.rank, 1.0)
+    assert transport.access is None
 
 
 @pytest.mark.parametrize("newest", [None, RayActorError(), GetTimeoutError()])
@@ -281,7 +296,7 @@ def test_a_holder_that_cannot_tell_is_asked_when_it_is_needed(
     store: np.ndarray[Any, Any], transport: SharedMemoryTransport, newest: Any
 ) -> None:
     silent = ReadyHolder(None)
-    silent.newest_places = ReadyHolder.Call(newest)
+    silent.newest_places = ReadyHolder.Call(newest, KEY.job, KEY.rank)
     transport.open(Source("node", silent), KEY.job, KEY.rank, 1.0)
     assert read(transport, places_of([store[:SIZE]], own_mappings())) == store[:SIZE].tobytes()
 
@@ -301,3 +316,4 @@ def test_nothing_is_mapped_any_more_for_who_is_done(
     holder = ReadyHolder((KEY, places))
     transport.open(Source("node", holder), KEY.job, KEY.rank, 1.0)
     assert touched == [5000]
+    assert transport.access is None

@@ -1,6 +1,7 @@
 """Reading a shard: the nearest intact copy of each chunk, and a name for every one that is not."""
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -270,43 +271,35 @@ def test_a_holder_is_asked_once_how_to_read_from_it(
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("is_known", [True, False])
 @pytest.mark.parametrize("is_readable", [True, False])
-def test_the_own_host_is_asked_of_its_data_plane_only_if_its_memory_cannot_be_read(
-    shard: Shard, monkeypatch: pytest.MonkeyPatch, *, is_readable: bool
+def test_the_own_host_is_asked_how_it_is_reached_unless_it_has_said_so(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch, *, is_readable: bool, is_known: bool
 ) -> None:
     _, network = holder_tier(shard, monkeypatch, shard.chunks[1])
     calls = []
     monkeypatch.setattr(ray, "get", lambda answer, timeout: calls.append(timeout) or answer)
     unmapped = HolderUnavailableError("b", "its memory is not mapped here")
     near: Any = FakeTransport(shard.chunks[1] if is_readable else unmapped)
+    near.access = FakeHandle("any", "one").remote() if is_known else None
     sources = ShardSources(shard.record, (THERE,), is_durable=False)
     (tier,) = tiers_of(sources, THERE.node_id, None, near=near)
     for _ in range(2):
         assert image_of([tier.read(1)]) == image_of([shard.chunks[1]])
-    assert len(near.calls) == 2
-    assert (len(network.calls), len(calls)) == ((0, 0) if is_readable else (2, 1))
-    tier.close()
-    assert (near.closed, network.closed) == (1, 0 if is_readable else 1)
+    assert len(calls) == (0 if is_known else 1)
+    assert (len(near.calls), len(network.calls)) == (2, 0 if is_readable else 2)
 
 
-def test_an_own_host_that_is_silent_is_waited_for_once(
+def test_a_host_without_a_data_plane_is_read_by_its_own_ranks(
     shard: Shard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    holder_tier(shard, monkeypatch, [])
-    calls = []
-
-    def silent(answer: object, timeout: float) -> None:
-        calls.append(timeout)
-        raise GetTimeoutError
-
-    monkeypatch.setattr(ray, "get", silent)
-    near: Any = FakeTransport(HolderUnavailableError("b", "its memory is not mapped here"))
+    _, network = holder_tier(shard, monkeypatch, shard.chunks[1])
+    near: Any = FakeTransport(shard.chunks[1])
+    near.access = replace(FakeHandle("any", "one").remote(), endpoint=None)
     sources = ShardSources(shard.record, (THERE,), is_durable=False)
     (tier,) = tiers_of(sources, THERE.node_id, None, near=near)
-    for _ in range(3):
-        with pytest.raises(HolderTimeoutError, match="no answer within"):
-            tier.read(0)
-    assert len(calls) == 1
+    assert image_of([tier.read(1)]) == image_of([shard.chunks[1]])
+    assert (len(near.calls), len(network.calls)) == (1, 0)
 
 
 def test_a_holder_that_does_not_answer_is_waited_for_once(

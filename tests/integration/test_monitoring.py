@@ -126,19 +126,25 @@ def names() -> set[str]:
 
 
 def test_rays_own_export_has_every_metric_with_its_value(training: Training) -> None:
-    def complete() -> Any:
-        found = exported([read(f"http://{place}/metrics") for place in exports()])
-        step = [(labels, v) for labels, v in found.get("ray_tiered_durable_step", ()) if v]
-        have = names() <= found.keys()
-        return found if have and step and step[0][1] == training.step else None
-
-    found = wait_for(complete)
+    found: dict[str, list[tuple[dict[str, str], float]]] = {}
+    job = {"job_name": training.name}
 
     def values(name: str, **labels: str) -> list[float]:
-        series = found[f"ray_tiered_{name}"]
+        series = found.get(f"ray_tiered_{name}", ())
         return [v for have, v in series if labels.items() <= have.items()]
 
-    job = {"job_name": training.name}
+    def is_complete() -> bool:
+        """Coordinator, holders and trainers hand theirs on by themselves, seconds apart."""
+        found.clear()
+        found.update(exported([read(f"http://{place}/metrics") for place in exports()]))
+        return (
+            names() <= found.keys()
+            and training.step in values("durable_step", **job)
+            and sum(values("restore_seconds_count", **job)) >= 2
+            and len(values("memory_used_bytes")) >= 2
+        )
+
+    wait_for(is_complete)
     assert values("committed_step", **job) == [training.step]
     assert values("copies", **job) == values("copies_wanted", **job) == [2]
     assert values("generation", **job) == [2]

@@ -14,8 +14,9 @@ comma := ,
 demo: $(STAMP)
 	@$(BIN)/python -m examples.demo $(ARGS)
 
-# Each worker starts clusters of several hosts: more of them need more memory. 0: one test at a time.
-WORKERS ?= 2
+# WORKERS=2 takes half as long on two cores, where a few tests depend on their share of them yet. Each
+# worker starts clusters of several hosts: more workers need more memory.
+WORKERS ?= 0
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 

@@ -155,9 +155,6 @@ class SharedMemoryTransport:
     """Reads from the holder of this host; see `replication.transport.Transport`.
 
     A holder is asked once where all of a shard lies.
-
-    Attributes:
-        access: How this host's holder is reached otherwise, if `open` has heard of it.
     """
 
     name = "shared memory"
@@ -167,7 +164,7 @@ class SharedMemoryTransport:
         self._sentinel: Chunk | None = None  # keeps the store mapped,
         self._home: list[Mapping] = []  # here
         self._places: dict[tuple[str, ShardKey], list[list[Place] | None]] = {}
-        self.access: Access | None = None
+        self._access: Access | None = None
         self._counting = threading.Lock()
         self.bytes_read = 0
 
@@ -187,7 +184,7 @@ class SharedMemoryTransport:
             with self._lock:
                 home = self._find_home()
             access, places = host.actor.access.remote(), host.actor.newest_places.remote(job, rank)
-            self.access = _answer(access, host, timeout_s)
+            self._access = _answer(access, host, timeout_s)
             newest: tuple[ShardKey, list[list[Place] | None]] | None
             if (newest := _answer(places, host, timeout_s)) is None:
                 return
@@ -201,6 +198,13 @@ class SharedMemoryTransport:
                     return
                 if (view := view_of(place, home)) is not None:
                     touch(view)
+
+    def access_beside(self, node_id: str, key: ShardKey) -> "Access | None":
+        """How a holder is reached otherwise, if nothing has to be asked of it to read a shard.
+
+        Else whoever reads asks, and so learns first, and once for all chunks, that it is silent.
+        """
+        return self._access if (node_id, key) in self._places else None
 
     def read(self, source: Source, chunk: ChunkId, sink: Sink, timeout_s: float) -> None:
         """See Transport."""
@@ -244,7 +248,7 @@ class SharedMemoryTransport:
     def close(self) -> None:
         """See Transport."""
         with self._lock:
-            self._sentinel, self._home, self.access = None, [], None
+            self._sentinel, self._home, self._access = None, [], None
             self._places.clear()
 
     def _read(self, source: Source, chunk: ChunkId, places: list[Place] | None, sink: Sink) -> None:

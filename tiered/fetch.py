@@ -184,7 +184,8 @@ class HolderTier(_OfShard):
             handle: ActorRef = ray.get_actor(holder_name(node_id), NAMESPACE)
             if self._way == "ray":
                 return Source(node_id, handle), RayTransport()
-            access: Access | None = self._near.access if self.is_near else None
+            key = self._record.key
+            access: Access | None = self._near.access_beside(node_id, key) if self.is_near else None
             if access is None:
                 access = ray.get(handle.access.remote(), timeout=ACCESS_TIMEOUT_S)
         except ValueError as error:  # Ray's word for: no such actor

@@ -257,7 +257,7 @@ def test_a_peer_is_refused_while_every_connection_is_busy() -> None:
                 read_all(late, server.endpoint, id_of(CHUNK))
         go_on.set()
         thread.join(5.0)
-        wait_for(lambda: [c.is_idle for c in server._connections if c.is_peer] == [True])
+        wait_for(lambda: [c.is_idle for c in list(server._connections) if c.is_peer] == [True])
         assert read_all(late, server.endpoint, id_of(CHUNK)) == bytes_of(CHUNK)
 
 

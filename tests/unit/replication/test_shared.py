@@ -275,7 +275,8 @@ def test_the_shard_that_is_likely_wanted_is_mapped_and_located_ahead(
         before = mapped_bytes(mine)
         transport.open(Source("node", holder), KEY.job, KEY.rank, 1.0)
         assert before < SIZE <= mapped_bytes(mine)
-        assert transport.access is ACCESS
+        assert transport.access_beside("node", KEY) is ACCESS
+        assert transport.access_beside("node", KEY._replace(rank=1)) is None  # it would be asked
         (got,) = transport.fetch(Source("node", holder), ChunkId(KEY, 0, SIZE), 1.0)
         assert np.array_equal(got, memory[:SIZE])
         assert holder.calls == 0
@@ -288,7 +289,7 @@ def test_a_holder_that_does_not_say_how_it_is_reached_is_asked_again(
     silent = ReadyHolder(None)
     silent.access = ReadyHolder.Call(answer)
     transport.open(Source("node", silent), KEY.job, KEY.rank, 1.0)
-    assert transport.access is None
+    assert transport.access_beside("node", KEY) is None
 
 
 @pytest.mark.parametrize("newest", [None, RayActorError(), GetTimeoutError()])
@@ -316,4 +317,4 @@ def test_nothing_is_mapped_any_more_for_who_is_done(
     holder = ReadyHolder((KEY, places))
     transport.open(Source("node", holder), KEY.job, KEY.rank, 1.0)
     assert touched == [5000]
-    assert transport.access is None
+    assert transport.access_beside("node", KEY) is None

@@ -281,7 +281,8 @@ def test_the_own_host_is_asked_how_it_is_reached_unless_it_has_said_so(
     monkeypatch.setattr(ray, "get", lambda answer, timeout: calls.append(timeout) or answer)
     unmapped = HolderUnavailableError("b", "its memory is not mapped here")
     near: Any = FakeTransport(shard.chunks[1] if is_readable else unmapped)
-    near.access = FakeHandle("any", "one").remote() if is_known else None
+    access = FakeHandle("any", "one").remote() if is_known else None
+    near.access_beside = lambda node_id, key: access
     sources = ShardSources(shard.record, (THERE,), is_durable=False)
     (tier,) = tiers_of(sources, THERE.node_id, None, near=near)
     for _ in range(2):
@@ -295,7 +296,8 @@ def test_a_host_without_a_data_plane_is_read_by_its_own_ranks(
 ) -> None:
     _, network = holder_tier(shard, monkeypatch, shard.chunks[1])
     near: Any = FakeTransport(shard.chunks[1])
-    near.access = replace(FakeHandle("any", "one").remote(), endpoint=None)
+    access = replace(FakeHandle("any", "one").remote(), endpoint=None)
+    near.access_beside = lambda node_id, key: access
     sources = ShardSources(shard.record, (THERE,), is_durable=False)
     (tier,) = tiers_of(sources, THERE.node_id, None, near=near)
     assert image_of([tier.read(1)]) == image_of([shard.chunks[1]])

@@ -65,7 +65,7 @@ from tiered.rhythm import Rhythm
 from tiered.s3 import S3Store
 from tiered.saved_step import SavedStep
 from tiered.shard_writer import ShardWriter
-from tiered.state import CaptureCache, capture
+from tiered.state import CaptureCache, Present, capture, capture_present
 from tiered.watcher import Watcher, log_tag
 from tiered.worker import find_worker, new_life
 
@@ -276,7 +276,9 @@ class Checkpointer:
         self, state: MutableMapping[str, Any], step: int | None, before: int | None, strict: bool
     ) -> int:
         with closing(self._holder.open_memory()) as near:  # which goes on while it is decided
-            resolution = self._begin(step, before)
+            asked = self._ask_to_begin(step, before)
+            present = self._look_at(state)
+            resolution = self._begun(asked)
             if resolution.version is None:
                 self.restored = None
                 self._log_passed_over(resolution.passed_over)
@@ -285,8 +287,15 @@ class Checkpointer:
             saved = self._open(resolution, near)
             rank, world_size = self._worker.rank, self._worker.world_size
             fill = partial(restore_into, state, saved, rank, world_size, strict=strict)
-            self.read(saved, partial(fill, cache=self._cache))
+            self.read(saved, partial(fill, present=present))
             return resolution.version.step + 1
+
+    def _look_at(self, state: MutableMapping[str, Any]) -> Present | None:
+        """Take apart what will be filled; None if that fails, which matters only if it will be."""
+        try:
+            return capture_present(state, cache=self._cache)
+        except Exception:  # noqa: BLE001 - raised again by `restore_into`
+            return None
 
     def read(self, saved: SavedStep, fill: Callable[[], Filled]) -> None:
         """Fill a state from what `begin_reading` has opened, and tell of it: log, journal, metrics.
@@ -374,14 +383,20 @@ class Checkpointer:
                 timeout_s=REPORT_TIMEOUT_S,
             )  # fmt: skip
 
-    def _begin(self, step: int | None = None, before: int | None = None) -> Resolution:
+    def _begin(self, step: int | None = None) -> Resolution:
+        return self._begun(self._ask_to_begin(step))
+
+    def _ask_to_begin(self, step: int | None, before: int | None = None) -> cluster.Asked:
         worker = self._worker
         life, owner = new_life(worker, self._ownership.claim() if worker.rank == 0 else None)
-        resolution: Resolution = cluster.ask(
+        return cluster.Asked(
             self._coordinator, "begin",
             self.job, life, worker.rank, worker.world_size, self.settings, step, before, owner,
             takes_over=self._takes_over, timeout_s=BEGIN_TIMEOUT_S + START_TIMEOUT_S,
         )  # fmt: skip
+
+    def _begun(self, asked: cluster.Asked) -> Resolution:
+        resolution: Resolution = asked.answer()
         self._generation = self._writer.generation = resolution.generation
         self._resolution = resolution
         self._watcher.begin(resolution.generation)

@@ -350,8 +350,8 @@ class Asked:
             TieredError: What the method raised.
             DeadlineError: No answer within the time, all tries together.
         """
-        problem = ""
-        while (left_s := self._deadline - time.monotonic()) > 0:
+        while True:
+            left_s = max(0.0, self._deadline - time.monotonic())  # it may have come long ago
             try:
                 return ray.get(self._reference, timeout=left_s)
             except RayTaskError as error:
@@ -364,7 +364,9 @@ class Asked:
                 problem = type(error).__name__
                 time.sleep(RETRY_PAUSE_S)
                 self._reference = self._call()
-        raise DeadlineError(f"{self._method} of the {COORDINATOR_NAME}", self._timeout_s, problem)
+            if time.monotonic() >= self._deadline:
+                what = f"{self._method} of the {COORDINATOR_NAME}"
+                raise DeadlineError(what, self._timeout_s, problem)
 
 
 def ask(actor: ActorRef, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ from tiered.errors import StateError
 from tiered.filling import Filling, is_same_type
 from tiered.rng import is_per_rank
 from tiered.saved_step import SavedStep
-from tiered.state import PLAIN, CaptureCache, Present, capture_present, is_stateful, place_of
+from tiered.state import PLAIN, Present, capture_present, is_stateful, place_of
 from tiered.step_index import StepIndex, listed, merged
 from tiered.tensor_reads import Wanted, read_tensors
 from tiered.tree import (
@@ -68,7 +68,7 @@ def restore_into(
     world_size: int | None = None,
     *,
     strict: bool = True,
-    cache: CaptureCache | None = None,
+    present: Present | None = None,
 ) -> Filled:
     """Fill `state` in place from a step.
 
@@ -83,7 +83,7 @@ def restore_into(
         rank: Whose part of it.
         world_size: Ranks that restore it; None: as many as saved it.
         strict: Refuse keys that are missing or too many; else leave them out and say so.
-        cache: What later saves of this state use, too; see `tiered.state.capture`.
+        present: What `capture_present` says of the state, if it was asked already.
 
     Raises:
         StateError: Keys are missing or too many, or a tensor does not fit; says which, all of
@@ -96,7 +96,7 @@ def restore_into(
     """
     with closing(step), collector_paused():
         is_same_world = world_size in (None, step.world_size)
-        target = _Target(state, capture_present(state, cache=cache))
+        target = _Target(state, present or capture_present(state))
         donor = rank if is_same_world else rank % step.world_size
         if not is_same_world and rank >= step.world_size:
             target.keep_own()

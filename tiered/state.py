@@ -571,5 +571,6 @@ def capture_present(state: Mapping[str, Any], *, cache: CaptureCache | None = No
         StateError: A tensor in it cannot be filled; names its key.
     """
     work = _Capture(allow_pickle=False, is_target=True, cache=cache)
-    tree = work.encode_state(state)
+    with collector_paused():
+        tree = work.encode_state(state)
     return Present(tree, work.tensors, work.sharded, frozenset(work.device_types))

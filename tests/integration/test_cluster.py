@@ -388,6 +388,31 @@ def test_no_checkpoint_yet_is_no_error(cluster: LocalCluster, job: str) -> None:
     assert issubclass(tiered.StepNotFoundError, Exception)
 
 
+def test_a_state_that_cannot_be_filled_is_refused_when_there_is_something_to_fill_it_with(
+    cluster: LocalCluster, job: str
+) -> None:
+    @ray.remote(
+        num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(cluster.hosts[0], soft=False)
+    )
+    def lives() -> tuple[int, str]:
+        def begin() -> tiered.Checkpointer:
+            return tiered.Checkpointer(job, EVERY, rank=0, world_size=1)
+
+        unfit = {"w": torch.ones(4, device="meta")}
+        with begin() as ckpt:
+            start = ckpt.restore(unfit)
+            handle = ckpt.save(start, {"w": torch.ones(4)}, force=True)
+            assert handle is not None
+            handle.wait("replicated", timeout_s=60)
+        with begin() as ckpt, pytest.raises(tiered.StateError) as refused:
+            ckpt.restore(unfit)
+        return start, str(refused.value)
+
+    start, problem = ray.get(lives.remote(), timeout=120)
+    assert start == 0
+    assert "'w': it is on the meta device" in problem
+
+
 def test_step_zero_is_restored_from_memory_and_from_s3(cluster: LocalCluster, job: str) -> None:
     """Of the reference's mistake 12."""
     (actor,) = start_trainers(cluster.hosts[:1])

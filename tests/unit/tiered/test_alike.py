@@ -171,7 +171,7 @@ def test_objects_get_tensors_without_gradients() -> None:
     capture(state, cache=cache)
     state["o"].kept["v"].requires_grad_()
     step = SavedStep([Shard({"o": Keeper(parameters())}).reader()])
-    restore.restore_into(state, step, cache=cache)
+    restore.restore_into(state, step, present=capture_present(state, cache=cache))
     assert {type(t) for t in state["o"].kept.values()} == {torch.Tensor}
     assert not any(t.requires_grad for t in state["o"].kept.values())
 

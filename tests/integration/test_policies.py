@@ -16,6 +16,7 @@ from chaos.local_cluster import LocalCluster
 from replication.holder import NAMESPACE, holder_name
 from tests.integration.trainers import MIB, is_same, make_state, start_trainers
 from tiered.coordinator import COORDINATOR_NAME
+from tiered.own_holder import HOLDER_TIMEOUT_S
 
 pytestmark = pytest.mark.cluster
 
@@ -127,10 +128,10 @@ def test_a_hung_holder_delays_one_save_and_no_other(
     with hung_holder(cluster.hosts[0]):
         error, first_s = save(trainer, 2)
         assert "silent for" in error
-        assert first_s < 20.0  # its deadline is 10
+        assert first_s < 2 * HOLDER_TIMEOUT_S
         error, second_s = save(trainer, 3)
         assert "has not answered since" in error
-        assert second_s < 2.0
+        assert second_s < HOLDER_TIMEOUT_S / 2  # not waited for again
     step = save_until_it_works(trainer, 4)
     wait(trainer, step)
     assert tiered.recover(job).step == step

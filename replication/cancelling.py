@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from replication.errors import ReadCancelledError
 from replication.records import ByteRange
-from replication.sink import Received, Scatter, Sink, copy_each
+from replication.sink import Received, Sink
 
 END_S = 2.0  # an interrupted connection returns at once, a block is copied in a millisecond
 
@@ -19,10 +19,9 @@ class CancellableSink(Sink):
         ranges: Iterable[ByteRange],
         into: Iterable[memoryview],
         received: Received | None = None,
-        scatter: Scatter = copy_each,
     ) -> None:
         """As `Sink`."""
-        super().__init__(ranges, into, received, scatter)
+        super().__init__(ranges, into, received)
         self._changed = threading.Condition()
         self._interrupt: Callable[[], None] | None = None
 

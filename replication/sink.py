@@ -18,25 +18,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from replication.records import Buffer, ByteRange, Chunk
+from replication.records import ByteRange, Chunk
 
 BLOCK_BYTES = 1 << 20  # copied before `received` sees them: they are still in the cache then
-SMALL_BYTES = 64 << 10  # what is less is copied before another thread could have been let on
+SMALL_BYTES = 128 << 10  # what is less is copied before another thread could have been let on
 
 Received = Callable[[memoryview], object]
-Scatter = Callable[[Buffer, Sequence[memoryview]], object]
-
-
-def copy_each(source: Buffer, targets: Sequence[memoryview]) -> None:
-    """Copy bytes to one buffer after the other, which have room for all of them."""
-    start = 0
-    for target in targets:
-        part = source[start : start + target.nbytes]
-        if target.nbytes < SMALL_BYTES:
-            target[:] = part.data
-        else:
-            np.frombuffer(target, np.uint8)[:] = part
-        start += target.nbytes
 
 
 class Sink:
@@ -57,7 +44,6 @@ class Sink:
         ranges: Iterable[ByteRange],
         into: Iterable[memoryview],
         received: Received | None = None,
-        scatter: Scatter = copy_each,
     ) -> None:
         """Start with every byte missing.
 
@@ -66,7 +52,6 @@ class Sink:
             into: Writable, contiguous memory for just so many bytes. The caller owns it, and does
                 not touch it before the read is over; after a failure its contents are undefined.
             received: Called with each run of bytes as it arrives.
-            scatter: Copies a block that is in memory already, as `copy_each` does.
 
         Raises:
             ValueError: A buffer is read-only, or the sizes do not agree.
@@ -74,7 +59,6 @@ class Sink:
         self._ranges = _joined(ranges)
         self._views = [view.cast("B") for view in into if view.nbytes]
         self._received = received
-        self._scatter = scatter
         self._view = self._offset = 0  # the next free byte
         self.done_bytes = 0
         self.total_bytes = sum(r.size_bytes for r in self._ranges)
@@ -114,10 +98,16 @@ class Sink:
     def advance(self, size_bytes: int) -> None:
         """So many bytes more have arrived where `next_views` said."""
         assert 0 <= size_bytes <= self.missing_bytes
-        if self._received is not None:
-            for view in self.next_views(size_bytes, limit=size_bytes):
-                self._received(view)
-        self._go_on(size_bytes)
+        self.done_bytes += size_bytes
+        while size_bytes:
+            view = self._views[self._view]
+            step = min(size_bytes, view.nbytes - self._offset)
+            if self._received is not None:
+                self._received(view[self._offset : self._offset + step])
+            self._offset += step
+            size_bytes -= step
+            if self._offset == view.nbytes:
+                self._view, self._offset = self._view + 1, 0
 
     def writing(self, interrupt: Callable[[], None]) -> AbstractContextManager[None]:
         """Around whatever writes to `next_views`; `interrupt` ends that from another thread."""
@@ -135,18 +125,25 @@ class Sink:
             for start in range(0, source.nbytes, BLOCK_BYTES):
                 block = source[start : start + BLOCK_BYTES]
                 with self.writing(_nothing):
-                    self._scatter(block, self.next_views(block.nbytes, limit=block.nbytes))
-                self._go_on(block.nbytes)
+                    self._copy(block.data)
                 if self._received is not None:
                     self._received(block.data)
 
-    def _go_on(self, size_bytes: int) -> None:
-        """The next free byte is so many further."""
+    def _copy(self, block: memoryview) -> None:
+        start, size_bytes = 0, block.nbytes
+        while start < size_bytes:
+            view, offset = self._views[self._view], self._offset
+            stop = min(size_bytes, start + view.nbytes - offset)
+            room = view[offset : offset + stop - start]
+            if stop - start < SMALL_BYTES:
+                room[:] = block[start:stop]
+            else:
+                np.frombuffer(room, np.uint8)[:] = block[start:stop]
+            self._offset += stop - start
+            if self._offset == view.nbytes:
+                self._view, self._offset = self._view + 1, 0
+            start = stop
         self.done_bytes += size_bytes
-        self._offset += size_bytes
-        while self._view < len(self._views) and self._offset >= self._views[self._view].nbytes:
-            self._offset -= self._views[self._view].nbytes
-            self._view += 1
 
 
 def _nothing() -> None:

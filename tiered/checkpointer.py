@@ -277,25 +277,27 @@ class Checkpointer:
     ) -> int:
         with closing(self._holder.open_memory()) as near:  # which goes on while it is decided
             asked = self._ask_to_begin(step, before)
-            present = self._look_at(state)
-            resolution = self._begun(asked)
+            present = self._look_at(state)  # which may take as long as the coordinator
+            resolution = self._take_up(asked.answer())
             if resolution.version is None:
                 self.restored = None
                 self._log_passed_over(resolution.passed_over)
                 logger.info("%s fresh start", self._tag())
                 return 0
+            if isinstance(present, Exception):
+                raise present
             saved = self._open(resolution, near)
             rank, world_size = self._worker.rank, self._worker.world_size
             fill = partial(restore_into, state, saved, rank, world_size, strict=strict)
             self.read(saved, partial(fill, present=present))
             return resolution.version.step + 1
 
-    def _look_at(self, state: MutableMapping[str, Any]) -> Present | None:
-        """Take apart what will be filled; None if that fails, which matters only if it will be."""
+    def _look_at(self, state: MutableMapping[str, Any]) -> Present | Exception:
+        """Take apart what will be filled; if that fails, why, which a fresh start does not mind."""
         try:
             return capture_present(state, cache=self._cache)
-        except Exception:  # noqa: BLE001 - raised again by `restore_into`
-            return None
+        except Exception as error:  # noqa: BLE001 - the caller raises it, if there is a step
+            return error
 
     def read(self, saved: SavedStep, fill: Callable[[], Filled]) -> None:
         """Fill a state from what `begin_reading` has opened, and tell of it: log, journal, metrics.
@@ -384,7 +386,7 @@ class Checkpointer:
             )  # fmt: skip
 
     def _begin(self, step: int | None = None) -> Resolution:
-        return self._begun(self._ask_to_begin(step))
+        return self._take_up(self._ask_to_begin(step).answer())
 
     def _ask_to_begin(self, step: int | None, before: int | None = None) -> cluster.Asked:
         worker = self._worker
@@ -395,8 +397,8 @@ class Checkpointer:
             takes_over=self._takes_over, timeout_s=BEGIN_TIMEOUT_S + START_TIMEOUT_S,
         )  # fmt: skip
 
-    def _begun(self, asked: cluster.Asked) -> Resolution:
-        resolution: Resolution = asked.answer()
+    def _take_up(self, resolution: Resolution) -> Resolution:
+        """Belong to the generation that has begun."""
         self._generation = self._writer.generation = resolution.generation
         self._resolution = resolution
         self._watcher.begin(resolution.generation)

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 HEAD_RESOURCE = "node:__internal_head__"  # as Ray names it
 RETRY_PAUSE_S = 0.2
+FETCH_S = 1.0  # at least, for an answer that has come
 OTHER_TOKEN = (
     ", though something listens: if Ray there asks for a token, set RAY_AUTH_MODE=token and "
     "RAY_AUTH_TOKEN (or ~/.ray/auth_token) to that of its hosts"
@@ -351,9 +352,9 @@ class Asked:
             DeadlineError: No answer within the time, all tries together.
         """
         while True:
-            left_s = max(0.0, self._deadline - time.monotonic())  # it may have come long ago
-            try:
-                return ray.get(self._reference, timeout=left_s)
+            left_s = self._deadline - time.monotonic()
+            try:  # what came long ago may still have to be fetched
+                return ray.get(self._reference, timeout=max(FETCH_S, left_s))
             except RayTaskError as error:
                 if isinstance(error.cause, TieredError):
                     raise error.cause from None

@@ -37,7 +37,7 @@ from replication.records import (
     Way,
 )
 from replication.shared import SharedMemoryTransport
-from replication.sink import Scatter, Sink, copy_each
+from replication.sink import Sink
 from replication.stream import tls_like_ray
 from replication.transport import (
     FallbackTransport,
@@ -326,7 +326,7 @@ class ShardReader:
 
         return self._first_intact(index, of)
 
-    def fill(self, pieces: Sequence[Piece], scatter: Scatter = copy_each) -> None:
+    def fill(self, pieces: Sequence[Piece]) -> None:
         """Read ranges of the tensor data straight to where they belong, verified.
 
         A checksum is of a whole chunk: chunks of which nothing is wanted are not read, of others
@@ -334,7 +334,6 @@ class ShardReader:
 
         Args:
             pieces: What is wanted, in order, without overlaps.
-            scatter: How to copy what is in this host's memory.
 
         Raises:
             StepNotFoundError: No tier had an intact copy of a chunk. What the memory holds then is
@@ -348,7 +347,7 @@ class ShardReader:
 
         def one(index: int) -> None:
             into = run.places(edges[index - 1], edges[index], scratch)
-            self._first_intact(index, functools.partial(self._into, index, into, scatter))
+            self._first_intact(index, functools.partial(self._into, index, into))
 
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="tiered-fill") as pool:
             jobs = [pool.submit(one, index) for index in wanted]
@@ -365,17 +364,12 @@ class ShardReader:
             tier.close()
 
     def _into(
-        self,
-        index: int,
-        into: list[memoryview],
-        scatter: Scatter,
-        tier: Tier,
-        is_second: bool,
+        self, index: int, into: list[memoryview], tier: Tier, is_second: bool
     ) -> Reading[None]:
         """Read a chunk into the caller's memory; beside another read first into its own."""
         size_bytes, checksum = sum(view.nbytes for view in into), Digest()
         memory = [np.empty(size_bytes, dtype=np.uint8).data] if is_second else into
-        sink = CancellableSink([ByteRange(0, size_bytes)], memory, checksum.update, scatter)
+        sink = CancellableSink([ByteRange(0, size_bytes)], memory, checksum.update)
 
         def read() -> None:
             tier.read_into(index, sink)

@@ -180,12 +180,6 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether its bytes are in memory as they are to be saved."""
-    is_mirrored = tensor.is_conj() or tensor.is_neg()
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and not is_mirrored
-
-
 def bytes_of(tensor: torch.Tensor) -> Buffer:
     """A tensor's bytes, [n] uint8; a view of a contiguous CPU tensor, a copy of any other."""
     if tensor.is_conj() or tensor.is_neg():

@@ -96,7 +96,7 @@ def restore_into(
     """
     with closing(step), collector_paused():
         is_same_world = world_size in (None, step.world_size)
-        target = _Target(state, present or capture_present(state))
+        target = _Target(state, capture_present(state) if present is None else present)
         donor = rank if is_same_world else rank % step.world_size
         if not is_same_world and rank >= step.world_size:
             target.keep_own()

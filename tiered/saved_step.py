@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from replication.durable import DurableStore
 from tiered.fetch import ShardReader
 from tiered.image import read_front
-from tiered.multi_copy import scatter
 from tiered.pieces import Piece, runs
 from tiered.step_index import ShardView
 from tiered.tree import read_tree
@@ -98,7 +97,7 @@ class SavedStep:
             StepNotFoundError: No tier had an intact copy of a chunk.
         """
         for run in runs(pieces):
-            self.readers[rank].fill(run, scatter)
+            self.readers[rank].fill(run)
 
     @property
     def bytes_by_label(self) -> Mapping[str, int]:

@@ -11,8 +11,9 @@ import torch
 from tiered import bulk
 from tiered.boxes import Sizes, strides
 from tiered.copying import UNIT_BYTES, Unit
-from tiered.image import Layout, bytes_between, is_plain, overlapping
-from tiered.multi_copy import copy_all
+from tiered.image import Layout, bytes_between, bytes_of, overlapping
+
+PARALLEL_ELEMENTS = 32768  # torch copies more than that with its own threads, if it has several
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Slot:
         """What copies the tensors' bytes into the object, in any order and in any threads."""
         for first, last in self.runs:
             source, target = tensors[self.names[first]], self.targets[first]
-            if target.nbytes > UNIT_BYTES and is_plain(source):
+            if target.nbytes > UNIT_BYTES and _is_plain(source):
                 start = target.data_ptr() - self.view.ctypes.data
                 yield from self._pieces(source, 0, target.nbytes, start)
             else:
@@ -72,11 +73,40 @@ class Slot:
 
     def _pieces(self, source: torch.Tensor, low: int, high: int, start: int) -> Iterator[Unit]:
         """Bytes `low` to `high` of a tensor; one that has to be made dense first, in one piece."""
-        step = UNIT_BYTES if is_plain(source) else high - low
+        step = UNIT_BYTES if _is_plain(source) else high - low
         for first in range(low, high, step):
             last = min(first + step, high)
             place = self.view[start + first - low : start + last - low]
             yield partial(_copy_bytes, place, source, first, last)
+
+
+def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy each source into its target: one call for all, where this torch has it.
+
+    If torch has several threads, they would wait for each other after every large tensor: those
+    are copied by this thread alone.
+    """
+    with torch.no_grad():
+        pairs = list(zip(targets, sources, strict=True))
+        if torch.get_num_threads() > 1:
+            for target, source in filter(_is_shared_by_threads, pairs):
+                np.copyto(bytes_of(target), bytes_of(source))
+            pairs = [pair for pair in pairs if not _is_shared_by_threads(pair)]
+        if not hasattr(torch, "_foreach_copy_"):
+            for target, source in pairs:
+                target.copy_(source)
+        elif pairs:
+            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+
+
+def _is_shared_by_threads(pair: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    return pair[0].numel() > PARALLEL_ELEMENTS and _is_plain(pair[1])
+
+
+def _is_plain(source: torch.Tensor) -> bool:
+    """Whether its bytes are in memory as they are to be saved."""
+    is_mirrored = source.is_conj() or source.is_neg()
+    return source.device.type == "cpu" and source.is_contiguous() and not is_mirrored
 
 
 def _copy_bytes(place: np.ndarray[Any, Any], source: torch.Tensor, first: int, last: int) -> None:

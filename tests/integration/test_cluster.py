@@ -394,23 +394,35 @@ def test_a_state_that_cannot_be_filled_is_refused_when_there_is_something_to_fil
     @ray.remote(
         num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(cluster.hosts[0], soft=False)
     )
-    def lives() -> tuple[int, str]:
+    def lives() -> tuple[int, str, int]:
+        class Unfit:
+            asked = 0
+
+            def state_dict(self) -> dict[str, torch.Tensor]:
+                self.asked += 1
+                return {"w": torch.ones(4, device="meta")}
+
+            def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+                raise AssertionError(state)
+
         def begin() -> tiered.Checkpointer:
             return tiered.Checkpointer(job, EVERY, rank=0, world_size=1)
 
-        unfit = {"w": torch.ones(4, device="meta")}
+        unfit = Unfit()
         with begin() as ckpt:
-            start = ckpt.restore(unfit)
-            handle = ckpt.save(start, {"w": torch.ones(4)}, force=True)
+            start = ckpt.restore({"o": unfit})
+            handle = ckpt.save(start, {"o": {"w": torch.ones(4)}}, force=True)
             assert handle is not None
             handle.wait("replicated", timeout_s=60)
+        unfit.asked = 0
         with begin() as ckpt, pytest.raises(tiered.StateError) as refused:
-            ckpt.restore(unfit)
-        return start, str(refused.value)
+            ckpt.restore({"o": unfit})
+        return start, str(refused.value), unfit.asked
 
-    start, problem = ray.get(lives.remote(), timeout=120)
+    start, problem, asked = ray.get(lives.remote(), timeout=120)
     assert start == 0
-    assert "'w': it is on the meta device" in problem
+    assert "'o.w': it is on the meta device" in problem
+    assert asked == 1, "other ranks may have to take part in each time"
 
 
 def test_step_zero_is_restored_from_memory_and_from_s3(cluster: LocalCluster, job: str) -> None:

@@ -20,6 +20,7 @@ class Actor:
         left = list(outcomes)
 
         def get(_: Any, timeout: float) -> Any:
+            assert timeout > 0.0
             outcome = left.pop(0)
             if isinstance(outcome, GetTimeoutError):
                 self.now += timeout

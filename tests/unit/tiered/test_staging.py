@@ -9,10 +9,10 @@ import ray
 import torch
 
 from replication.pinning import StoreMemory, _OutOfBand
-from tiered import multi_copy, staging
 from tiered import slots as slots_module
+from tiered import staging
 from tiered.image import chunk_sizes, data_chunk, lay_out
-from tiered.slots import Slot, Staged, slot_of
+from tiered.slots import Slot, Staged, copy_all, slot_of
 from tiered.staging import Stager
 from tiered.state import Captured, capture
 
@@ -107,7 +107,7 @@ def test_large_tensors_are_copied_in_pieces_and_small_ones_together(
     monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, unit_bytes: int, torch_threads: int
 ) -> None:
     monkeypatch.setattr(slots_module, "UNIT_BYTES", unit_bytes)
-    monkeypatch.setattr(multi_copy, "PARALLEL_ELEMENTS", 4)
+    monkeypatch.setattr(slots_module, "PARALLEL_ELEMENTS", 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: torch_threads)
     slots, expected = slots_of(chunk_bytes)
     fill_all(slots, capture(STATE), 2)
@@ -250,6 +250,13 @@ def test_memory_that_others_have_replaced_is_not_pinned(monkeypatch: pytest.Monk
     store = Store(monkeypatch, wanted=3)
     store.ready.is_abandoned = True
     assert store.prepared() == store.calls == []
+
+
+def test_copying_works_without_the_fast_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch, "_foreach_copy_")
+    target, source = torch.zeros(3), torch.arange(3.0)
+    copy_all([target], [source])
+    assert torch.equal(target, source)
 
 
 def test_a_chunk_is_handed_over_without_being_copied_into_a_pickle() -> None:

@@ -204,7 +204,11 @@ class SharedMemoryTransport:
 
         Else whoever reads asks, and so learns first, and once for all chunks, that it is silent.
         """
-        return self._access if (node_id, key) in self._places else None
+        return self._access if self.knows(node_id, key) else None
+
+    def knows(self, node_id: str, key: ShardKey) -> bool:
+        """Whether a shard's places are known, so that to read it is to copy memory."""
+        return (node_id, key) in self._places
 
     def read(self, source: Source, chunk: ChunkId, sink: Sink, timeout_s: float) -> None:
         """See Transport."""

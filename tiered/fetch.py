@@ -81,6 +81,9 @@ class Tier(Protocol):
     def read_into(self, index: int, sink: Sink) -> None:
         """Fill `sink` with one chunk's bytes, unverified; as `read` otherwise."""
 
+    def is_at_hand(self) -> bool:
+        """Whether to read from here is to copy memory, which nobody has to be waited for."""
+
     def close(self) -> None:
         """Let go of connections; a later read opens them again."""
 
@@ -98,6 +101,10 @@ class _OfShard:
     def digest(self, index: int) -> bytes:
         """One chunk's checksum."""
         return self._record.digests[index]
+
+    def is_at_hand(self) -> bool:
+        """See Tier."""
+        return False
 
 
 class HolderTier(_OfShard):
@@ -136,6 +143,11 @@ class HolderTier(_OfShard):
         source, transport = self._find()
         chunk = self.chunk_id(index)
         transport.read(source, chunk, sink, fetch_timeout_s(chunk.size_bytes))
+
+    def is_at_hand(self) -> bool:
+        """See Tier."""
+        is_shared = self.is_near and self._way != "ray" and self._found is not None
+        return is_shared and self._near.knows(self._holder.node_id, self._record.key)
 
     def close(self) -> None:
         """See Tier."""
@@ -393,7 +405,8 @@ class ShardReader:
         waiting = list(self.tiers)
         while waiting:
             tier, *waiting = waiting
-            patience_s = self._pace.patience_s(size_bytes) if waiting else None
+            may_be_slow = waiting and not tier.is_at_hand()  # which costs a thread for each chunk
+            patience_s = self._pace.patience_s(size_bytes) if may_be_slow else None
             began_s = time.monotonic()
 
             def hedge(spare: Sequence[Tier] = tuple(waiting[:1])) -> Attempt[Tier, T]:

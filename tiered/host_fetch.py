@@ -82,6 +82,10 @@ class HostTier:
             self._own_holder(), chunk, behind.digest(index), behind.origin(index), sink, timeout_s
         )
 
+    def is_at_hand(self) -> bool:
+        """See Tier."""
+        return False
+
     def close(self) -> None:
         """See Tier."""
         self._near.close()

@@ -48,6 +48,9 @@ class MemoryTier:
     def read_into(self, index: int, sink: Sink) -> None:
         sink.fill(buffer.data for buffer in self.read(index))
 
+    def is_at_hand(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.closed += 1
 

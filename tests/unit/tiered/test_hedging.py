@@ -69,6 +69,31 @@ def test_a_slow_source_is_outrun_and_writes_no_more(shard: Shard) -> None:
     assert torch.equal(target["x"], torch.arange(5000.0))
 
 
+@pytest.mark.parametrize("is_at_hand", [True, False])
+def test_only_what_may_keep_one_waiting_is_read_by_a_thread_that_can_be_left_behind(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch, *, is_at_hand: bool
+) -> None:
+    monkeypatch.setattr(hedging, "FIRST_S", LIMIT_S)
+    monkeypatch.setattr(hedging, "LEAST_S", LIMIT_S)
+    names = []
+
+    class Near(MemoryTier):
+        def is_at_hand(self) -> bool:
+            return is_at_hand
+
+        def read_into(self, index: int, sink: Sink) -> None:
+            names.append(threading.current_thread().name)
+            super().read_into(index, sink)
+
+    target = {"x": torch.zeros(5000)}
+    near, buddy = Near(shard.chunks), MemoryTier(shard.chunks, "buddy", "host b")
+    near.corrupt = {3}
+    restore_into(target, shard.reader(near, buddy))
+    assert torch.equal(target["x"], torch.arange(5000.0))
+    assert len(names) >= 3
+    assert all(name.startswith("tiered-fill" if is_at_hand else "tiered-read") for name in names)
+
+
 def test_the_winner_waits_until_the_loser_has_left_the_memory(shard: Shard) -> None:
     """A loser in the midst of writing what cannot be interrupted."""
     entered, leave = threading.Event(), threading.Event()

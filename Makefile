@@ -14,8 +14,8 @@ comma := ,
 demo: $(STAMP)
 	@$(BIN)/python -m examples.demo $(ARGS)
 
-# WORKERS=2 takes half as long on two cores; that every test bears the other worker's load is not
-# shown yet. Each worker starts clusters of several hosts: more workers need more memory.
+# WORKERS=2 takes a fifth less time on two cores; that every test bears the other worker's load is
+# not shown yet. Each worker starts clusters of several hosts: more workers need more memory.
 WORKERS ?= 0
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)

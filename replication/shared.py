@@ -204,11 +204,12 @@ class SharedMemoryTransport:
 
         Else whoever reads asks, and so learns first, and once for all chunks, that it is silent.
         """
-        return self._access if self.knows(node_id, key) else None
+        return self._access if (node_id, key) in self._places else None
 
-    def knows(self, node_id: str, key: ShardKey) -> bool:
-        """Whether a shard's places are known, so that to read it is to copy memory."""
-        return (node_id, key) in self._places
+    def is_mapped(self, node_id: str, chunk: ChunkId) -> bool:
+        """Whether a holder's chunk is known to lie in memory that is mapped here."""
+        places, home = _places_in(self._places.get((node_id, chunk.key), []), chunk), self._home
+        return places is not None and all(view_of(place, home) is not None for place in places)
 
     def read(self, source: Source, chunk: ChunkId, sink: Sink, timeout_s: float) -> None:
         """See Transport."""
@@ -217,8 +218,7 @@ class SharedMemoryTransport:
             if of_shard is None:
                 of_shard = _answer(source.actor.places.remote(chunk.key), source, timeout_s)
                 self._places[source.node_id, chunk.key] = of_shard
-        places = of_shard[chunk.index] if chunk.index < len(of_shard) else None
-        self._read(source, chunk, places, sink)
+        self._read(source, chunk, _places_in(of_shard, chunk), sink)
 
     def read_guest(
         self,
@@ -281,6 +281,10 @@ class SharedMemoryTransport:
             (start,) = (buffer.ctypes.data for buffer in self._sentinel)
             self._home = [one for one in own_mappings() if one.start <= start < one.stop]
         return self._home
+
+
+def _places_in(of_shard: list[list[Place] | None], chunk: ChunkId) -> list[Place] | None:
+    return of_shard[chunk.index] if chunk.index < len(of_shard) else None
 
 
 def _answer(reference: ActorRef, source: Source, timeout_s: float) -> Any:

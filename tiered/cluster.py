@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 HEAD_RESOURCE = "node:__internal_head__"  # as Ray names it
 RETRY_PAUSE_S = 0.2
-FETCH_S = 1.0  # at least, for an answer that has come
+FETCH_S = 1.0  # for an answer that has come before it was asked for, which was late
 OTHER_TOKEN = (
     ", though something listens: if Ray there asks for a token, set RAY_AUTH_MODE=token and "
     "RAY_AUTH_TOKEN (or ~/.ray/auth_token) to that of its hosts"
@@ -353,8 +353,8 @@ class Asked:
         """
         while True:
             left_s = self._deadline - time.monotonic()
-            try:  # what came long ago may still have to be fetched
-                return ray.get(self._reference, timeout=max(FETCH_S, left_s))
+            try:
+                return ray.get(self._reference, timeout=left_s if left_s > 0 else FETCH_S)
             except RayTaskError as error:
                 if isinstance(error.cause, TieredError):
                     raise error.cause from None

@@ -81,8 +81,8 @@ class Tier(Protocol):
     def read_into(self, index: int, sink: Sink) -> None:
         """Fill `sink` with one chunk's bytes, unverified; as `read` otherwise."""
 
-    def is_at_hand(self) -> bool:
-        """Whether to read from here is to copy memory, which nobody has to be waited for."""
+    def is_at_hand(self, index: int) -> bool:
+        """Whether to read a chunk from here is to copy memory, without waiting for anybody."""
 
     def close(self) -> None:
         """Let go of connections; a later read opens them again."""
@@ -102,7 +102,7 @@ class _OfShard:
         """One chunk's checksum."""
         return self._record.digests[index]
 
-    def is_at_hand(self) -> bool:
+    def is_at_hand(self, _index: int) -> bool:
         """See Tier."""
         return False
 
@@ -144,10 +144,10 @@ class HolderTier(_OfShard):
         chunk = self.chunk_id(index)
         transport.read(source, chunk, sink, fetch_timeout_s(chunk.size_bytes))
 
-    def is_at_hand(self) -> bool:
+    def is_at_hand(self, index: int) -> bool:
         """See Tier."""
         is_shared = self.is_near and self._way != "ray" and self._found is not None
-        return is_shared and self._near.knows(self._holder.node_id, self._record.key)
+        return is_shared and self._near.is_mapped(self._holder.node_id, self.chunk_id(index))
 
     def close(self) -> None:
         """See Tier."""
@@ -405,7 +405,9 @@ class ShardReader:
         waiting = list(self.tiers)
         while waiting:
             tier, *waiting = waiting
-            may_be_slow = waiting and not tier.is_at_hand()  # which costs a thread for each chunk
+            may_be_slow = waiting and not tier.is_at_hand(
+                index
+            )  # which costs a thread for each chunk
             patience_s = self._pace.patience_s(size_bytes) if may_be_slow else None
             began_s = time.monotonic()
 

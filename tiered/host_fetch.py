@@ -82,7 +82,7 @@ class HostTier:
             self._own_holder(), chunk, behind.digest(index), behind.origin(index), sink, timeout_s
         )
 
-    def is_at_hand(self) -> bool:
+    def is_at_hand(self, _index: int) -> bool:
         """See Tier."""
         return False
 

@@ -276,9 +276,10 @@ def test_the_shard_that_is_likely_wanted_is_mapped_and_located_ahead(
         transport.open(Source("node", holder), KEY.job, KEY.rank, 1.0)
         assert before < SIZE <= mapped_bytes(mine)
         assert transport.access_beside("node", KEY) is ACCESS
-        assert transport.knows("node", KEY)
         assert transport.access_beside("node", KEY._replace(rank=1)) is None  # it would be asked
-        assert not transport.knows("node", KEY._replace(rank=1))
+        assert transport.is_mapped("node", ChunkId(KEY, 0, SIZE))
+        assert not transport.is_mapped("node", ChunkId(KEY, 1, SIZE))
+        assert not transport.is_mapped("node", ChunkId(KEY._replace(rank=1), 0, SIZE))
         (got,) = transport.fetch(Source("node", holder), ChunkId(KEY, 0, SIZE), 1.0)
         assert np.array_equal(got, memory[:SIZE])
         assert holder.calls == 0

@@ -48,7 +48,7 @@ class MemoryTier:
     def read_into(self, index: int, sink: Sink) -> None:
         sink.fill(buffer.data for buffer in self.read(index))
 
-    def is_at_hand(self) -> bool:
+    def is_at_hand(self, _index: int) -> bool:
         return False
 
     def close(self) -> None:

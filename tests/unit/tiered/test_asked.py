@@ -53,7 +53,7 @@ def test_an_answer_that_came_in_time_is_taken_though_it_was_asked_for_late(
 def test_no_answer_is_an_error_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = ActorUnavailableError("it restarts", actor_id=None)
     actor = Actor(monkeypatch, lost, GetTimeoutError())
-    asked = Asked(actor, "begin", timeout_s=5.0)
-    with pytest.raises(DeadlineError, match=r"begin of the .* 5 s.*no answer"):
+    asked = Asked(actor, "begin", timeout_s=0.5)
+    with pytest.raises(DeadlineError, match=r"begin of the .* 0.5 s.*no answer"):
         asked.answer()
-    assert (actor.calls, actor.now) == (2, 105.0)
+    assert (actor.calls, actor.now) == (2, 100.5)

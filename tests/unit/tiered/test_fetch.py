@@ -283,19 +283,22 @@ def test_the_own_host_is_asked_how_it_is_reached_unless_it_has_said_so(
     near: Any = FakeTransport(shard.chunks[1] if is_readable else unmapped)
     access = FakeHandle("any", "one").remote() if is_known else None
     near.access_beside = lambda node_id, key: access
-    near.knows = lambda node_id, key: bool(near.calls) and node_id == THERE.node_id
+    first = ChunkId(shard.record.key, 1, shard.record.plan.chunk_sizes[1])
+    near.is_mapped = lambda node_id, chunk: (
+        is_readable and (node_id, chunk) == (THERE.node_id, first)
+    )
     sources = ShardSources(shard.record, (THERE,), is_durable=False)
     (tier,) = tiers_of(sources, THERE.node_id, None, near=near)
-    assert not tier.is_at_hand()
+    assert not tier.is_at_hand(1)  # nobody has asked the holder yet
     for _ in range(2):
         assert image_of([tier.read(1)]) == image_of([shard.chunks[1]])
     assert len(calls) == (0 if is_known else 1)
     assert (len(near.calls), len(network.calls)) == (2, 0 if is_readable else 2)
-    assert tier.is_at_hand()
+    assert [tier.is_at_hand(index) for index in (1, 2)] == [is_readable, False]
     for way, node_id in (("ray", THERE.node_id), ("auto", "elsewhere")):
         (other,) = tiers_of(sources, node_id, None, way, near)
         other.origin(1)  # asks how it is reached
-        assert not other.is_at_hand()
+        assert not other.is_at_hand(1)
 
 
 def test_a_host_without_a_data_plane_is_read_by_its_own_ranks(

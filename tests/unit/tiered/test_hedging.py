@@ -78,7 +78,7 @@ def test_only_what_may_keep_one_waiting_is_read_by_a_thread_that_can_be_left_beh
     names = []
 
     class Near(MemoryTier):
-        def is_at_hand(self) -> bool:
+        def is_at_hand(self, _index: int) -> bool:
             return is_at_hand
 
         def read_into(self, index: int, sink: Sink) -> None:

@@ -405,10 +405,8 @@ class ShardReader:
         waiting = list(self.tiers)
         while waiting:
             tier, *waiting = waiting
-            may_be_slow = waiting and not tier.is_at_hand(
-                index
-            )  # which costs a thread for each chunk
-            patience_s = self._pace.patience_s(size_bytes) if may_be_slow else None
+            is_hedged = waiting and not tier.is_at_hand(index)  # at the cost of a thread
+            patience_s = self._pace.patience_s(size_bytes) if is_hedged else None
             began_s = time.monotonic()
 
             def hedge(spare: Sequence[Tier] = tuple(waiting[:1])) -> Attempt[Tier, T]:

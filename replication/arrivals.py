@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from replication.buffers import ReceiveBuffers
+from replication.buffers import Buffers
 from replication.checksum import Digest
 from replication.dataplane import open_transports
 from replication.errors import ChunkCorruptError
@@ -45,7 +45,7 @@ class Arrivals:
         peer: Callable[[HolderId], Awaitable[ActorRef]],
     ) -> None:
         self.transports = open_transports(secret, tls)
-        self.buffers = ReceiveBuffers()
+        self.buffers = Buffers()
         self._guests = FetchOnce(node_id)
         self._peer = peer
         self._receivers = ThreadPoolExecutor(RECEIVERS, thread_name_prefix="tiered-receive")
@@ -98,11 +98,11 @@ class Arrivals:
     def trim(self, free_bytes: int, used_bytes: int) -> None:
         """Keep as much memory for chunks to come as the budget leaves, and no more than is used.
 
-        What a collected step leaves so serves the next one; without shards nothing is kept.
+        What a collected step leaves so serves the next one; without any nothing is kept.
 
         Args:
-            free_bytes: What the holder's own shards leave of its budget.
-            used_bytes: Of those shards.
+            free_bytes: What shards, and memory lent for more, leave of the holder's budget.
+            used_bytes: Of those.
         """
         self._guests.trim(free_bytes)
         guests_bytes = self._guests.held_bytes

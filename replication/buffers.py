@@ -1,4 +1,4 @@
-"""Where chunks from other holders arrive: memory of the object store that is used again.
+"""Memory of the object store that is used again: for chunks that arrive, and for saves to come.
 
 `ray.put` of what was received costs a second copy of every byte, and into memory that the object
 store has not touched yet a page fault for every 4 KiB: 0.2-0.4 of what the network gave, 0.65 once
@@ -6,34 +6,44 @@ the memory is warm. Received straight into object-store memory that an earlier s
 chunk is where it belongs when its last byte arrives: 1.0 (measured with 64 MiB chunks over
 loopback, checksums included).
 
-The object store has no public call for that. So a buffer is made by `ray.put`, the reference is
-dropped and a view kept, as for every chunk that a holder pins, and the bytes are then overwritten
-through the same mapping. The rules that this rests on:
+The trainers of this host write their saves into such memory, too (`tiered.staging`). Made anew for
+each save, full of zeros, it took 0.1 s of processor time a GB, the sixth part of all that a save
+costs two hosts.
 
-    1. Nobody but this process can see a buffer. Its reference never leaves `_make` and is gone
-       before the buffer is used, so no other process can ask for the object, and Ray neither moves
-       nor spills it. What holders hand out by Ray is a copy, made by Ray; what they send by TCP is
-       read from here.
-    2. A buffer is written while it is leased, then pinned, and from then on read-only. It is lent
-       to the next lease only when no view of it is left anywhere: whoever still sends, hashes or
+The object store has no public call for that. So a buffer is made by `ray.put`, a view is kept, as
+for every chunk that a holder pins, and the bytes are then overwritten through the same mapping, or
+through the one of the process that it is lent to. The rules that this rests on:
+
+    1. One process writes to a buffer at a time, and nobody else looks at it then. Its reference
+       goes to the trainer that it is lent to (`lend`), and to nobody else; a view is kept all the
+       time, so Ray neither moves nor spills the object. What holders hand out by Ray is a copy,
+       made by Ray; what they send by TCP is read from here.
+    2. A buffer is written while it is leased or lent, then pinned, and from then on read-only. It
+       serves again only when no view of it is left in this process: whoever still sends, hashes or
        uploads a chunk keeps it from being overwritten, as with any other memory.
-    3. It is used only if the system says that the mapping is shared, writable and memory (`rw-s`,
+    3. What was lent and never pinned is not used again: a trainer that was stopped in the middle of
+       a copy, and was replaced since, may wake up and write on. It keeps that memory as its own.
+    4. It is used only if the system says that the mapping is shared, writable and memory (`rw-s`,
        of /dev/shm or a memfd). Where it is not (no /proc, another plasma directory, an object that
-       the store had to put into a file) bytes are received into the process' own memory and put.
-    4. Free buffers count against the holder's budget: it calls `trim` with what the budget leaves.
-    5. Small chunks are not worth it: Ray keeps the smallest outside of the store anyway.
+       the store had to put into a file) bytes are received into the process' own memory and put,
+       and nothing is lent.
+    5. Free buffers count against the holder's budget: it calls `trim` with what the budget leaves.
+    6. Small chunks that arrive are not worth it: Ray keeps the smallest outside of the store.
 """
 
 import ctypes
 import logging
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from replication.pinning import StoreMemory, pin
+from replication.pinning import StoreMemory, keep
 from replication.records import Buffer, Chunk
 
 logger = logging.getLogger(__name__)
@@ -41,6 +51,23 @@ logger = logging.getLogger(__name__)
 LEAST_BYTES = 1 << 20  # of a chunk that gets a buffer of the object store
 ROUND_BYTES = 64 << 10  # sizes are rounded up to this, so that nearly equal ones share
 SPARE = 4  # warm buffers of the process' own memory that are kept, where those are needed
+MAKE_S = 0.05  # about so long new memory is made for one call of `lend`: a save may wait for it
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """An object of the store.
+
+    Attributes:
+        reference: To it.
+        buffer: Its bytes, [n] uint8, read-only; pins it.
+    """
+
+    reference: Any
+    buffer: Buffer
+
+
+Free = deque[Memory]
 
 
 class Lease:
@@ -64,18 +91,46 @@ class Lease:
         return self._keep(memory)
 
 
-class ReceiveBuffers:
-    """Lends memory for chunks to arrive in; safe to call from several threads."""
+class Loan:
+    """Memory for another process of this host to fill; dropped without `pin`, it is not used again.
 
-    def __init__(self, put: Callable[[Chunk], Chunk] = pin) -> None:
+    Attributes:
+        size_bytes: Its size.
+    """
+
+    def __init__(self, memory: Memory, free: Free) -> None:
+        """Lend `memory`, which belongs to `free` again once it was pinned and let go of."""
+        self._memory = memory
+        self._free = free
+        self.size_bytes = memory.buffer.nbytes
+
+    @property
+    def reference(self) -> Any:
+        """By which the other process gets at it."""
+        return self._memory.reference
+
+    @property
+    def name(self) -> str:
+        """What both call it."""
+        return str(self._memory.reference.hex())
+
+    def pin(self, size_bytes: int) -> Chunk:
+        """The first bytes, which have been filled: read-only, and pinned in the object store."""
+        return _sealed(_writable(self._memory, size_bytes, self._free))
+
+
+class Buffers:
+    """Memory for chunks to arrive in and for saves to come; safe to call from several threads."""
+
+    def __init__(self, put: Callable[[Chunk], tuple[Any, Chunk]] = keep) -> None:
         """Start with no memory.
 
         Args:
-            put: Copies a chunk into the object store and returns views that pin it.
+            put: Copies a chunk into the object store; returns its reference and views that pin it.
         """
         self._put = put
         self._store = StoreMemory()
-        self._free: dict[int, deque[Buffer]] = {}
+        self._free: dict[int, Free] = {}
         self._spare: deque[Buffer] = deque(maxlen=SPARE)
         self._lock = threading.Lock()
         self._can_share: bool | None = None  # not known before the first buffer is there
@@ -86,17 +141,33 @@ class ReceiveBuffers:
         Raises:
             Exception: Whatever `put` raises when the object store is full.
         """
-        if size_bytes >= LEAST_BYTES and self._can_share is not False:
-            rounded = -(-size_bytes // ROUND_BYTES) * ROUND_BYTES
-            with self._lock:
-                free = self._free.setdefault(rounded, deque())
-            try:
-                pinned: Buffer | None = free.pop()  # the warmest
-            except IndexError:
-                pinned = self._make(rounded)
-            if pinned is not None:
-                return Lease(_writable(pinned, size_bytes, free), _sealed)
+        if size_bytes >= LEAST_BYTES:
+            free = self._free_of(size_bytes)
+            memory = _pop(free) or self._make(size_bytes)
+            if memory is not None:
+                return Lease(_writable(memory, size_bytes, free), _sealed)
         return self._lease_own(size_bytes)
+
+    def lend(self, sizes: Sequence[int]) -> list[Loan]:
+        """Memory of at least these sizes for another process to fill: for the first ones of them.
+
+        For as many as there is free memory, or as can be made in `MAKE_S`, but for one in any case.
+        Without any the object store's memory cannot be used.
+
+        Raises:
+            Exception: Whatever `put` raises when the object store is full, before the first one.
+        """
+        loans: list[Loan] = []
+        ends_s = time.monotonic() + MAKE_S
+        for size_bytes in sizes:
+            free = self._free_of(size_bytes)
+            memory = _pop(free)
+            if memory is None and not (loans and time.monotonic() > ends_s):
+                memory = self._make(size_bytes)
+            if memory is None:
+                break
+            loans.append(Loan(memory, free))
+        return loans
 
     @property
     def free_bytes(self) -> int:
@@ -119,12 +190,19 @@ class ReceiveBuffers:
                 if not free and not keep_bytes:
                     del self._free[size]
 
-    def _make(self, size_bytes: int) -> Buffer | None:
+    def _free_of(self, size_bytes: int) -> Free:
+        """The free buffers of a size."""
+        with self._lock:
+            return self._free.setdefault(_rounded(size_bytes), deque())
+
+    def _make(self, size_bytes: int) -> Memory | None:
         """A new buffer of the object store that nobody else knows; None if it cannot be used."""
-        (pinned,) = self._put([np.empty(size_bytes, dtype=np.uint8)])
+        if self._can_share is False:
+            return None
+        reference, (pinned,) = self._put([np.empty(_rounded(size_bytes), dtype=np.uint8)])
         if self._store.holds(pinned):
             self._can_share = True
-            return pinned
+            return Memory(reference, pinned)
         if self._can_share is None:  # else it is just this one: the store was full
             logger.warning("object store memory is not writable here: chunks are copied into it")
             self._can_share = False
@@ -140,23 +218,35 @@ class ReceiveBuffers:
             whole = np.empty(size_bytes, dtype=np.uint8)
 
         def put(memory: Buffer) -> Chunk:
-            pinned = self._put([memory])
+            _, pinned = self._put([memory])
             self._spare.append(whole)
             return pinned
 
         return Lease(whole[:size_bytes], put)
 
 
-def _writable(pinned: Buffer, size_bytes: int, free: "deque[Buffer]") -> Buffer:
-    """The first bytes of a pinned buffer, to be written; it is free when no view of them is left.
+def _rounded(size_bytes: int) -> int:
+    return -(-size_bytes // ROUND_BYTES) * ROUND_BYTES
 
-    Every view, of whatever kind, leads back to the one ctypes array that stands for the loan. The
-    finalizer keeps `pinned`, and so the memory, alive that long. It may run in any thread, at any
-    point: all that it does is one append.
+
+def _pop(free: Free) -> Memory | None:
+    """The warmest buffer, if there is one."""
+    try:
+        return free.pop()
+    except IndexError:
+        return None
+
+
+def _writable(memory: Memory, size_bytes: int, free: Free) -> Buffer:
+    """The first bytes of a buffer, to be written; it is free when no view of them is left.
+
+    Every view, of whatever kind, leads back to the one ctypes array that stands for its use. The
+    finalizer keeps `memory` alive that long. It may run in any thread, at any point: all that it
+    does is one append.
     """
-    loan = (ctypes.c_uint8 * size_bytes).from_address(pinned.ctypes.data)
-    weakref.finalize(loan, free.append, pinned).atexit = False
-    return np.frombuffer(memoryview(loan), dtype=np.uint8)
+    use = (ctypes.c_uint8 * size_bytes).from_address(memory.buffer.ctypes.data)
+    weakref.finalize(use, free.append, memory).atexit = False
+    return np.frombuffer(memoryview(use), dtype=np.uint8)
 
 
 def _sealed(memory: Buffer) -> Chunk:

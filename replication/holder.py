@@ -2,7 +2,7 @@
 
 It is a shell around `replication.inventory`, which decides. A save's way through here:
 
-    trainer --prepare------> holder          pins memory that the trainer will write the save to (a
+    trainer --prepare------> holder          lends memory that the trainer will write the save to (a
                                              live zero-copy view keeps it in the object store after
                                              the trainer's death), while training goes on
     trainer --stage_prepared> holder         takes what was written there, answers, then hashes in
@@ -19,7 +19,6 @@ sending and uploading run in threads.
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import time
 import uuid
@@ -46,6 +45,7 @@ from replication.errors import (
 )
 from replication.fetch_once import AtHolder, Origin
 from replication.inventory import Inventory, Reservation
+from replication.lending import Lending
 from replication.outbox import Outbox
 from replication.presence import is_present
 from replication.probes import Probes
@@ -65,7 +65,6 @@ from replication.records import (
 from replication.release import RELEASE
 from replication.reports import Reports
 from replication.shared import Place, Places
-from replication.sink import size_of
 from replication.stream import Tls, tls_like_ray
 from replication.transport import fetch_timeout_s
 from replication.wire import Secret
@@ -115,19 +114,6 @@ class Traffic:
     spared: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Memory that a trainer on this host makes ready for its next save.
-
-    Attributes:
-        generation: The trainer's.
-        chunks: By name; the trainer writes to them until it stages them.
-    """
-
-    generation: int
-    chunks: dict[str, Chunk]
-
-
 class Holder:
     """One host's chunks. Every method may be called again with the same arguments."""
 
@@ -145,7 +131,7 @@ class Holder:
         logging.getLogger("botocore").setLevel(logging.WARNING)
         self._core = Inventory(HolderId(node_id, uuid.uuid4().hex), capacity_bytes)
         self._chunks: dict[ShardKey, dict[int, Chunk]] = {}
-        self._prepared: dict[tuple[str, int], Prepared] = {}  # by job and rank
+        self._lending = Lending()
         self._secret = secret
         tls = tls_like_ray(os.environ)
         self._server = _serve(self._pinned, secret, tls)
@@ -153,6 +139,7 @@ class Holder:
         self._ways: dict[str, Way] = {}
         self._places = Places()
         self._spared_bytes = 0
+        self._lenders = ThreadPoolExecutor(1, thread_name_prefix="tiered-lend")
         self._hashers = ThreadPoolExecutor(HASHERS, thread_name_prefix="tiered-hash")
         self._rereaders = ThreadPoolExecutor(1, thread_name_prefix="tiered-reread")
         self._verifiers = ThreadPoolExecutor(VERIFIERS, thread_name_prefix="tiered-verify")
@@ -195,35 +182,42 @@ class Holder:
     async def release(self, job: str, rank: int) -> None:
         """Take back what a rank declared: it will save no more."""
         self._core.release(job, rank)
-        self._prepared.pop((job, rank), None)
+        self._lending.end(job, rank)
 
     async def prepare(
-        self, job: str, rank: int, generation: int, names: Sequence[str], *chunks: Chunk
-    ) -> None:
-        """Pin memory that a trainer on this host is going to fill, before it does.
+        self, job: str, rank: int, generation: int, kept: Sequence[str], sizes: Sequence[int]
+    ) -> list[ActorRef]:
+        """Lend memory to a trainer on this host, for its next save.
 
         Args:
             job: The job.
             rank: The trainer's.
             generation: The trainer's.
-            names: Of all memory that is ready for it, these chunks' last; other memory of this
-                rank is let go of.
-            chunks: Zero-copy views of objects that nobody else knows.
+            kept: Of what was lent to it before, what it still has a use for; the rest is let go of.
+            sizes: How many bytes it needs, chunk by chunk.
+
+        Returns:
+            References to memory of at least these sizes that nobody else knows, for the first
+            chunks; for the others it is to ask again. None: the object store's memory cannot be
+            used.
 
         Raises:
             FencedError: A newer generation has taken over.
+            Exception: Whatever Ray raises when the object store is full.
         """
         self._core.check_generation(job, generation)
-        ready = self._prepared.get((job, rank))
-        known = {} if ready is None else ready.chunks
-        kept = {name: known[name] for name in names if name in known}
-        new = zip(names[len(names) - len(chunks) :], chunks, strict=True)
-        self._prepared[job, rank] = Prepared(generation, {**kept, **dict(new)})
+        self._lending.keep(job, rank, kept)
+        run = asyncio.get_running_loop().run_in_executor
+        loans = await run(self._lenders, self._arrivals.buffers.lend, sizes)
+        self._core.check_generation(job, generation)  # a fence may have come meanwhile
+        self._lending.add(job, rank, generation, loans)
+        self._trim()
+        return [loan.reference for loan in loans]
 
     async def stage_prepared(
         self, key: ShardKey, plan: ShardPlan, names: Mapping[int, str]
     ) -> None:
-        """Take chunks that a trainer has written to memory that was pinned here before.
+        """Take chunks that a trainer has written to memory that was lent to it.
 
         When this returns, the trainer's death loses nothing of them.
 
@@ -238,14 +232,13 @@ class Holder:
             HolderUnavailableError: This holder does not know that memory: it is a new one.
         """
         self._core.check_write(key, plan)
-        ready = self._prepared.get((key.job, key.rank))
-        chunks = {} if ready is None else ready.chunks
         wanted = {i: name for i, name in names.items() if not self._core.has_chunk(key, i)}
-        if not chunks.keys() >= set(wanted.values()):
+        loans = self._lending.take(key.job, key.rank, wanted.values())
+        if loans is None:
             reason = "it does not know the memory that was prepared"
             raise HolderUnavailableError(self._core.holder.node_id, reason)
         for index, name in wanted.items():
-            chunk = _first_bytes(chunks.pop(name), plan.chunk_sizes[index])
+            chunk = loans[name].pin(plan.chunk_sizes[index])
             self._chunks.setdefault(key, {})[index] = chunk
             self._feed(messages.ChunkStaged(key, plan, index))
 
@@ -259,7 +252,6 @@ class Holder:
             plan: Its layout; the same for every chunk of it.
             index: Which chunk.
             chunk: Zero-copy views; passed as an object reference, so Ray maps and copies nothing.
-                Memory that was prepared, and could not be pinned then, may be longer than that.
 
         Raises:
             FencedError: A newer generation has taken over.
@@ -267,7 +259,6 @@ class Holder:
         """
         self._core.check_write(key, plan)
         if not self._core.has_chunk(key, index):
-            chunk = _first_bytes(chunk, plan.chunk_sizes[index])
             self._chunks.setdefault(key, {})[index] = chunk
         self._feed(messages.ChunkStaged(key, plan, index))
 
@@ -387,7 +378,7 @@ class Holder:
     async def fence(self, job: str, generation: int) -> None:
         """Refuse older generations of `job` from now on, and end repairs that they asked for."""
         self._feed(messages.FenceRaised(job, generation))
-        self._unprepare(job, generation)
+        self._lending.end_job(job, before=generation)
 
     async def set_buddies(
         self, job: str, buddies: tuple[HolderId, ...], counted: frozenset[HolderId]
@@ -429,8 +420,8 @@ class Holder:
 
     async def forget(self, job: str) -> None:
         """Let go of everything of `job`."""
+        self._lending.end_job(job)
         self._feed(messages.JobForgotten(job))
-        self._unprepare(job)
         self._ways.pop(job, None)
 
     async def verify(self, keys: Sequence[ShardKey]) -> list[ShardKey]:
@@ -536,14 +527,8 @@ class Holder:
         except KeyError:
             raise ShardNotHeldError(self._core.holder.node_id, str(key)) from None
 
-    def _unprepare(self, job: str, before: float = math.inf) -> None:
-        """Let go of memory for saves of older generations, which will not come."""
-        old = [k for k, r in self._prepared.items() if k[0] == job and r.generation < before]
-        for rank in old:
-            del self._prepared[rank]
-
     def _trim(self) -> None:
-        used_bytes = self._core.used_bytes
+        used_bytes = self._core.used_bytes + self._lending.lent_bytes
         self._arrivals.trim(self._core.capacity_bytes - used_bytes, used_bytes)
 
     @property
@@ -658,11 +643,3 @@ def _by_reason(refused: Mapping[int, str]) -> dict[str, str]:
         reason: f"chunk{'s' if len(indexes) > 1 else ''} {', '.join(map(str, indexes))}"
         for reason, indexes in found.items()
     }
-
-
-def _first_bytes(chunk: Chunk, size_bytes: int) -> Chunk:
-    """The beginning of memory that has room to spare; a view of it, that pins all."""
-    if size_of(chunk) == size_bytes:
-        return chunk
-    (memory,) = chunk
-    return [memory[:size_bytes]]

@@ -36,14 +36,19 @@ def put(chunk: Chunk) -> Any:
     return ray.put(_OutOfBand(chunk))
 
 
-def pin(chunk: Chunk) -> Chunk:
-    """Copy a chunk into this host's object store; return read-only views that keep it there.
+def keep(chunk: Chunk) -> tuple[Any, Chunk]:
+    """Copy a chunk into this host's object store; return its reference, and views that pin it.
 
-    The reference is dropped on purpose: bytes that only a view keeps are neither evicted nor
-    spilled to disk, where a held reference would be under memory pressure.
+    While a view is there the bytes are neither evicted nor spilled to disk, with the reference or
+    without; what only a reference keeps would be spilled under memory pressure.
     """
-    pinned: Chunk = ray.get(put(chunk))
-    return pinned
+    reference = put(chunk)
+    return reference, ray.get(reference)
+
+
+def pin(chunk: Chunk) -> Chunk:
+    """Copy a chunk into this host's object store; return read-only views that keep it there."""
+    return keep(chunk)[1]
 
 
 class StoreMemory:

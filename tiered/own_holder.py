@@ -110,18 +110,18 @@ class OwnHolder:
         threading.Thread(target=near.open, args=what, name="tiered-map", daemon=True).start()
         return near
 
-    def prepare(self, generation: int, names: Sequence[str], references: Sequence[Any]) -> bool:
-        """Have memory for the next save pinned, of the last names; whether it is now."""
+    def borrow(self, generation: int, kept: Sequence[str], sizes: Sequence[int]) -> list[Any]:
+        """Borrow memory for the next save: see `Holder.prepare`; none if it does not answer."""
         job, rank = self._job, self._worker.rank
         try:
-            ray.get(
-                self._actor.prepare.remote(job, rank, generation, names, *references),
+            lent: list[Any] = ray.get(
+                self._actor.prepare.remote(job, rank, generation, kept, sizes),
                 timeout=PREPARE_TIMEOUT_S,
             )
-        except RayError as error:  # the save will bring it
-            logger.debug("memory for the next save is not pinned: %s", error)
-            return False
-        return True
+        except RayError as error:  # the save will do without
+            logger.debug("no memory for the next save: %s", error)
+            return []
+        return lent
 
     def stage(self, key: ShardKey, plan: ShardPlan, chunks: Mapping[int, Staged]) -> list[Call]:
         """Have chunks pinned that are in the object store; `settle` waits for the answers."""

@@ -50,7 +50,7 @@ class ShardWriter:
         self._stager = Stager(
             memory.chunk_bytes,
             threads,
-            lambda names, references: holder.prepare(self.generation, names, references),
+            lambda kept, sizes: holder.borrow(self.generation, kept, sizes),
         )
 
     def write(

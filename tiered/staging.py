@@ -1,15 +1,16 @@
 """Staging: a state's bytes into this host's object store, with one copy while training waits.
 
-Object-store memory for the next save is made ready in the background, while training goes on: new
-objects, filled with zeros, which also takes the page faults, and pinned by the holder. A save then
-copies its tensors straight into that memory, in a few threads, and tells the holder so with one
-small call for the whole shard. Without it (the first save of a state, saves in close succession, a
-Ray that maps the store read-only) each chunk is put as usual, with one copy too, but through the
-pickling of each tensor's buffer and into memory that may never have been touched.
+Object-store memory for the next save is made ready in the background, while training goes on:
+the holder lends it, what a collected step has left or new objects (`replication.buffers`), and its
+pages are mapped here. A save then copies its tensors straight into that memory, in a few threads,
+and tells the holder so with one small call for the whole shard. Without it (the first save of a
+state, saves in close succession, a Ray that maps the store read-only) each chunk is put as usual,
+with one copy too, but through the pickling of each tensor's buffer and into memory that may never
+have been touched.
 
-Nobody else reads such an object before it is full, and it is never written again afterwards:
-the next save has new ones. A trainer that is stopped in the middle of a copy and wakes up much
-later writes into memory that is its own.
+Nobody else reads such memory before it is full, and this process writes to it no more once the
+holder was told. A trainer that is stopped in the middle of a copy and wakes up much later writes
+into memory that has not been used for anything else.
 """
 
 import ctypes
@@ -18,7 +19,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,6 +27,7 @@ import ray
 from ray.exceptions import RayError
 
 from replication.pinning import StoreMemory, put
+from replication.shared import touch
 from tiered.copying import Copying
 from tiered.device_copy import BUFFERS, DeviceCopier
 from tiered.image import Layout, data_chunk
@@ -35,8 +36,9 @@ from tiered.state import Captured
 
 logger = logging.getLogger(__name__)
 
-END_S = 5.0  # for one more chunk, and for what is made to be pinned
-PIN_BYTES, PIN_CHUNKS = 256 << 20, 16  # with one call of the holder
+END_S = 5.0  # for the holder's answer, and for memory that it has lent to be mapped
+GET_S = 2.0  # for that memory: it is on this host
+BORROWED_AT_ONCE = 16  # chunks, with one call of the holder
 FRONT_ROOM_BYTES = 8 << 10  # the next front may be so much longer than the last one
 FRONT_LEAST_BYTES = 128 << 10  # Ray keeps objects of less than 100 KiB outside of the store
 
@@ -47,16 +49,19 @@ class Stager:
     Args:
         chunk_bytes: The size of a full chunk.
         threads: That copy at a time, the one that saves included.
-        pin: Has the holder pin memory that is ready, objects that have the last of these names,
-            and let go of other memory of ours; whether it has.
+        borrow: Asks the holder for memory, as `OwnHolder.borrow`: names of what was lent before and
+            is kept, and the sizes of more; returns references.
     """
 
     def __init__(
-        self, chunk_bytes: int, threads: int, pin: Callable[[Sequence[str], Sequence[Any]], bool]
+        self,
+        chunk_bytes: int,
+        threads: int,
+        borrow: Callable[[Sequence[str], Sequence[int]], Sequence[Any]],
     ) -> None:
         self._chunk_bytes = chunk_bytes
         self._threads = threads
-        self._pin = pin
+        self._borrow = borrow
         self._store = StoreMemory()
         self._device_copier = DeviceCopier(threads)
         self._ready: _Preparation | None = None
@@ -137,40 +142,33 @@ class Stager:
             )  # fmt: skip
 
     def _make(self, ready: "_Preparation") -> bool:
-        """Make memory chunk by chunk, as long as it is wanted; whether that is all of it."""
-        layout, front_bytes = ready.layout, ready.front_bytes
+        """Make memory ready, a few chunks at a time, while it is wanted; whether that is all."""
+        layout, slots = ready.layout, ready.slots
         spans = [(0, 0), *itertools.pairwise((0, *layout.stops(self._chunk_bytes)))]
-        zeros = np.zeros(max(front_bytes, *(b - a for a, b in spans)), dtype=np.uint8)
-        names, made, made_bytes = list[str](), list[Slot](), 0
-        try:
-            for start, stop in spans:
-                if not ready.is_wanted.is_set():
-                    return False
-                reference = put([zeros[: stop - start or front_bytes]])
-                (sealed,) = ray.get(reference)
-                view = writable(sealed) if self._store.holds(sealed) else None
-                if view is None:
+        while len(slots) < len(spans):
+            if not ready.is_wanted.is_set():
+                return False
+            following = spans[len(slots) : len(slots) + BORROWED_AT_ONCE]
+            sizes = [stop - start or ready.front_bytes for start, stop in following]
+            references = self._borrow([slot.staged.name for slot in slots], sizes)
+            if not references:
+                return False
+            made = []
+            lent = ray.get(list(references), timeout=GET_S)
+            for reference, (memory,), size_bytes, span in zip(
+                references, lent, sizes, following, strict=False
+            ):
+                if not self._store.holds(memory):
                     self._is_possible = False
                     logger.info("the object store is mapped read-only: saving without preparation")
                     return False
-                made.append(slot_of(layout, Staged(reference), view, start, stop))
-                names.append(made[-1].staged.name)
-                made_bytes += view.nbytes
-                if made_bytes >= PIN_BYTES or len(made) == PIN_CHUNKS:
-                    self._add(ready, made, names)
-                    made, made_bytes = [], 0
-            return True
-        finally:
-            self._add(ready, made, names)  # it serves, though there be no room for the rest
-
-    def _add(self, ready: "_Preparation", made: Sequence[Slot], names: Sequence[str]) -> None:
-        """Have memory pinned with one call, if the holder answers; it is ready then, too."""
-        if not made or ready.is_abandoned:
-            return
-        were_pinned = all(slot.staged.is_pinned for slot in ready.slots[-1:])
-        references = [slot.staged.reference for slot in made]
-        is_pinned = were_pinned and self._pin(names, references)  # else it is waited for once
-        ready.slots += [replace(s, staged=Staged(s.staged.reference, is_pinned)) for s in made]
+                touch(memory)
+                view = writable(memory)[:size_bytes]
+                made.append(slot_of(layout, Staged(reference, is_pinned=True), view, *span))
+            if ready.is_abandoned:
+                return False
+            slots += made
+        return True
 
 
 class Filling:
@@ -254,7 +252,7 @@ class _Preparation:
 
 
 def writable(sealed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The same bytes of the object store, writable; for an object that nobody else knows yet."""
+    """The same bytes of the object store, writable; for memory that was lent to us."""
     memory: Any = (ctypes.c_ubyte * sealed.nbytes).from_address(sealed.ctypes.data)
     memory.owner = sealed  # it keeps the object where it is
     view: np.ndarray[Any, Any] = np.frombuffer(memory, dtype=np.uint8)

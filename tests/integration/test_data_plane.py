@@ -7,19 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch.distributed.checkpoint as dcp
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch.distributed.checkpoint import CheckpointException
 
 import tiered
 from chaos.local_cluster import LocalCluster
 from replication.holder import NAMESPACE, Traffic, holder_name
+from replication.records import ShardKey, ShardPlan, Version
 from replication.sink import Sink
 from tests.integration.trainers import MIB, is_same, make_state, start_trainers
 from tests.waiting import wait_for
 from tiered.coordinator import COORDINATOR_NAME
 from tiered.fetch import HolderTier
+from tiered.staging import writable
 
 pytestmark = pytest.mark.cluster
 
@@ -48,6 +52,13 @@ def begin(actors: list[Any], job: str, memory: tiered.Memory = EVERY, **shape: i
     return ray.get(calls, timeout=120)
 
 
+def start_job(host: str, job: str) -> list[Any]:
+    """A job of one rank, without copies."""
+    actors = start_trainers([host])
+    begin(actors, job, tiered.Memory(every_steps=1, replicas=0, chunk_bytes=MIB))
+    return actors
+
+
 def save(actors: list[Any], step: int) -> None:
     ray.get([a.save.remote(step, 10 * step + r) for r, a in enumerate(actors)], timeout=120)
 
@@ -61,6 +72,98 @@ def stop_serving(host: str) -> None:
     """Close a holder's port behind its back."""
     holder = ray.get_actor(holder_name(host), NAMESPACE)
     ray.get(holder.__ray_call__.remote(lambda self: self._server.close()), timeout=30)
+
+
+class Borrower:
+    """A trainer, as far as the memory for its next save goes; runs as an actor on its host."""
+
+    def __init__(self, host: str) -> None:
+        self.holder: Any = ray.get_actor(holder_name(host), NAMESPACE)
+
+    def borrow(self, job: str, generation: int) -> None:
+        sizes = [MIB] * 4
+        self.lent = ray.get(self.holder.prepare.remote(job, 0, generation, [], sizes), timeout=30)
+        self.views = [writable(memory) for (memory,) in ray.get(self.lent, timeout=30)]
+        assert len(self.views) == 4
+
+    def write(self, value: int) -> None:
+        for view in self.views:
+            view[:] = value
+
+    def stage(self, key: ShardKey) -> None:
+        names = {index: reference.hex() for index, reference in enumerate(self.lent)}
+        plan = ShardPlan(1, (MIB,) * len(names))
+        ray.get(self.holder.stage_prepared.remote(key, plan, names), timeout=30)
+        self.lent, self.views = [], []
+
+    def are_others_spared(self, count: int) -> bool:
+        """Whether writing to what was borrowed changes none of so many MiB of new objects."""
+        others = [ray.put(np.full(MIB, 1, dtype=np.uint8)) for _ in range(count)]
+        self.write(9)
+        return all(bool((view == 1).all()) for view in ray.get(others, timeout=60))
+
+
+def start_borrowers(host: str, count: int) -> list[Any]:
+    where = NodeAffinitySchedulingStrategy(host, soft=False)
+    actor: Any = ray.remote(Borrower).options(num_cpus=0, scheduling_strategy=where)
+    return [actor.remote(host) for _ in range(count)]
+
+
+def test_memory_of_collected_steps_takes_the_next_saves(cluster: LocalCluster, job: str) -> None:
+    hosts = cluster.hosts[:2]
+    actors = start_trainers(hosts)
+    begin(actors, job)
+    holders = [ray.get_actor(holder_name(host), NAMESPACE) for host in hosts]
+
+    def ask_all(what: Any) -> list[Any]:
+        return ray.get([holder.__ray_call__.remote(what) for holder in holders], timeout=30)
+
+    def count(holder: Any) -> None:
+        buffers, holder.made = holder._arrivals.buffers, 0
+        make = type(buffers)._make
+
+        def counted(size_bytes: int) -> Any:
+            holder.made += 1
+            return make(buffers, size_bytes)
+
+        buffers._make = counted
+
+    def is_ready() -> bool:
+        return min(ask_all(lambda holder: holder._lending.lent_bytes)) >= STATE_BYTES * 0.7
+
+    for step in range(1, 9):
+        if step == 5:
+            ask_all(count)
+        save(actors, step)
+        wait_for(is_ready)
+    # Four saves have 24 own chunks, and the buddy's; those of one may be new, if the memory was
+    # asked for before the step was let go of that was to leave it.
+    assert max(ask_all(lambda holder: holder.made)) <= 12
+    end(cluster, actors)
+    for step in (7, 8):
+        for rank in range(2):
+            saved = tiered.recover(job, step=step).state(rank)
+            assert is_same(saved, make_state(10 * step + rank, STATE_BYTES))
+
+
+def test_a_trainer_that_was_replaced_while_it_copied_may_go_on(
+    cluster: LocalCluster, job: str
+) -> None:
+    host = cluster.hosts[0]
+    end(cluster, start_job(host, job))  # which has a holder now
+    holder: Any = ray.get_actor(holder_name(host), NAMESPACE)
+    late, new = start_borrowers(host, 2)
+    ray.get(late.borrow.remote(job, 98), timeout=30)
+    ray.get(holder.fence.remote(job, 99), timeout=30)
+    keys = [ShardKey(job, Version(99, step), 0) for step in (1, 2)]
+    for key in keys:
+        ray.get(new.borrow.remote(job, 99), timeout=30)
+        ray.get(new.write.remote(key.version.step), timeout=30)
+        ray.get(new.stage.remote(key), timeout=30)
+    wait_for(lambda: {r.key for r in ask(host, "list_shards")} >= set(keys))
+    ray.get(late.write.remote(9), timeout=30)
+    assert ray.get(holder.verify.remote(keys), timeout=30) == []  # neither is corrupt
+    ray.get(holder.forget.remote(job), timeout=30)
 
 
 def test_frozen_layers_are_kept_once_and_sent_once(cluster: LocalCluster, job: str) -> None:
@@ -235,3 +338,15 @@ def test_what_ranks_of_a_host_have_in_common_comes_to_a_new_host_once(
     sent = sum(b.sent - a.sent for a, b in zip(before, after, strict=True))
     assert common * MIB < sent < (common + 4) * MIB  # and not twice
     end(cluster, again)
+
+
+def test_memory_that_a_dead_holder_has_lent_is_still_nobody_elses(
+    cluster: LocalCluster, job: str
+) -> None:
+    host = cluster.add_host()
+    end(cluster, start_job(host, job))  # which has a holder now
+    (borrower,) = start_borrowers(host, 1)
+    ray.get(borrower.borrow.remote(job, 99), timeout=30)
+    holder = ray.get_actor(holder_name(host), NAMESPACE)
+    cluster.kill_process(ray.get(holder.__ray_call__.remote(lambda _: os.getpid()), timeout=30))
+    assert ray.get(borrower.are_others_spared.remote(60), timeout=60)

@@ -1,20 +1,32 @@
-"""Memory that chunks arrive in: used again, and never while anybody still sees it."""
+"""Memory that chunks arrive or are staged in: used again, never while anybody still sees it."""
 
+import ctypes
 import gc
 import mmap
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from replication import pinning
-from replication.buffers import LEAST_BYTES, ROUND_BYTES, Lease, ReceiveBuffers
+from replication import buffers, pinning
+from replication.buffers import LEAST_BYTES, ROUND_BYTES, Buffers, Lease, Loan
 from replication.records import Chunk
 
 MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Reference:
+    """To an object, which has a number."""
+
+    number: int
+
+    def hex(self) -> str:
+        return f"object {self.number}"
 
 
 class FakeObjectStore:
@@ -24,7 +36,7 @@ class FakeObjectStore:
         self.is_memory = is_memory
         self.puts = 0
 
-    def put(self, chunk: Chunk) -> Chunk:
+    def put(self, chunk: Chunk) -> tuple[Reference, Chunk]:
         self.puts += 1
         pinned = []
         for buffer in chunk:
@@ -39,7 +51,7 @@ class FakeObjectStore:
             view[:] = buffer
             view.flags.writeable = False
             pinned.append(view)
-        return pinned
+        return Reference(self.puts), pinned
 
 
 @pytest.fixture
@@ -61,7 +73,7 @@ def filled(lease: Lease, value: int) -> Chunk:
 
 
 def test_what_was_received_is_pinned_where_it_lies(store: FakeObjectStore) -> None:
-    received = ReceiveBuffers(store.put)
+    received = Buffers(store.put)
     lease = received.lease(MIB + 5)
     assert lease.view.nbytes == MIB + 5
     address = np.frombuffer(lease.view, dtype=np.uint8).ctypes.data
@@ -73,7 +85,7 @@ def test_what_was_received_is_pinned_where_it_lies(store: FakeObjectStore) -> No
 
 
 def test_memory_is_used_again_when_the_last_view_is_gone(store: FakeObjectStore) -> None:
-    received = ReceiveBuffers(store.put)
+    received = Buffers(store.put)
     (first,) = filled(received.lease(2 * MIB), 1)
     part, raw = first[100:200], first.data
     del first
@@ -94,7 +106,7 @@ def test_memory_is_used_again_when_the_last_view_is_gone(store: FakeObjectStore)
 
 
 def test_a_lease_that_was_dropped_is_free_again(store: FakeObjectStore) -> None:
-    received = ReceiveBuffers(store.put)
+    received = Buffers(store.put)
     lease = received.lease(MIB)
     view = lease.view
     del lease
@@ -107,7 +119,7 @@ def test_a_lease_that_was_dropped_is_free_again(store: FakeObjectStore) -> None:
 
 
 def test_nearly_equal_sizes_share(store: FakeObjectStore) -> None:
-    received = ReceiveBuffers(store.put)
+    received = Buffers(store.put)
     for size in (MIB + 1, MIB + ROUND_BYTES, MIB + 77):
         (buffer,) = filled(received.lease(size), 1)
         assert buffer.nbytes == size
@@ -119,7 +131,7 @@ def test_nearly_equal_sizes_share(store: FakeObjectStore) -> None:
 
 
 def test_trim_gives_memory_back_to_the_object_store(store: FakeObjectStore) -> None:
-    received = ReceiveBuffers(store.put)
+    received = Buffers(store.put)
     leases = [received.lease(size * MIB) for size in (1, 1, 2, 4)]
     kept = leases.pop()
     leases.clear()
@@ -136,7 +148,7 @@ def test_trim_gives_memory_back_to_the_object_store(store: FakeObjectStore) -> N
 
 
 def test_small_chunks_are_put(store: FakeObjectStore) -> None:
-    received = ReceiveBuffers(store.put)
+    received = Buffers(store.put)
     for size in (0, 1, LEAST_BYTES - 1):
         (buffer,) = filled(received.lease(size), 3)
         assert buffer.tolist() == [3] * size
@@ -149,7 +161,7 @@ def test_where_object_store_memory_cannot_be_written_chunks_are_put(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     store = FakeObjectStore(is_memory=False)
-    received = ReceiveBuffers(store.put)
+    received = Buffers(store.put)
     for value in (1, 2):
         (buffer,) = filled(received.lease(MIB), value)
         assert (buffer.min(), buffer.max()) == (value, value)
@@ -161,7 +173,7 @@ def test_where_object_store_memory_cannot_be_written_chunks_are_put(
 def test_one_object_that_went_to_a_file_changes_nothing_for_the_others(
     store: FakeObjectStore,
 ) -> None:
-    received = ReceiveBuffers(store.put)
+    received = Buffers(store.put)
     held = filled(received.lease(MIB), 1)
     store.is_memory = False
     (buffer,) = filled(received.lease(MIB), 2)
@@ -177,14 +189,14 @@ def test_without_proc_chunks_are_put(
     store: FakeObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pinning, "MAPS", pinning.MAPS / "nothing here")
-    (buffer,) = filled(ReceiveBuffers(store.put).lease(MIB), 4)
+    (buffer,) = filled(Buffers(store.put).lease(MIB), 4)
     assert buffer.max() == 4
     assert store.puts == 2
 
 
 def test_own_memory_is_warm_and_not_pinned_twice() -> None:
     store = FakeObjectStore(is_memory=False)
-    received = ReceiveBuffers(store.put)
+    received = Buffers(store.put)
     filled(received.lease(MIB), 1)
     lease = received.lease(MIB)
     address = np.frombuffer(lease.view, np.uint8).ctypes.data
@@ -195,8 +207,80 @@ def test_own_memory_is_warm_and_not_pinned_twice() -> None:
     assert np.frombuffer(again.view, np.uint8).ctypes.data == address
 
 
+def written_elsewhere(loan: Loan, value: int) -> None:
+    """As another process writes that has the same memory mapped."""
+    buffer = loan._memory.buffer
+    (ctypes.c_uint8 * buffer.nbytes).from_address(buffer.ctypes.data)[:] = [value] * buffer.nbytes
+
+
+def test_what_was_lent_and_staged_serves_again_when_the_last_view_is_gone(
+    store: FakeObjectStore,
+) -> None:
+    memory = Buffers(store.put)
+    first, second = memory.lend([100_000, 3])
+    assert (first.name, first.reference) == ("object 1", Reference(1))
+    assert (first.size_bytes, second.size_bytes) == (2 * ROUND_BYTES, ROUND_BYTES)
+    written_elsewhere(first, 7)
+    (chunk,) = first.pin(100_000)
+    del first
+    assert (chunk.nbytes, chunk.min(), chunk.max()) == (100_000, 7, 7)
+    assert not chunk.flags.writeable
+    (other,) = memory.lend([100_000])
+    assert other.name == "object 3"
+    sending = chunk.data[5:6]
+    del chunk
+    assert memory.free_bytes == 0
+    del sending
+    assert memory.free_bytes == 2 * ROUND_BYTES
+    (again,) = memory.lend([90_000])
+    assert again.name == "object 1"
+    assert (store.puts, memory.free_bytes) == (3, 0)
+
+
+def test_what_was_lent_and_not_staged_does_not_serve_again(store: FakeObjectStore) -> None:
+    memory = Buffers(store.put)
+    loans = memory.lend([MIB])
+    loans.clear()  # whoever has it may write on
+    assert memory.free_bytes == 0
+    (other,) = memory.lend([MIB])
+    assert other.name == "object 2"
+
+
+def test_what_a_shard_from_elsewhere_has_left_is_lent_too(store: FakeObjectStore) -> None:
+    memory = Buffers(store.put)
+    filled(memory.lease(MIB), 1)
+    (loan,) = memory.lend([MIB - 1])
+    assert loan.name == "object 1"
+    loan.pin(1)
+    memory.lease(MIB)
+    assert store.puts == 1
+
+
+def test_free_memory_is_lent_at_once_and_new_memory_as_time_allows(
+    store: FakeObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Buffers(store.put)
+    monkeypatch.setattr(buffers, "MAKE_S", -1.0)
+    assert len(memory.lend([MIB, MIB, MIB])) == 1  # one in any case
+    monkeypatch.setattr(buffers, "MAKE_S", 60.0)
+    loans = memory.lend([MIB, MIB, MIB])
+    assert len(loans) == 3
+    for loan in loans:
+        loan.pin(MIB)
+    del loan, loans
+    monkeypatch.setattr(buffers, "MAKE_S", -1.0)
+    assert len(memory.lend([MIB, MIB, MIB, MIB])) == 3
+
+
+def test_where_object_store_memory_cannot_be_written_nothing_is_lent() -> None:
+    store = FakeObjectStore(is_memory=False)
+    memory = Buffers(store.put)
+    assert memory.lend([MIB]) == memory.lend([MIB]) == []
+    assert store.puts == 1  # to find out
+
+
 def test_threads_never_share_memory(store: FakeObjectStore) -> None:
-    received = ReceiveBuffers(store.put)
+    received = Buffers(store.put)
     problems = []
 
     def work(value: int) -> None:

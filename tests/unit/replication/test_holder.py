@@ -2,13 +2,14 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 from replication import messages
-from replication.buffers import ReceiveBuffers
+from replication.buffers import ROUND_BYTES, Buffers
 from replication.checksum import digest
 from replication.errors import (
     ChunkCorruptError,
@@ -19,6 +20,7 @@ from replication.errors import (
 from replication.fetch_once import AtStore
 from replication.holder import Holder
 from replication.inventory import Inventory
+from replication.pinning import StoreMemory
 from replication.records import Chunk, ChunkId, HolderId, ShardKey, ShardPlan, Version
 from replication.scrub import Scrub
 from replication.sink import Sink
@@ -61,7 +63,7 @@ def chunk(*values: int) -> Chunk:
 def holder_with_a_shard(period_s: float = 600.0) -> Holder:
     holder = Holder("node", 100, "observer", Secret(bytes(32)))
     holder._core = Inventory(HolderId("node", "1"), 100, Scrub(period_s))
-    copies = ReceiveBuffers(lambda chunk: [buffer.copy() for buffer in chunk])  # no Ray
+    copies = Buffers(lambda chunk: (None, [buffer.copy() for buffer in chunk]))  # no Ray
     holder._arrivals.buffers = copies
     holder._chunks[KEY] = {0: chunk(1, 2, 3)}
     holder._feed(messages.ChunkFetched(KEY, PLAN, 0, digest(chunk(1, 2, 3))))
@@ -316,43 +318,88 @@ def test_a_source_that_let_a_deadline_pass_is_not_waited_for_again(observer: Obs
     asyncio.run(run())
 
 
-def test_memory_that_was_prepared_becomes_a_chunk_with_one_call() -> None:
+class Reference:
+    """To an object of a store that is this process' own memory."""
+
+    def __init__(self, pinned: Chunk) -> None:
+        (self.buffer,) = pinned
+
+    def hex(self) -> str:
+        return f"object {id(self)}"
+
+    def write(self, *values: int) -> None:
+        """As the trainer does, in its own process."""
+        self.buffer[: len(values)] = values
+
+
+class Lender:
+    """A holder whose store's memory can be lent without Ray, and what it has lent."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(StoreMemory, "holds", lambda *_: True)
+        self.holder = Holder("node", 1 << 20, "observer", Secret(bytes(32)))
+        self.buffers = self.holder._arrivals.buffers = Buffers(self._put)
+
+    @staticmethod
+    def _put(chunk: Chunk) -> tuple[Reference, Chunk]:
+        pinned = [buffer.copy() for buffer in chunk]
+        return Reference(pinned), pinned
+
+    async def lend(
+        self, rank: int = 0, generation: int = 1, kept: Sequence[str] = (), job: str = "job"
+    ) -> Any:
+        """Memory for one chunk."""
+        (reference,) = await self.holder.prepare(job, rank, generation, kept, [3])
+        return reference
+
+    async def can_stage(self, *names: str, rank: int = 0, generation: int = 1) -> bool:
+        """Whether the holder takes these chunks, all of one step."""
+        self.steps = getattr(self, "steps", 0) + 1
+        key = ShardKey("job", Version(generation, self.steps), rank)
+        plan = ShardPlan(1, (3,) * len(names))
+        try:
+            await self.holder.stage_prepared(key, plan, dict(enumerate(names)))
+        except HolderUnavailableError:
+            return False
+        return True
+
+
+@pytest.fixture
+def lender(monkeypatch: pytest.MonkeyPatch) -> Lender:
+    return Lender(monkeypatch)
+
+
+def test_memory_that_was_lent_becomes_a_chunk_with_one_call(lender: Lender) -> None:
     async def run() -> None:
-        holder = Holder("node", 100, "observer", Secret(bytes(32)))
-        memory = chunk(0, 0, 0)
-        await holder.prepare("job", 0, 1, ["a"], memory)
-        memory[0][:] = [1, 2, 3]
-        await holder.stage_prepared(KEY, PLAN, {0: "a"})
-        await holder.stage_prepared(KEY, PLAN, {0: "a"})  # asked again, it says the same
-        await settled(holder)
-        assert holder._core.record(KEY).digests == (digest(chunk(1, 2, 3)),)
-        assert holder._prepared["job", 0].chunks == {}
-
-    asyncio.run(run())
-
-
-def test_of_prepared_memory_with_room_to_spare_just_the_chunk_is_kept() -> None:
-    async def run() -> None:
-        holder = Holder("node", 100, "observer", Secret(bytes(32)))
-        await holder.prepare("job", 0, 1, ["a"], chunk(1, 2, 3, 0, 0))
-        await holder.stage_prepared(KEY, PLAN, {0: "a"})
+        holder, memory = lender.holder, await lender.lend()
+        memory.write(1, 2, 3, 4)  # it has room to spare
+        await holder.stage_prepared(KEY, PLAN, {0: memory.hex()})
+        await holder.stage_prepared(KEY, PLAN, {0: memory.hex()})  # asked again, it says the same
         await settled(holder)
         assert holder._core.record(KEY).digests == (digest(chunk(1, 2, 3)),)
         (kept,) = await holder.read_chunk(KEY, 0)
         assert kept.tolist() == [1, 2, 3]
+        assert holder._lending.lent_bytes == 0
 
     asyncio.run(run())
 
 
-def test_of_a_staged_chunk_with_room_to_spare_just_the_chunk_is_kept() -> None:
-    # A buddy refused the whole memory of the front for ever, where a busy holder had not pinned it.
+def test_memory_of_a_step_that_was_collected_is_lent_for_the_next(lender: Lender) -> None:
+    plan, keys = ShardPlan(1, (ROUND_BYTES,)), [ShardKey("job", Version(1, n), 0) for n in (1, 2)]
+
     async def run() -> None:
-        holder = Holder("node", 100, "observer", Secret(bytes(32)))
-        await holder.stage_chunk(KEY, PLAN, 0, chunk(1, 2, 3, 0, 0))
-        await settled(holder)
-        assert holder._core.record(KEY).digests == (digest(chunk(1, 2, 3)),)
-        (kept,) = await holder.read_chunk(KEY, 0)
-        assert kept.tolist() == [1, 2, 3]
+        holder, lent = lender.holder, list[Any]()
+        for key in keys:
+            lent.append(await lender.lend())
+            lent[-1].write(key.version.step)
+            await holder.stage_prepared(key, plan, {0: lent[-1].hex()})
+            await settled(holder)
+        assert lender.buffers.free_bytes == 0  # nobody writes to a step that is held
+        await holder.collect("job", 1, keys[1].version)
+        assert lender.buffers.free_bytes == ROUND_BYTES
+        assert await lender.lend() is lent[0]
+        await holder.forget("job")
+        assert lender.buffers.free_bytes == 0  # of what is held no more nothing is kept
 
     asyncio.run(run())
 
@@ -367,35 +414,47 @@ def test_prepared_memory_that_is_not_known_is_not_staged() -> None:
     asyncio.run(run())
 
 
-def test_only_memory_that_is_still_named_stays_prepared() -> None:
+def test_only_memory_that_is_still_named_stays_lent(lender: Lender) -> None:
     async def run() -> None:
-        holder = Holder("node", 100, "observer", Secret(bytes(32)))
-        await holder.prepare("job", 0, 1, ["a"], chunk(1))
-        await holder.prepare("job", 0, 1, ["a", "b"], chunk(2))
-        await holder.prepare("job", 1, 1, ["c"], chunk(3))
-        await holder.prepare("job", 0, 1, ["b", "d", "e"], chunk(4), chunk(5))
-        ready = holder._prepared["job", 0].chunks
-        assert {name: int(memory[0][0]) for name, memory in ready.items()} == {
-            "b": 2, "d": 4, "e": 5,
-        }  # fmt: skip
-        await holder.release("job", 0)
-        assert list(holder._prepared) == [("job", 1)]
+        first = await lender.lend()
+        second = await lender.lend(kept=[first.hex()])
+        others = await lender.lend(rank=1)
+        third = await lender.lend(kept=[second.hex(), "unknown"])
+        assert not await lender.can_stage(second.hex(), first.hex())
+        assert await lender.can_stage(second.hex(), third.hex())
+        await lender.holder.release("job", 0)
+        assert await lender.can_stage(others.hex(), rank=1)
+        assert lender.holder._lending.lent_bytes == 0
 
     asyncio.run(run())
 
 
-def test_a_fence_lets_go_of_what_older_generations_prepared() -> None:
+def test_a_fence_ends_what_was_lent_to_older_generations(lender: Lender) -> None:
     async def run() -> None:
-        holder = Holder("node", 100, "observer", Secret(bytes(32)))
-        await holder.prepare("job", 0, 1, ["a"], chunk(1))
-        await holder.prepare("job", 1, 2, ["b"], chunk(1))
-        await holder.prepare("other", 0, 1, ["c"], chunk(1))
-        await holder.fence("job", 2)
-        assert list(holder._prepared) == [("job", 1), ("other", 0)]
+        old, new = await lender.lend(), await lender.lend(rank=1, generation=2)
+        other = await lender.lend(job="other")
+        await lender.holder.fence("job", 2)
         with pytest.raises(FencedError):
-            await holder.prepare("job", 0, 1, ["a"], chunk(1))
-        await holder.forget("job")
-        assert list(holder._prepared) == [("other", 0)]
+            await lender.lend()
+        assert not await lender.can_stage(old.hex(), generation=2)
+        assert await lender.can_stage(new.hex(), rank=1, generation=2)
+        await lender.lend(generation=2)
+        await lender.holder.forget("job")
+        assert lender.holder._lending.lent_bytes == ROUND_BYTES
+        key = ShardKey("other", Version(1, 1), 0)
+        await lender.holder.stage_prepared(key, PLAN, {0: other.hex()})
+
+    asyncio.run(run())
+
+
+def test_a_fence_that_comes_while_memory_is_made_ends_that_too(lender: Lender) -> None:
+    async def run() -> None:
+        asked = asyncio.create_task(lender.lend())
+        await asyncio.sleep(0)  # it is being made
+        await lender.holder.fence("job", 2)
+        with pytest.raises(FencedError):
+            await asked
+        assert lender.holder._lending.lent_bytes == 0
 
     asyncio.run(run())
 

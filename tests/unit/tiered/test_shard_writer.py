@@ -44,8 +44,8 @@ class FakeHolder:
     def settle(self, pending: list[Any]) -> None:
         pass
 
-    def prepare(self, *_: Any) -> bool:
-        return True
+    def borrow(self, *_: Any) -> list[Any]:
+        return []
 
 
 class Clock:

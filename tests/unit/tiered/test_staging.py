@@ -11,7 +11,7 @@ import torch
 from replication.pinning import StoreMemory, _OutOfBand
 from tiered import slots as slots_module
 from tiered import staging
-from tiered.image import chunk_sizes, data_chunk, lay_out
+from tiered.image import Layout, chunk_sizes, data_chunk, lay_out
 from tiered.slots import Slot, Staged, copy_all, slot_of
 from tiered.staging import Stager
 from tiered.state import Captured, capture
@@ -37,7 +37,7 @@ STATE = {
 
 
 def fill_all(slots: list[Slot], captured: Captured, threads: int) -> None:
-    with Stager(64, threads, lambda *_: True).filling(captured, slots) as filling:
+    with Stager(64, threads, lambda *_: []).filling(captured, slots) as filling:
         for index in range(len(slots)):
             filling.fill(index)
 
@@ -131,7 +131,7 @@ def test_a_unit_of_work_is_neither_one_small_tensor_nor_all_of_a_large_one() -> 
 
 def test_the_front_goes_into_prepared_memory_if_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "put", lambda chunk: chunk)
-    stager = Stager(64, 1, lambda *_: True)
+    stager = Stager(64, 1, lambda *_: [])
     front_slot = Slot(Staged("prepared"), np.zeros(10, dtype=np.uint8), (), [], (), ())
     assert stager.stage_front(b"0123456789", [front_slot]).reference == "prepared"
     assert stager.stage_front(b"abc", [front_slot]).reference == "prepared"
@@ -142,114 +142,151 @@ def test_the_front_goes_into_prepared_memory_if_it_fits(monkeypatch: pytest.Monk
 
 
 class Reference:
-    """Of a chunk that nobody copies."""
+    """To memory that a holder has lent."""
 
-    def __init__(self, chunk: Any) -> None:
-        self.chunk = chunk
+    def __init__(self, size_bytes: int) -> None:
+        self.memory = np.full(size_bytes, 7, dtype=np.uint8)
 
     def hex(self) -> str:
         return f"object {id(self)}"
 
 
+class Holder:
+    """Lends memory, a little longer than was asked for: `room` chunks in all, `at_once` a call.
+
+    Args:
+        wanted: After so many calls the memory is not wanted any more.
+        is_memory: It can be written to.
+    """
+
+    def __init__(
+        self,
+        patch: pytest.MonkeyPatch,
+        *,
+        room: int = 99,
+        at_once: int = 99,
+        wanted: int = 99,
+        is_memory: bool = True,
+    ) -> None:
+        self.lent: list[Reference] = []
+        self.calls: list[tuple[int, list[int]]] = []  # so many were kept; sizes
+        self._room, self._at_once, self._wanted = room, at_once, wanted
+        patch.setattr(ray, "get", self._get)
+        patch.setattr(StoreMemory, "holds", lambda *_: is_memory)
+        self.stager = Stager(4 << 10, 1, self._lend)
+
+    def prepared(self, layout: Layout, front_bytes: int = 100) -> list[Slot]:
+        """What is ready when a preparation for this layout is over."""
+        self.ready = staging._Preparation(layout, front_bytes)
+        self.ready.is_wanted.set()
+        self.stager._prepare(self.ready)
+        for slot in self.ready.slots:
+            assert slot.staged.is_pinned
+            assert slot.view.flags.writeable
+        return self.ready.slots
+
+    def _lend(self, kept: Sequence[str], sizes: Sequence[int]) -> list[Reference]:
+        assert kept == [reference.hex() for reference in self.lent]
+        self.calls.append((len(kept), list(sizes)))
+        if len(self.calls) == self._wanted:
+            self.ready.is_wanted.clear()
+        count = min(len(sizes), self._at_once, self._room - len(self.lent))
+        new = [Reference(size + 11) for size in sizes[:count]]
+        self.lent += new
+        return new
+
+    @staticmethod
+    def _get(references: list[Reference], timeout: float) -> list[list[Any]]:
+        return [[reference.memory] for reference in references]
+
+
+SIX = lay_out(capture({"weight": torch.ones(5, 1024)}))  # chunks: the front, and five of 4 KiB
+SIZES = [100, *(5 * [4 << 10])]
+
+
+def test_memory_is_borrowed_with_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "BORROWED_AT_ONCE", 4)
+    holder = Holder(monkeypatch)
+    slots = holder.prepared(SIX)
+    assert [slot.view.nbytes for slot in slots] == SIZES
+    assert holder.calls == [(0, SIZES[:4]), (4, SIZES[4:])]
+    for slot, reference in zip(slots, holder.lent, strict=True):
+        assert slot.staged.reference is reference
+        assert slot.view.ctypes.data == reference.memory.ctypes.data
+    fill_all(slots, capture({"weight": torch.arange(5120.0)}), 1)
+    assert slots[1].view.view(np.float32).tolist() == list(range(1024))
+
+
+def test_what_the_holder_had_no_time_for_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    holder = Holder(monkeypatch, at_once=4)
+    assert len(holder.prepared(SIX)) == 6
+    assert holder.calls == [(0, SIZES), (4, SIZES[4:])]
+
+
+def test_what_there_was_room_for_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    holder = Holder(monkeypatch, room=2)
+    assert len(holder.prepared(SIX)) == 2
+    assert holder.calls == [(0, SIZES), (2, SIZES[2:])]
+
+
+def test_what_was_borrowed_before_it_was_not_wanted_any_more_is_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    holder = Holder(monkeypatch, at_once=1, wanted=3)
+    assert len(holder.prepared(SIX)) == len(holder.calls) == 3
+
+
+def test_without_memory_that_can_be_written_nothing_is_prepared(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    holder = Holder(monkeypatch, is_memory=False)
+    assert holder.prepared(SIX) == []
+    assert "mapped read-only: saving without preparation" in caplog.text
+    holder.stager.prepare(SIX, 100)
+    assert len(holder.calls) == 1
+
+
+def test_memory_that_cannot_be_read_is_not_ready(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    holder = Holder(monkeypatch)
+
+    def get(*_: Any, timeout: float) -> None:
+        raise ray.exceptions.ObjectLostError("a", None, "b")
+
+    monkeypatch.setattr(ray, "get", get)
+    assert holder.prepared(SIX) == []
+    assert "memory for the next save is not ready" in caplog.text
+
+
 def test_once_for_each_layout_the_log_says_that_memory_is_ready(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(staging, "put", Reference)
-    monkeypatch.setattr(ray, "get", lambda reference: reference.chunk)
-    monkeypatch.setattr(StoreMemory, "holds", lambda *_: True)
     caplog.set_level(logging.INFO)
-    stager = Stager(64, 1, lambda *_: True)
+    holder = Holder(monkeypatch, room=1000)
     one, other = lay_out(capture(STATE)), lay_out(capture({"other": torch.ones(500_000)}))
     lines = []
     for layout in (one, one, other, other):
-        ready = staging._Preparation(layout, 1000)
-        ready.is_wanted.set()
-        stager._prepare(ready)
+        holder.lent.clear()
+        holder.prepared(layout, 1000)
         lines.append([record.getMessage().rsplit(" in ", 1)[0] for record in caplog.records])
         caplog.clear()
     start = "memory for the next save is ready: "
     assert lines == [[f"{start}0.0 MB"], [], [f"{start}2.0 MB"], []]
 
 
-class Store:
-    """An object store and a holder; a preparation of six chunks, 100 bytes and five of 4 KiB.
+def test_memory_that_others_have_replaced_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    holder = Holder(monkeypatch)
 
-    Args:
-        answers: What the holder says to each call.
-        room: So many objects fit.
-        wanted: After so many objects the memory is not wanted any more.
-    """
+    def abandon(*_: Any, timeout: float) -> list[list[Any]]:
+        holder.ready.is_abandoned = True
+        return [[reference.memory] for reference in holder.lent]
 
-    def __init__(
-        self, patch: pytest.MonkeyPatch, *answers: bool, room: int = 99, wanted: int = 99
-    ) -> None:
-        self.made: list[Reference] = []
-        self.calls: list[tuple[int, int]] = []
-        self._answers, self._room, self._wanted = list(answers), room, wanted
-        patch.setattr(staging, "put", self._put)
-        patch.setattr(ray, "get", lambda reference: reference.chunk)
-        patch.setattr(StoreMemory, "holds", lambda *_: True)
-        self.stager = Stager(4 << 10, 1, self._pin)
-        self.ready = staging._Preparation(lay_out(capture({"weight": torch.ones(5, 1024)})), 100)
-        self.ready.is_wanted.set()
-
-    def prepared(self) -> list[bool]:
-        """Make it; of each chunk that is ready then, whether it is pinned."""
-        self.stager._prepare(self.ready)
-        slots = self.ready.slots
-        assert [slot.staged.reference for slot in slots] == self.made[: len(slots)]
-        return [slot.staged.is_pinned for slot in slots]
-
-    def _put(self, chunk: Any) -> Reference:
-        if len(self.made) == self._room:
-            raise ray.exceptions.ObjectStoreFullError
-        self.made.append(Reference(chunk))
-        if len(self.made) == self._wanted:
-            self.ready.is_wanted.clear()
-        return self.made[-1]
-
-    def _pin(self, names: Sequence[str], references: Sequence[Any]) -> bool:
-        assert names == [reference.hex() for reference in self.made]
-        assert references == self.made[len(names) - len(references) :]
-        self.calls.append((len(names), len(references)))
-        return self._answers.pop(0)
-
-
-@pytest.mark.parametrize("bound", ["PIN_BYTES", "PIN_CHUNKS"])
-def test_memory_is_pinned_with_few_calls(monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
-    monkeypatch.setattr(staging, bound, {"PIN_BYTES": 10 << 10, "PIN_CHUNKS": 4}[bound])
-    store = Store(monkeypatch, True, True)
-    assert store.prepared() == [True] * 6
-    assert store.calls == [(4, 4), (6, 2)]
-
-
-def test_a_holder_that_does_not_answer_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "PIN_CHUNKS", 2)
-    store = Store(monkeypatch, True, False)
-    assert store.prepared() == [True] * 2 + [False] * 4
-    assert store.calls == [(2, 2), (4, 2)]
-
-
-def test_what_was_made_before_it_was_not_wanted_any_more_is_pinned(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    store = Store(monkeypatch, True, wanted=3)
-    assert store.prepared() == [True] * 3
-    assert store.calls == [(3, 3)]
-
-
-def test_what_there_was_room_for_is_ready(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = Store(monkeypatch, True, room=2)
-    assert store.prepared() == [True] * 2
-    assert "memory for the next save is not ready" in caplog.text
-
-
-def test_memory_that_others_have_replaced_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(monkeypatch, wanted=3)
-    store.ready.is_abandoned = True
-    assert store.prepared() == store.calls == []
+    monkeypatch.setattr(ray, "get", abandon)
+    assert holder.prepared(SIX) == []
 
 
 def test_copying_works_without_the_fast_call(monkeypatch: pytest.MonkeyPatch) -> None:

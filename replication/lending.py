@@ -1,0 +1,61 @@
+"""What a holder has lent to the trainers of its host: memory that they fill with their next saves.
+
+A loan ends when the trainer says that it has staged what it wrote there (`take`), or when nobody
+waits for that any more: then the memory is not used again (`replication.buffers`, rule 3).
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from replication.buffers import Loan
+
+
+@dataclass(slots=True)
+class _Rank:
+    generation: int
+    loans: dict[str, Loan] = field(default_factory=dict)
+
+
+class Lending:
+    """Of one holder; runs on its event loop."""
+
+    def __init__(self) -> None:
+        """Nothing is lent."""
+        self._ranks: dict[tuple[str, int], _Rank] = {}
+
+    @property
+    def lent_bytes(self) -> int:
+        """How many bytes are lent."""
+        return sum(loan.size_bytes for rank in self._ranks.values() for loan in rank.loans.values())
+
+    def keep(self, job: str, rank: int, names: Collection[str]) -> None:
+        """End every loan of a rank but these."""
+        if (known := self._ranks.get((job, rank))) is not None:
+            known.loans = {n: known.loans[n] for n in names if n in known.loans}
+
+    def add(self, job: str, rank: int, generation: int, loans: Sequence[Loan]) -> None:
+        """Note more loans of a rank; those of its older generations end."""
+        known = self._ranks.get((job, rank))
+        if known is None or known.generation < generation:
+            known = self._ranks[job, rank] = _Rank(generation)
+        known.loans |= {loan.name: loan for loan in loans}
+
+    def take(self, job: str, rank: int, names: Collection[str]) -> dict[str, Loan] | None:
+        """Loans whose memory is filled, which end; None if one of them is not known."""
+        known = self._ranks.get((job, rank), _Rank(0)).loans
+        if not known.keys() >= set(names):
+            return None
+        return {name: known.pop(name) for name in names}
+
+    def end(self, job: str, rank: int) -> None:
+        """End all loans of a rank."""
+        self._ranks.pop((job, rank), None)
+
+    def end_job(self, job: str, before: float = math.inf) -> None:
+        """End all loans to older generations of a job, which will not stage anything any more."""
+        self._ranks = {
+            key: rank
+            for key, rank in self._ranks.items()
+            if key[0] != job or rank.generation >= before
+        }

@@ -29,7 +29,7 @@ from replication.errors import (
     ReplicationError,
     ShardNotHeldError,
 )
-from replication.records import Chunk, ChunkId, Endpoint, Way
+from replication.records import ActorRef, Chunk, ChunkId, Endpoint, Way
 from replication.sink import Sink
 from replication.stream import (
     BusyError,
@@ -101,6 +101,19 @@ class Access:
 
     endpoint: Endpoint | None
     secret: wire.Secret
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How to get at a holder, for who would else have to look for it and to ask it.
+
+    Attributes:
+        actor: Its handle.
+        access: What it would answer.
+    """
+
+    actor: ActorRef
+    access: Access
 
 
 def open_transports(secret: wire.Secret, tls: Tls | None) -> dict[Way, Transport]:

@@ -15,6 +15,7 @@ from ray.exceptions import ActorDiedError, ActorUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from replication import membership
+from replication.dataplane import Access, Reach
 from replication.detour import Pair
 from replication.errors import ReleaseError
 from replication.holder import NAMESPACE, Holder, HolderInfo, holder_name
@@ -118,6 +119,7 @@ class Fleet:
         self._leaving = leaving
         self._cut = cut
         self._secret = secret
+        self._known_secret: Secret | None = None
         self._handles: dict[str, ActorRef] = {}
         self._also: set[str] = set()
         self._draining: frozenset[str] = frozenset()
@@ -154,6 +156,16 @@ class Fleet:
         if handle is None:
             handle = await asyncio.to_thread(ray.get_actor, holder_name(holder.node_id), NAMESPACE)
         return await asyncio.wait_for(getattr(handle, method).remote(*args), timeout_s)
+
+    def reach(self, holders: Collection[HolderId]) -> dict[HolderId, Reach]:
+        """How to get at these holders, as far as they have been heard of."""
+        found = {}
+        for holder in holders:
+            info, handle = self.infos.get(holder.node_id), self._handles.get(holder.node_id)
+            if info is not None and info.holder == holder and handle is not None:
+                assert self._known_secret is not None, "it was started with it"
+                found[holder] = Reach(handle, Access(info.endpoint, self._known_secret))
+        return found
 
     async def _ping(self, node_id: str) -> None:
         handle = self._handles.get(node_id)
@@ -214,7 +226,7 @@ class Fleet:
     async def _start(self, node: Node) -> None:
         """Start a host's holder, or find it; heartbeats tell when it is up."""
         try:
-            secret = await asyncio.to_thread(self._secret)
+            secret = self._known_secret = await asyncio.to_thread(self._secret)
             handle = await asyncio.to_thread(start_holder, node, self._observer, secret)
         except Exception as error:  # noqa: BLE001 - the host may be gone; try when next seen
             logger.warning("cannot start a holder on host %s: %s", node.node_id[:8], error)

@@ -59,7 +59,7 @@ from tiered.ownership import Ownership
 from tiered.ray_metrics import TrainerMetrics, span
 from tiered.ray_train import run
 from tiered.ray_train.part import RunPart
-from tiered.replies import DegradedStep
+from tiered.replies import Begun, DegradedStep
 from tiered.restore import Filled, restore_into
 from tiered.rhythm import Rhythm
 from tiered.s3 import S3Store
@@ -175,7 +175,7 @@ class Checkpointer:
         )
         self._watcher = Watcher(self._coordinator, self.job, self._worker.rank, self._prepare)
         self._generation = 0
-        self._resolution: Resolution | None = None
+        self._begun: Begun | None = None
         self._cache: CaptureCache = {}
         self._writer = ShardWriter(self.job, self.settings.memory, self._worker, self._holder)
         self._is_saving = threading.Lock()
@@ -305,8 +305,9 @@ class Checkpointer:
         Raises:
             StepNotFoundError: As `fill` says; the coordinator is told of what S3 has wrong.
         """
-        assert self._resolution is not None
-        version = self._resolution.version
+        assert self._begun is not None
+        resolution = self._begun.resolution
+        version = resolution.version
         assert version is not None
         began_s, before = time.monotonic(), saved.bytes_by_label
         try:
@@ -322,7 +323,7 @@ class Checkpointer:
             bytes_by_source=counts,
             size_bytes=sum(counts.values()),
             seconds=time.monotonic() - began_s,
-            passed_over=self._resolution.passed_over,
+            passed_over=resolution.passed_over,
             world_size=saved.world_size,
             is_resharded=filled.is_resharded,
             missing=filled.missing,
@@ -368,10 +369,11 @@ class Checkpointer:
         s3, node_id, way = self.settings.s3, self._holder.node_id, self.settings.memory.transport
         store = S3Store(s3, self.job) if s3 is not None else None
         near = near or SharedMemoryTransport()
+        reach = {} if self._begun is None else self._begun.reach
         readers = []
         often = wanted_often(resolution.shards, self._worker.world_size)
         for shard, is_wanted_often in zip(resolution.shards, often, strict=True):
-            tiers = tiers_of(shard, node_id, store, way, near)
+            tiers = tiers_of(shard, node_id, store, way, near, reach)
             if is_wanted_often:
                 tiers = by_own_holder(tiers, node_id, near)
             readers.append(ShardReader(shard, tiers))
@@ -397,10 +399,10 @@ class Checkpointer:
             takes_over=self._takes_over, timeout_s=BEGIN_TIMEOUT_S + START_TIMEOUT_S,
         )  # fmt: skip
 
-    def _take_up(self, resolution: Resolution) -> Resolution:
+    def _take_up(self, begun: Begun) -> Resolution:
         """Belong to the generation that has begun."""
+        self._begun, resolution = begun, begun.resolution
         self._generation = self._writer.generation = resolution.generation
-        self._resolution = resolution
         self._watcher.begin(resolution.generation)
         self._fenced = None
         self._not_staged.clear()

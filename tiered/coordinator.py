@@ -33,6 +33,7 @@ from tiered.journal import Entry
 from tiered.monitor import Monitor
 from tiered.overview import ClusterStatus
 from tiered.replies import (
+    Begun,
     JobStatus,
     News,
     Progress,
@@ -129,7 +130,7 @@ class Coordinator:
         owner: Owner | None = None,
         *,
         takes_over: bool = False,
-    ) -> Resolution:
+    ) -> Begun:
         """Begin a generation: fence older ones and answer from where to go on.
 
         Every rank of a life calls this; all get the same answer, also when they ask again.
@@ -149,7 +150,10 @@ class Coordinator:
         generation = max(c.generation for c in job.claims.values() if c.life == life)
         if generation < job.generation:
             raise FencedError(job_name, generation, job.generation)
-        return job.resolution(generation)
+        resolution = job.resolution(generation)
+        shards = resolution.shards
+        first = shards[rank % len(shards)].holders if shards else ()
+        return Begun(resolution, self._fleet.reach(first))
 
     async def resolve(
         self, job_name: str, step: int | None = None, before: int | None = None

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -17,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from replication.cancelling import CancellableSink
 from replication.checksum import Digest, digest
-from replication.dataplane import STREAMS, Access, open_transports
+from replication.dataplane import STREAMS, Access, Reach, open_transports
 from replication.durable import DurableStore, upload_timeout_s
 from replication.errors import (
     ChunkCorruptError,
@@ -117,6 +117,7 @@ class HolderTier(_OfShard):
         node_id: str | None,
         way: Way = "auto",
         near: SharedMemoryTransport | None = None,
+        reach: Reach | None = None,
     ) -> None:
         super().__init__(sources.record)
         if holder in sources.replicas:
@@ -128,6 +129,7 @@ class HolderTier(_OfShard):
         self.is_near = holder.node_id == node_id
         self._near = near or SharedMemoryTransport()
         self._way = way
+        self._reach = reach
         self._lock = threading.Lock()
         self._found: tuple[Source, Transport] | None = None
         self._problem: HolderUnavailableError | None = None
@@ -174,7 +176,7 @@ class HolderTier(_OfShard):
         return fetch_timeout_s(self._record.plan.chunk_sizes[index])
 
     def _find(self) -> tuple[Source, Transport]:
-        """The holder, and the way to it; asked for once, by an actor call.
+        """The holder, and the way to it; looked for once.
 
         Raises:
             HolderUnavailableError: It is gone, or did not answer; nobody waits for it twice.
@@ -191,13 +193,20 @@ class HolderTier(_OfShard):
             return self._found
 
     def _ask(self) -> tuple[Source, Transport]:
-        node_id = self._holder.node_id
+        node_id, reach = self._holder.node_id, self._reach
         try:
-            handle: ActorRef = ray.get_actor(holder_name(node_id), NAMESPACE)
+            handle: ActorRef
+            if reach is None:
+                handle = ray.get_actor(holder_name(node_id), NAMESPACE)
+            else:
+                handle = reach.actor
             if self._way == "ray":
                 return Source(node_id, handle), RayTransport()
-            key = self._record.key
-            access: Access | None = self._near.access_beside(node_id, key) if self.is_near else None
+            access: Access | None = None
+            if self.is_near:
+                access = self._near.access_beside(node_id, self._record.key)
+            elif reach is not None:
+                access = reach.access
             if access is None:
                 access = ray.get(handle.access.remote(), timeout=ACCESS_TIMEOUT_S)
         except ValueError as error:  # Ray's word for: no such actor
@@ -266,6 +275,7 @@ def tiers_of(
     store: DurableStore | None,
     way: Way = "auto",
     near: SharedMemoryTransport | None = None,
+    reach: Mapping[HolderId, Reach] | None = None,
 ) -> list[Tier]:
     """The places to read a shard from, nearest first.
 
@@ -275,9 +285,13 @@ def tiers_of(
         store: The durable store, if one is configured.
         way: How to read from holders.
         near: How to read from the reader's own host, if that is shared by several shards.
+        reach: How to get at holders, as far as that is known; others are looked for and asked.
     """
+    known = reach or {}
     near_first = sorted(sources.holders, key=lambda holder: holder.node_id != node_id)
-    tiers: list[Tier] = [HolderTier(h, sources, node_id, way, near) for h in near_first]
+    tiers: list[Tier] = [
+        HolderTier(holder, sources, node_id, way, near, known.get(holder)) for holder in near_first
+    ]
     if sources.is_durable and store is not None:
         tiers.append(DurableTier(store, sources))
     return tiers

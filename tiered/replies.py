@@ -1,11 +1,29 @@
 """What the coordinator answers to trainers and tools, and how a job's core is read for it."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from replication.dataplane import Reach
 from replication.placement import explain_placement
+from replication.records import HolderId
+from tiered.history import Resolution
 from tiered.job import Job
 from tiered.messages import Level
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What a trainer is told of the generation that it belongs to.
+
+    Attributes:
+        resolution: The one answer for all ranks.
+        reach: How to get at the holders that have the shard which this rank will read first.
+    """
+
+    resolution: Resolution
+    reach: Mapping[HolderId, Reach]
+
 
 Progress = dict[int, tuple[Level | None, str]]  # step -> how safe it is, and what failed
 

@@ -17,10 +17,11 @@ from torch.distributed.checkpoint import CheckpointException
 import tiered
 from chaos.local_cluster import LocalCluster
 from replication.holder import NAMESPACE, Traffic, holder_name
-from replication.records import ShardKey, ShardPlan, Version
+from replication.records import Life, ShardKey, ShardPlan, Version
 from replication.sink import Sink
 from tests.integration.trainers import MIB, is_same, make_state, start_trainers
 from tests.waiting import wait_for
+from tiered.config import JobSettings
 from tiered.coordinator import COORDINATOR_NAME
 from tiered.fetch import HolderTier
 from tiered.staging import writable
@@ -191,6 +192,26 @@ def test_frozen_layers_are_kept_once_and_sent_once(cluster: LocalCluster, job: s
     seen = [a.has.remote(40 + rank) for rank, a in enumerate(again)]
     assert ray.get(seen, timeout=60) == [True, True]
     end(cluster, again)
+
+
+def test_who_begins_is_told_how_to_reach_the_holders_of_its_shard(
+    cluster: LocalCluster, job: str
+) -> None:
+    hosts = cluster.hosts[:2]
+    actors = start_trainers(hosts)
+    begin(actors, job)
+    save(actors, 1)
+    end(cluster, actors)
+    coordinator = ray.get_actor(COORDINATOR_NAME, namespace=NAMESPACE)
+    for rank in range(2):
+        asked = coordinator.begin.remote(job, Life("next"), rank, 2, JobSettings(EVERY))
+        told = ray.get(asked, timeout=60)
+        assert told.resolution.version.step == 1
+        assert set(told.reach) == set(told.resolution.shards[rank].holders)
+        assert {holder.node_id for holder in told.reach} == set(hosts)
+        for holder, reach in told.reach.items():
+            assert reach.access == ask(holder.node_id, "access")
+            assert ray.get(reach.actor.hello.remote(), timeout=30).holder == holder
 
 
 def test_copies_come_by_tcp_and_without_it_by_ray(cluster: LocalCluster, job: str) -> None:

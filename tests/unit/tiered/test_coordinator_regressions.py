@@ -40,7 +40,7 @@ def test_a_life_with_two_claims_is_answered_with_the_newer(job: Job) -> None:
     claims = tuple(m.Claim(generation, LIFE, 1, SETTINGS) for generation in (1, 3))
     job.handle(m.Recalled(claims, {3: None}), 0.0)
     answer = asyncio.run(Coordinator().begin("job", LIFE, 0, 1, SETTINGS))
-    assert answer.generation == 3
+    assert answer.resolution.generation == 3
 
 
 def test_a_copy_that_its_holder_reports_as_corrupt_counts_no_more(job: Job) -> None:

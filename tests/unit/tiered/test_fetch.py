@@ -10,7 +10,7 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError
 
-from replication.dataplane import Access
+from replication.dataplane import Access, Reach
 from replication.errors import (
     HolderTimeoutError,
     HolderUnavailableError,
@@ -18,7 +18,7 @@ from replication.errors import (
     ShardNotHeldError,
     TieredError,
 )
-from replication.records import ByteRange, Chunk, ChunkId, Endpoint, HolderId
+from replication.records import ByteRange, Chunk, ChunkId, Endpoint, HolderId, Way
 from replication.sink import Sink
 from replication.transport import Source
 from replication.wire import Secret
@@ -269,6 +269,32 @@ def test_a_holder_is_asked_once_how_to_read_from_it(
     assert transport.closed == 1
     tier.read(1)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("way", "is_near", "asked"), [
+    ("auto", False, 0), ("auto", True, 1), ("ray", True, 0), ("ray", False, 0),
+])  # fmt: skip
+def test_a_holder_that_is_known_already_is_not_looked_for(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch, way: Way, *, is_near: bool, asked: int
+) -> None:
+    _, network = holder_tier(shard, monkeypatch, shard.chunks[1])
+    monkeypatch.setattr(ray, "get_actor", None)
+    calls = []
+    monkeypatch.setattr(ray, "get", lambda answer, timeout: calls.append(timeout) or answer)
+    handle = FakeHandle("known", "one")
+    reach = Reach(handle, replace(handle.remote(), endpoint=Endpoint("127.0.0.2", 5)))
+    near: Any = FakeTransport(HolderUnavailableError("b", "its memory is not mapped here"))
+    near.access_beside = lambda node_id, key: None  # so its holder may be silent
+    sources = ShardSources(shard.record, (THERE,), is_durable=False)
+    node_id = THERE.node_id if is_near else HERE.node_id
+    (tier,) = tiers_of(sources, node_id, None, way, near, {THERE: reach})
+    origin = tier.origin(1)
+    assert len(calls) == asked
+    if way == "auto":
+        asked_or_told = Endpoint("127.0.0.1", 1) if is_near else Endpoint("127.0.0.2", 5)
+        assert origin.endpoint == asked_or_told
+        assert image_of([tier.read(1)]) == image_of([shard.chunks[1]])
+        assert network.calls[0][0].actor is handle
 
 
 @pytest.mark.parametrize("is_known", [True, False])

@@ -402,7 +402,8 @@ class Checkpointer:
     def _take_up(self, begun: Begun) -> Resolution:
         """Belong to the generation that has begun."""
         self._begun, resolution = begun, begun.resolution
-        self._generation = self._writer.generation = resolution.generation
+        self._generation = resolution.generation
+        self._writer.begin(resolution.generation)
         self._watcher.begin(resolution.generation)
         self._fenced = None
         self._not_staged.clear()

@@ -38,7 +38,7 @@ class ShardWriter:
         holder: This host's.
 
     Attributes:
-        generation: Whose shards these are; set when one begins.
+        generation: Whose shards these are.
     """
 
     def __init__(self, job: str, memory: Memory, worker: Worker, holder: OwnHolder) -> None:
@@ -52,6 +52,11 @@ class ShardWriter:
             threads,
             lambda kept, sizes: holder.borrow(self.generation, kept, sizes),
         )
+
+    def begin(self, generation: int) -> None:
+        """Belong to a generation: the holder has let go of what was made ready in an older one."""
+        self.generation = generation
+        self._stager.release()
 
     def write(
         self,

@@ -232,6 +232,29 @@ def test_a_zombie_cannot_save_once_a_new_life_has_begun(cluster: LocalCluster, j
     assert tiered.recover(job).step == 2
 
 
+def test_after_going_back_in_the_same_process_the_next_save_succeeds(
+    cluster: LocalCluster, job: str
+) -> None:
+    actors = start_trainers(cluster.hosts[:2])
+    begin(actors, job)
+    for step in (1, 2):
+        save(actors, step)
+    holders = [ray.get_actor(holder_name(host), NAMESPACE) for host in cluster.hosts[:2]]
+    lent = [holder.__ray_call__ for holder in holders]
+    wait_for(
+        lambda: all(
+            ray.get([one.remote(lambda self: self._lending.lent_bytes) for one in lent], timeout=30)
+        )
+    )  # memory for the next save is ready: the holder lets go of it
+
+    def go_back(trainer: Any) -> int:
+        return trainer.checkpointer.restore(trainer.state, before=2)
+
+    assert ray.get([a.__ray_call__.remote(go_back) for a in actors], timeout=60) == [2, 2]
+    for levels in save(actors, 2):
+        assert "replicated" in levels
+
+
 def test_the_coordinators_death_loses_nothing(cluster: LocalCluster, job: str) -> None:
     actors = start_trainers(cluster.hosts[:2])
     begin(actors, job)

@@ -143,6 +143,20 @@ def test_memory_of_a_save_that_is_refused_is_given_back_when_nobody_writes_to_it
     assert holder.told == []
 
 
+def test_a_new_generation_does_not_use_what_was_made_ready_in_an_older_one(
+    holder: FakeHolder,
+) -> None:
+    writer, captured = writer_of(holder), capture(STATE)
+    writer.plan(captured)
+    layout = writer._layout
+    assert layout is not None
+    slots = [Slot(Staged(n), np.zeros(CHUNK_BYTES, np.uint8), (), [], (), ()) for n in range(5)]
+    writer._stager.give_back(layout, slots)
+    writer.begin(2)
+    assert writer.generation == 2
+    assert writer._stager.take(layout) == []
+
+
 def test_a_copy_that_fails_ends_the_helpers(
     monkeypatch: pytest.MonkeyPatch, holder: FakeHolder
 ) -> None:

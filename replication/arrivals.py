@@ -32,6 +32,7 @@ class Arrivals:
 
     Args:
         node_id: The host, for errors.
+        buffers: Where chunks arrive.
         secret: Of the cluster's data plane.
         tls: As the other hosts have it.
         peer: Finds another host's holder.
@@ -40,12 +41,13 @@ class Arrivals:
     def __init__(
         self,
         node_id: str,
+        buffers: Buffers,
         secret: Secret,
         tls: Tls | None,
         peer: Callable[[HolderId], Awaitable[ActorRef]],
     ) -> None:
         self.transports = open_transports(secret, tls)
-        self.buffers = Buffers()
+        self.buffers = buffers
         self._guests = FetchOnce(node_id)
         self._peer = peer
         self._receivers = ThreadPoolExecutor(RECEIVERS, thread_name_prefix="tiered-receive")

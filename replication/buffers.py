@@ -92,17 +92,17 @@ class Lease:
 
 
 class Loan:
-    """Memory for another process of this host to fill; dropped without `pin`, it is not used again.
-
-    Attributes:
-        size_bytes: Its size.
-    """
+    """Memory for another process of this host to fill; without `pin` it is not used again."""
 
     def __init__(self, memory: Memory, free: Free) -> None:
         """Lend `memory`, which belongs to `free` again once it was pinned and let go of."""
         self._memory = memory
         self._free = free
-        self.size_bytes = memory.buffer.nbytes
+
+    @property
+    def size_bytes(self) -> int:
+        """Its size."""
+        return self._memory.buffer.nbytes
 
     @property
     def reference(self) -> Any:
@@ -115,7 +115,13 @@ class Loan:
         return str(self._memory.reference.hex())
 
     def pin(self, size_bytes: int) -> Chunk:
-        """The first bytes, which have been filled: read-only, and pinned in the object store."""
+        """The first bytes, which have been filled: read-only, and pinned in the object store.
+
+        Raises:
+            ValueError: They are more than was lent.
+        """
+        if size_bytes > self.size_bytes:
+            raise ValueError(f"{size_bytes} bytes of {self.name}, which has {self.size_bytes}")
         return _sealed(_writable(self._memory, size_bytes, self._free))
 
 
@@ -152,10 +158,11 @@ class Buffers:
         """Memory of at least these sizes for another process to fill: for the first ones of them.
 
         For as many as there is free memory, or as can be made in `MAKE_S`, but for one in any case.
-        Without any the object store's memory cannot be used.
+        Without any the object store's memory cannot be used. Blocks.
 
         Raises:
-            Exception: Whatever `put` raises when the object store is full, before the first one.
+            Exception: Whatever `put` raises when the object store is full, if that was for the
+                first one.
         """
         loans: list[Loan] = []
         ends_s = time.monotonic() + MAKE_S
@@ -163,7 +170,11 @@ class Buffers:
             free = self._free_of(size_bytes)
             memory = _pop(free)
             if memory is None and not (loans and time.monotonic() > ends_s):
-                memory = self._make(size_bytes)
+                try:
+                    memory = self._make(size_bytes)
+                except Exception:
+                    if not loans:
+                        raise
             if memory is None:
                 break
             loans.append(Loan(memory, free))
@@ -171,7 +182,7 @@ class Buffers:
 
     @property
     def free_bytes(self) -> int:
-        """Of the object store, kept for chunks to come."""
+        """Of the object store, kept for what comes."""
         with self._lock:
             return sum(size * len(free) for size, free in self._free.items())
 

@@ -25,13 +25,14 @@ import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Any, assert_never
 
 import ray
 
 from replication import messages
 from replication.arrivals import Arrivals
 from replication.background import Background
+from replication.buffers import Buffers
 from replication.checksum import digest
 from replication.chunk_server import ChunkServer, ReadChunk
 from replication.dataplane import Access
@@ -75,6 +76,7 @@ NAMESPACE = "tiered"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 TICK_S = 0.2
 ANSWER_FIRST_S = 0.002  # training waits for the answer; hashing at once made it take 4 ms longer
+LENDERS = min(8, os.cpu_count() or 1)  # threads: each rank of a host may ask for new memory at once
 HASHERS = 1  # threads: one hashes faster than a network sends, and training needs the processors
 VERIFIERS = min(8, os.cpu_count() or 1)  # threads; training waits for them
 
@@ -135,11 +137,12 @@ class Holder:
         self._secret = secret
         tls = tls_like_ray(os.environ)
         self._server = _serve(self._pinned, secret, tls)
-        self._arrivals = Arrivals(node_id, secret, tls, self._peer)
+        self._buffers = Buffers()
+        self._arrivals = Arrivals(node_id, self._buffers, secret, tls, self._peer)
         self._ways: dict[str, Way] = {}
         self._places = Places()
         self._spared_bytes = 0
-        self._lenders = ThreadPoolExecutor(1, thread_name_prefix="tiered-lend")
+        self._lenders = ThreadPoolExecutor(LENDERS, thread_name_prefix="tiered-lend")
         self._hashers = ThreadPoolExecutor(HASHERS, thread_name_prefix="tiered-hash")
         self._rereaders = ThreadPoolExecutor(1, thread_name_prefix="tiered-reread")
         self._verifiers = ThreadPoolExecutor(VERIFIERS, thread_name_prefix="tiered-verify")
@@ -183,10 +186,11 @@ class Holder:
         """Take back what a rank declared: it will save no more."""
         self._core.release(job, rank)
         self._lending.end(job, rank)
+        self._trim()
 
     async def prepare(
         self, job: str, rank: int, generation: int, kept: Sequence[str], sizes: Sequence[int]
-    ) -> list[ActorRef]:
+    ) -> list[Any]:
         """Lend memory to a trainer on this host, for its next save.
 
         Args:
@@ -198,21 +202,22 @@ class Holder:
 
         Returns:
             References to memory of at least these sizes that nobody else knows, for the first
-            chunks; for the others it is to ask again. None: the object store's memory cannot be
-            used.
+            chunks; for the others it is to ask again. Empty: the object store's memory cannot be
+            used, or nobody waits for this answer any more.
 
         Raises:
             FencedError: A newer generation has taken over.
             Exception: Whatever Ray raises when the object store is full.
         """
         self._core.check_generation(job, generation)
-        self._lending.keep(job, rank, kept)
-        run = asyncio.get_running_loop().run_in_executor
-        loans = await run(self._lenders, self._arrivals.buffers.lend, sizes)
-        self._core.check_generation(job, generation)  # a fence may have come meanwhile
-        self._lending.add(job, rank, generation, loans)
+        asked = self._lending.ask(job, rank, generation, kept)
         self._trim()
-        return [loan.reference for loan in loans]
+        run = asyncio.get_running_loop().run_in_executor
+        loans = await run(self._lenders, self._buffers.lend, sizes)
+        self._core.check_generation(job, generation)  # a fence may have come meanwhile
+        is_wanted = self._lending.add(job, rank, asked, loans)
+        self._trim()
+        return [loan.reference for loan in loans] if is_wanted else []
 
     async def stage_prepared(
         self, key: ShardKey, plan: ShardPlan, names: Mapping[int, str]
@@ -356,7 +361,7 @@ class Holder:
             ShardNotHeldError, ProtocolError: The holder could not serve it.
             Exception: Whatever the store raises.
         """
-        room_bytes = self._core.capacity_bytes - self._core.used_bytes
+        room_bytes = self._core.capacity_bytes - self._used_bytes
         chunk = await self._arrivals.fetch_once(wanted, expected, origin, room_bytes)
         return self._places.of(chunk)
 
@@ -379,6 +384,7 @@ class Holder:
         """Refuse older generations of `job` from now on, and end repairs that they asked for."""
         self._feed(messages.FenceRaised(job, generation))
         self._lending.end_job(job, before=generation)
+        self._trim()
 
     async def set_buddies(
         self, job: str, buddies: tuple[HolderId, ...], counted: frozenset[HolderId]
@@ -527,9 +533,13 @@ class Holder:
         except KeyError:
             raise ShardNotHeldError(self._core.holder.node_id, str(key)) from None
 
+    @property
+    def _used_bytes(self) -> int:
+        """By shards, and by memory that is lent for more."""
+        return self._core.used_bytes + self._lending.lent_bytes
+
     def _trim(self) -> None:
-        used_bytes = self._core.used_bytes + self._lending.lent_bytes
-        self._arrivals.trim(self._core.capacity_bytes - used_bytes, used_bytes)
+        self._arrivals.trim(self._core.capacity_bytes - self._used_bytes, self._used_bytes)
 
     @property
     def _endpoint(self) -> Endpoint | None:

@@ -9,12 +9,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from replication.buffers import Loan
+from replication.errors import FencedError
 
 
 @dataclass(slots=True)
 class _Rank:
     generation: int
     loans: dict[str, Loan] = field(default_factory=dict)
+    asked: object = None  # stands for the last call that asked for more
 
 
 class Lending:
@@ -29,17 +31,31 @@ class Lending:
         """How many bytes are lent."""
         return sum(loan.size_bytes for rank in self._ranks.values() for loan in rank.loans.values())
 
-    def keep(self, job: str, rank: int, names: Collection[str]) -> None:
-        """End every loan of a rank but these."""
-        if (known := self._ranks.get((job, rank))) is not None:
-            known.loans = {n: known.loans[n] for n in names if n in known.loans}
+    def ask(self, job: str, rank: int, generation: int, kept: Collection[str]) -> object:
+        """Begin to make more memory for a rank: every loan but the kept ones ends.
 
-    def add(self, job: str, rank: int, generation: int, loans: Sequence[Loan]) -> None:
-        """Note more loans of a rank; those of its older generations end."""
-        known = self._ranks.get((job, rank))
-        if known is None or known.generation < generation:
+        Returns:
+            What `add` wants to know.
+
+        Raises:
+            FencedError: A newer generation has borrowed.
+        """
+        known = self._ranks.setdefault((job, rank), _Rank(generation))
+        if known.generation > generation:
+            raise FencedError(job, generation, known.generation)
+        if known.generation < generation:
             known = self._ranks[job, rank] = _Rank(generation)
+        known.loans = {name: known.loans[name] for name in kept if name in known.loans}
+        known.asked = object()
+        return known.asked
+
+    def add(self, job: str, rank: int, asked: object, loans: Sequence[Loan]) -> bool:
+        """Note what was made; False if nobody wants it: another call came, or an end."""
+        known = self._ranks.get((job, rank))
+        if known is None or known.asked is not asked:
+            return False
         known.loans |= {loan.name: loan for loan in loans}
+        return True
 
     def take(self, job: str, rank: int, names: Collection[str]) -> dict[str, Loan] | None:
         """Loans whose memory is filled, which end; None if one of them is not known."""

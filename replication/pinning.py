@@ -55,7 +55,7 @@ class StoreMemory:
     """Tells whether a buffer lies in one mapping that may be written and is memory, not a file.
 
     Every client of the object store maps it for reading and writing; only the arrays that Ray makes
-    are read-only. Whoever writes to one makes sure that nobody else knows it.
+    are read-only. Whoever writes to one makes sure that nobody reads it then.
 
     The system is asked once for each mapping: /proc/self/maps has hundreds of lines, and costs
     milliseconds. The store's memory stays mapped as long as the process is connected; what Ray maps

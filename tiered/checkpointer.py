@@ -369,7 +369,8 @@ class Checkpointer:
         s3, node_id, way = self.settings.s3, self._holder.node_id, self.settings.memory.transport
         store = S3Store(s3, self.job) if s3 is not None else None
         near = near or SharedMemoryTransport()
-        reach = {} if self._begun is None else self._begun.reach
+        assert self._begun is not None
+        reach = self._begun.reach
         readers = []
         often = wanted_often(resolution.shards, self._worker.world_size)
         for shard, is_wanted_often in zip(resolution.shards, often, strict=True):
@@ -584,8 +585,8 @@ class Checkpointer:
     def _prepare(self) -> None:
         """Make memory for the next save ready, unless so many are under way that it has none.
 
-        The last save has its way to the buddies first: filling memory takes as much of the
-        processors as sending it.
+        The last save has its way to the buddies first: the step that it replaces leaves the memory
+        then, and new memory would take as much of the processors as sending it.
         """
         memory = self.settings.memory
         if not memory.prepare or not self._is_saving.acquire(blocking=False):

@@ -176,7 +176,7 @@ class HolderTier(_OfShard):
         return fetch_timeout_s(self._record.plan.chunk_sizes[index])
 
     def _find(self) -> tuple[Source, Transport]:
-        """The holder, and the way to it; looked for once.
+        """The holder, and the way to it; looked for once, unless that is known.
 
         Raises:
             HolderUnavailableError: It is gone, or did not answer; nobody waits for it twice.
@@ -203,7 +203,7 @@ class HolderTier(_OfShard):
             if self._way == "ray":
                 return Source(node_id, handle), RayTransport()
             access: Access | None = None
-            if self.is_near:
+            if self.is_near:  # else it is asked: so its silence is noticed once, and first
                 access = self._near.access_beside(node_id, self._record.key)
             elif reach is not None:
                 access = reach.access

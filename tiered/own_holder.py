@@ -12,11 +12,10 @@ from ray.exceptions import (
     ActorUnavailableError,
     GetTimeoutError,
     RayActorError,
-    RayError,
     RayTaskError,
 )
 
-from replication.errors import HolderUnavailableError, TieredError
+from replication.errors import FencedError, HolderUnavailableError, TieredError
 from replication.holder import NAMESPACE, holder_name
 from replication.inventory import Reservation
 from replication.records import ActorRef, HolderId, ShardKey, ShardPlan, Version
@@ -32,7 +31,6 @@ from tiered.worker import Worker
 logger = logging.getLogger(__name__)
 
 HOLDER_TIMEOUT_S = 10.0
-PREPARE_TIMEOUT_S = 1.0  # nobody waits for it, but the next save for its end
 
 
 class Call:
@@ -111,22 +109,29 @@ class OwnHolder:
         return near
 
     def borrow(self, generation: int, kept: Sequence[str], sizes: Sequence[int]) -> list[Any]:
-        """Borrow memory for the next save: see `Holder.prepare`; none if it does not answer."""
-        job, rank = self._job, self._worker.rank
+        """Borrow memory for the next save: see `Holder.prepare`.
+
+        Returns:
+            References; none if a newer generation has taken over, as the next save will say.
+
+        Raises:
+            RayError: The holder does not answer, or has no room.
+        """
+        borrow, rank = self._actor.prepare.remote, self._worker.rank
         try:
             lent: list[Any] = ray.get(
-                self._actor.prepare.remote(job, rank, generation, kept, sizes),
-                timeout=PREPARE_TIMEOUT_S,
+                borrow(self._job, rank, generation, kept, sizes), timeout=HOLDER_TIMEOUT_S
             )
-        except RayError as error:  # the save will do without
-            logger.debug("no memory for the next save: %s", error)
-            return []
+        except RayTaskError as error:
+            if isinstance(error.cause, FencedError):
+                return []
+            raise
         return lent
 
     def stage(self, key: ShardKey, plan: ShardPlan, chunks: Mapping[int, Staged]) -> list[Call]:
         """Have chunks pinned that are in the object store; `settle` waits for the answers."""
-        names = {i: chunk.name for i, chunk in chunks.items() if chunk.is_pinned}
-        others = {i: chunk for i, chunk in chunks.items() if not chunk.is_pinned}
+        names = {i: chunk.name for i, chunk in chunks.items() if chunk.is_lent}
+        others = {i: chunk for i, chunk in chunks.items() if not chunk.is_lent}
         stage_chunk = self._actor.stage_chunk
         pending = [
             Call(partial(stage_chunk.remote, key, plan, i, c.reference)) for i, c in others.items()

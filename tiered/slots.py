@@ -22,11 +22,11 @@ class Staged:
 
     Attributes:
         reference: The object.
-        is_pinned: The holder has pinned it already, by its name.
+        is_lent: It is the holder's, which knows it by its name.
     """
 
     reference: Any
-    is_pinned: bool = False
+    is_lent: bool = False
 
     @property
     def name(self) -> str:

@@ -36,7 +36,7 @@ from tiered.state import Captured
 
 logger = logging.getLogger(__name__)
 
-END_S = 5.0  # for the holder's answer, and for memory that it has lent to be mapped
+END_S = 0.25  # so long a save waits for what is being made ready; it does without the rest
 GET_S = 2.0  # for that memory: it is on this host
 BORROWED_AT_ONCE = 16  # chunks, with one call of the holder
 FRONT_ROOM_BYTES = 8 << 10  # the next front may be so much longer than the last one
@@ -131,7 +131,8 @@ class Stager:
         try:
             is_whole = self._make(ready)
         except (RayError, RuntimeError) as error:  # no room, say: the save will put instead
-            logger.warning("memory for the next save is not ready: %s", error)
+            why = getattr(error, "cause", None) or error
+            logger.warning("memory for the next save is not ready: %s", why)
             return
         if is_whole:
             is_news, self._told_of = self._told_of is not layout, layout
@@ -162,12 +163,12 @@ class Stager:
                     self._is_possible = False
                     logger.info("the object store is mapped read-only: saving without preparation")
                     return False
-                touch(memory)
+                if ready.is_wanted.is_set():
+                    touch(memory)
                 view = writable(memory)[:size_bytes]
-                made.append(slot_of(layout, Staged(reference, is_pinned=True), view, *span))
-            if ready.is_abandoned:
+                made.append(slot_of(layout, Staged(reference, is_lent=True), view, *span))
+            if not ready.add(made):
                 return False
-            slots += made
         return True
 
 
@@ -230,7 +231,8 @@ class _Preparation:
         self.front_bytes = front_bytes
         self.slots: list[Slot] = slots or []
         self.is_wanted = threading.Event()
-        self.is_abandoned = False  # other memory has taken its place
+        self._is_over = False
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def begin(self, prepare: Callable[["_Preparation"], None]) -> None:
@@ -240,14 +242,23 @@ class _Preparation:
         )
         self._thread.start()
 
+    def add(self, made: Sequence[Slot]) -> bool:
+        """These chunks are ready, too; False if it is too late."""
+        with self._lock:
+            if not self._is_over:
+                self.slots += made
+            return not self._is_over
+
     def end(self) -> list[Slot]:
-        """The chunks, from the first on, that are ready; the thread finishes the one it is at."""
+        """The chunks, from the first on, that are ready; what is being lent just now may be late.
+
+        The holder learns with the next preparation that nobody has a use for that.
+        """
         self.is_wanted.clear()
         if self._thread is not None:
             self._thread.join(END_S)
-            if self._thread.is_alive():  # the object store hangs: leave it alone with its memory
-                self.is_abandoned = True
-                return []
+        with self._lock:
+            self._is_over = True
         return self.slots
 
 

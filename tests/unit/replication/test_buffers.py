@@ -34,9 +34,11 @@ class FakeObjectStore:
 
     def __init__(self, *, is_memory: bool = True) -> None:
         self.is_memory = is_memory
-        self.puts = 0
+        self.puts, self.room = 0, 1000
 
     def put(self, chunk: Chunk) -> tuple[Reference, Chunk]:
+        if self.puts == self.room:
+            raise MemoryError
         self.puts += 1
         pinned = []
         for buffer in chunk:
@@ -270,6 +272,20 @@ def test_free_memory_is_lent_at_once_and_new_memory_as_time_allows(
     del loan, loans
     monkeypatch.setattr(buffers, "MAKE_S", -1.0)
     assert len(memory.lend([MIB, MIB, MIB, MIB])) == 3
+
+
+def test_when_the_store_is_full_what_there_was_room_for_is_lent(store: FakeObjectStore) -> None:
+    memory = Buffers(store.put)
+    store.room = 2
+    assert [loan.name for loan in memory.lend([MIB] * 3)] == ["object 1", "object 2"]
+    with pytest.raises(MemoryError):
+        memory.lend([MIB])
+
+
+def test_no_more_is_pinned_than_was_lent(store: FakeObjectStore) -> None:
+    (loan,) = Buffers(store.put).lend([5])
+    with pytest.raises(ValueError, match="object 1, which has 65536"):
+        loan.pin(ROUND_BYTES + 1)
 
 
 def test_where_object_store_memory_cannot_be_written_nothing_is_lent() -> None:

@@ -64,7 +64,7 @@ def holder_with_a_shard(period_s: float = 600.0) -> Holder:
     holder = Holder("node", 100, "observer", Secret(bytes(32)))
     holder._core = Inventory(HolderId("node", "1"), 100, Scrub(period_s))
     copies = Buffers(lambda chunk: (None, [buffer.copy() for buffer in chunk]))  # no Ray
-    holder._arrivals.buffers = copies
+    holder._buffers = holder._arrivals.buffers = copies
     holder._chunks[KEY] = {0: chunk(1, 2, 3)}
     holder._feed(messages.ChunkFetched(KEY, PLAN, 0, digest(chunk(1, 2, 3))))
     return holder
@@ -338,7 +338,7 @@ class Lender:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(StoreMemory, "holds", lambda *_: True)
         self.holder = Holder("node", 1 << 20, "observer", Secret(bytes(32)))
-        self.buffers = self.holder._arrivals.buffers = Buffers(self._put)
+        self.buffers = self.holder._buffers = self.holder._arrivals.buffers = Buffers(self._put)
 
     @staticmethod
     def _put(chunk: Chunk) -> tuple[Reference, Chunk]:
@@ -443,6 +443,36 @@ def test_a_fence_ends_what_was_lent_to_older_generations(lender: Lender) -> None
         assert lender.holder._lending.lent_bytes == ROUND_BYTES
         key = ShardKey("other", Version(1, 1), 0)
         await lender.holder.stage_prepared(key, PLAN, {0: other.hex()})
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("what", ["release", "forget", "prepare"])
+def test_memory_that_is_made_too_late_is_not_lent(lender: Lender, what: str) -> None:
+    async def run() -> None:
+        holder = lender.holder
+        late = asyncio.create_task(holder.prepare("job", 0, 1, [], [3]))
+        await asyncio.sleep(0)  # it is being made
+        if what == "release":
+            await holder.release("job", 0)
+        elif what == "forget":
+            await holder.forget("job")
+        else:  # the trainer has given up on the first, and asks again
+            reference = await lender.lend()
+        assert await late == []
+        assert holder._lending.lent_bytes == (ROUND_BYTES if what == "prepare" else 0)
+        if what == "prepare":
+            assert await lender.can_stage(reference.hex())
+
+    asyncio.run(run())
+
+
+def test_an_older_generation_ends_no_loan_of_a_newer_one(lender: Lender) -> None:
+    async def run() -> None:
+        memory = await lender.lend(generation=2)
+        with pytest.raises(FencedError):
+            await lender.lend(generation=1)
+        assert await lender.can_stage(memory.hex(), generation=2)
 
     asyncio.run(run())
 

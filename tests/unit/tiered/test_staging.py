@@ -1,5 +1,6 @@
 import logging
 import pickle
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -181,7 +182,7 @@ class Holder:
         self.ready.is_wanted.set()
         self.stager._prepare(self.ready)
         for slot in self.ready.slots:
-            assert slot.staged.is_pinned
+            assert slot.staged.is_lent
             assert slot.view.flags.writeable
         return self.ready.slots
 
@@ -278,15 +279,27 @@ def test_once_for_each_layout_the_log_says_that_memory_is_ready(
     assert lines == [[f"{start}0.0 MB"], [], [f"{start}2.0 MB"], []]
 
 
-def test_memory_that_others_have_replaced_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_does_without_what_is_lent_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "END_S", 0.01)
+    monkeypatch.setattr(staging, "BORROWED_AT_ONCE", 2)
     holder = Holder(monkeypatch)
+    is_asked, goes_on = threading.Event(), threading.Event()
 
-    def abandon(*_: Any, timeout: float) -> list[list[Any]]:
-        holder.ready.is_abandoned = True
-        return [[reference.memory] for reference in holder.lent]
+    def get(references: list[Reference], timeout: float) -> list[list[Any]]:
+        if len(holder.calls) == 2:
+            is_asked.set()
+            assert goes_on.wait(60.0)
+        return [[reference.memory] for reference in references]
 
-    monkeypatch.setattr(ray, "get", abandon)
-    assert holder.prepared(SIX) == []
+    monkeypatch.setattr(ray, "get", get)
+    holder.stager.prepare(SIX, 100)
+    (thread,) = [t for t in threading.enumerate() if t.name == "tiered-prepare"]
+    assert is_asked.wait(60.0)
+    slots = holder.stager.take(SIX)
+    goes_on.set()
+    thread.join(60.0)
+    assert len(slots) == 2
+    assert len(holder.calls) == 2
 
 
 def test_copying_works_without_the_fast_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,12 @@ from replication.errors import FencedError
 class _Rank:
     generation: int
     loans: dict[str, Loan] = field(default_factory=dict)
+    lent_bytes: int = 0  # of those
     asked: object = None  # stands for the last call that asked for more
+
+    def set(self, loans: dict[str, Loan]) -> None:
+        self.loans = loans
+        self.lent_bytes = sum(loan.size_bytes for loan in loans.values())
 
 
 class Lending:
@@ -29,7 +34,7 @@ class Lending:
     @property
     def lent_bytes(self) -> int:
         """How many bytes are lent."""
-        return sum(loan.size_bytes for rank in self._ranks.values() for loan in rank.loans.values())
+        return sum(rank.lent_bytes for rank in self._ranks.values())
 
     def ask(self, job: str, rank: int, generation: int, kept: Collection[str]) -> object:
         """Begin to make more memory for a rank: every loan but the kept ones ends.
@@ -45,7 +50,7 @@ class Lending:
             raise FencedError(job, generation, known.generation)
         if known.generation < generation:
             known = self._ranks[job, rank] = _Rank(generation)
-        known.loans = {name: known.loans[name] for name in kept if name in known.loans}
+        known.set({name: known.loans[name] for name in kept if name in known.loans})
         known.asked = object()
         return known.asked
 
@@ -54,15 +59,17 @@ class Lending:
         known = self._ranks.get((job, rank))
         if known is None or known.asked is not asked:
             return False
-        known.loans |= {loan.name: loan for loan in loans}
+        known.set(known.loans | {loan.name: loan for loan in loans})
         return True
 
     def take(self, job: str, rank: int, names: Collection[str]) -> dict[str, Loan] | None:
         """Loans whose memory is filled, which end; None if one of them is not known."""
-        known = self._ranks.get((job, rank), _Rank(0)).loans
-        if not known.keys() >= set(names):
+        known = self._ranks.get((job, rank), _Rank(0))
+        if not known.loans.keys() >= (taken := set(names)):
             return None
-        return {name: known.pop(name) for name in names}
+        loans = known.loans
+        known.set({name: loan for name, loan in loans.items() if name not in taken})
+        return {name: loans[name] for name in taken}
 
     def end(self, job: str, rank: int) -> None:
         """End all loans of a rank."""

@@ -162,6 +162,7 @@ class Stager:
                 if not self._store.holds(memory):
                     self._is_possible = False
                     logger.info("the object store is mapped read-only: saving without preparation")
+                    self._borrow([], [])  # the holder may have that back
                     return False
                 if ready.is_wanted.is_set():
                     touch(memory)

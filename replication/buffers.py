@@ -172,7 +172,7 @@ class Buffers:
             if memory is None and not (loans and time.monotonic() > ends_s):
                 try:
                     memory = self._make(size_bytes)
-                except Exception:
+                except Exception:  # asked for the rest, it is raised again
                     if not loans:
                         raise
             if memory is None:

@@ -46,6 +46,7 @@ from tiered.coordinator import (
 )
 from tiered.errors import (
     ConfigError,
+    DurableStoreError,
     StateError,
     StepNotFoundError,
 )
@@ -278,7 +279,7 @@ class Checkpointer:
         with closing(self._holder.open_memory()) as near:  # which goes on while it is decided
             asked = self._ask_to_begin(step, before)
             present = self._look_at(state)  # which may take as long as the coordinator
-            resolution = self._take_up(asked.answer())
+            resolution = self._take_up(asked)
             if resolution.version is None:
                 self.restored = None
                 self._log_passed_over(resolution.passed_over)
@@ -389,7 +390,7 @@ class Checkpointer:
             )  # fmt: skip
 
     def _begin(self, step: int | None = None) -> Resolution:
-        return self._take_up(self._ask_to_begin(step).answer())
+        return self._take_up(self._ask_to_begin(step))
 
     def _ask_to_begin(self, step: int | None, before: int | None = None) -> cluster.Asked:
         worker = self._worker
@@ -400,8 +401,13 @@ class Checkpointer:
             takes_over=self._takes_over, timeout_s=BEGIN_TIMEOUT_S + START_TIMEOUT_S,
         )  # fmt: skip
 
-    def _take_up(self, begun: Begun) -> Resolution:
-        """Belong to the generation that has begun."""
+    def _take_up(self, asked: cluster.Asked) -> Resolution:
+        """Belong to the generation that begins."""
+        try:
+            begun: Begun = asked.answer()
+        except (StepNotFoundError, DurableStoreError):  # as every rank is told
+            self._generation = 0  # by now the older one is fenced off: the next save begins another
+            raise
         self._begun, resolution = begun, begun.resolution
         self._generation = resolution.generation
         self._writer.begin(resolution.generation)

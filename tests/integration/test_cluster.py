@@ -255,6 +255,26 @@ def test_after_going_back_in_the_same_process_the_next_save_succeeds(
         assert "replicated" in levels
 
 
+def test_after_a_restore_of_a_step_that_is_not_there_the_next_save_succeeds(
+    cluster: LocalCluster, job: str
+) -> None:
+    actors = start_trainers(cluster.hosts[:2])
+    begin(actors, job)
+    for step in (1, 2):
+        save(actors, step)
+
+    def try_to_restore(trainer: Any) -> str:
+        with pytest.raises(tiered.StepNotFoundError) as raised:
+            trainer.checkpointer.restore(trainer.state, step=99)
+        return str(raised.value)
+
+    for error in ray.get([a.__ray_call__.remote(try_to_restore) for a in actors], timeout=60):
+        assert "step 99" in error
+    for levels in save(actors, 3):
+        assert "replicated" in levels
+    assert tiered.recover(job).step == 3
+
+
 def test_the_coordinators_death_loses_nothing(cluster: LocalCluster, job: str) -> None:
     actors = start_trainers(cluster.hosts[:2])
     begin(actors, job)

@@ -161,7 +161,7 @@ class Checkpointer:
         self._takes_over = take_over
         self._ownership = Ownership()
         self._allow_pickle = allow_pickle
-        self._is_local = cluster.connect()
+        cluster.connect(self)
         self._coordinator = cluster.coordinator()
         self._metrics = TrainerMetrics(self.job)
         self._run = RunPart.find(self.job, self.settings.s3, self._worker.rank)
@@ -633,7 +633,7 @@ class Checkpointer:
 
         The committed steps stay in the cluster's memory, for the next run or `tiered.recover`; a
         local Ray cluster that Tiered started is ended, and its memory with it, once every rank has
-        closed; with `end_local=False` it stays.
+        closed its last checkpointer; with `end_local=False` it stays.
         """
         deadline = time.monotonic() + timeout_s
         for handle in self._watcher.pending().values():
@@ -648,7 +648,7 @@ class Checkpointer:
         if self._run is not None:
             self._run.finish()
         self._holder.release()
-        if self._is_local and end_local:
+        if cluster.leave(self) and end_local:
             if self._worker.world_size > 1 and dist.is_initialized():
                 dist.barrier()  # nobody else still needs the cluster
             if self._worker.rank == 0:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import ray
 from ray.exceptions import (
@@ -46,29 +47,39 @@ ANSWER_TIMEOUT_S = 15.0  # of a coordinator that was started before
 LOCAL_NOTE = Path(tempfile.gettempdir()) / f"tiered-{os.getuid()}" / "local-ray"
 
 
-def connect() -> bool:
+_at_local: WeakSet[Any] = WeakSet()  # who of this process uses the local cluster
+
+
+def connect(user: object) -> None:
     """Be connected to a Ray cluster when this returns; start a local one if there is none.
 
     Looked for in this order: the cluster that this process is connected to, RAY_ADDRESS, the one
     that `ray start` started on this machine, a local one of ours. The local one runs in a process
     of its own, so that it, and the checkpoints in its memory, outlive this process if that is
-    killed. `stop_local` ends it.
+    killed. `stop_local` ends it, once `leave` says so.
 
-    Returns:
-        Whether the cluster is a local one of ours, whoever started it.
+    Args:
+        user: Who needs it until then.
 
     Raises:
         NoClusterError: RAY_ADDRESS is set and no cluster answers there.
         ConfigError: A local one could not be started.
     """
-    if ray.is_initialized():
+    if not ray.is_initialized() and not _attach_to_running():
+        with _local_lock():
+            if not _attach_to_running():
+                _start_local()
+    local = _local()
+    if local is not None and local.address == ray.get_runtime_context().gcs_address:
+        _at_local.add(user)
+
+
+def leave(user: object) -> bool:
+    """Need the cluster no more; whether it is a local one of which that was the last user here."""
+    if user not in _at_local:
         return False
-    if _attach_to_running():
-        return _local() is not None
-    with _local_lock():
-        if not _attach_to_running():
-            _start_local()
-    return _local() is not None
+    _at_local.discard(user)
+    return not _at_local
 
 
 def attach() -> None:

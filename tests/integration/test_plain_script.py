@@ -121,3 +121,27 @@ def test_two_ranks_under_torchrun_start_one_local_ray_and_resume_together(
         "rank 0 starts at 3 with 3.0 0",
         "rank 1 starts at 3 with 6.0 1",
     ]
+
+
+def test_the_local_ray_ends_with_the_last_checkpointer_of_the_process(
+    environment: dict[str, str], short_path: Path
+) -> None:
+    script = short_path / "two.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import torch, tiered
+            memory = tiered.Memory(every_steps=1, replicas=0)
+            one, other = (tiered.Checkpointer(job, memory) for job in ("one", "other"))
+            state = {"x": torch.zeros(1000)}
+            print(one.restore(state), other.restore(state))
+            one.save(0, state).wait()
+            one.close()
+            other.save(0, state).wait()
+            print(tiered.recover("one").step, tiered.recover("other").step)
+            other.close()
+            """
+        )
+    )
+    assert run([str(script)], environment) == "0 0\n0 0\n"
+    assert not ours(environment["TMPDIR"])

@@ -100,8 +100,11 @@ def _shape(elements: int) -> tuple[int, ...]:
 
 
 def make(spec: StateSpec, rank: int) -> dict[str, torch.Tensor]:
-    """Return the rank's tensors, in memory that is warm; unstamped."""
-    return {part.name: tensor for part, tensor in _generate(spec, rank)}
+    """Return the rank's tensors, in torch's memory that is warm, as training has them; unstamped.
+
+    numpy's begins at other places, and how fast memory is copied depends on where it begins.
+    """
+    return {part.name: tensor.clone() for part, tensor in _generate(spec, rank)}
 
 
 def make_other(spec: StateSpec) -> dict[str, torch.Tensor]:

@@ -1,14 +1,19 @@
 """Where bytes of a read go: any cut of ranges and buffers, interrupted anywhere."""
 
+import threading
 from itertools import accumulate, pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from replication.cancelling import CancellableSink
+from replication.errors import ReadCancelledError
 from replication.records import ByteRange, Chunk
-from replication.sink import Sink, gather, size_of
+from replication.sink import BLOCK_BYTES, Sink, gather, size_of
+from tests.waiting import wait_for
 
 DATA = bytes(range(256))
 
@@ -85,6 +90,36 @@ def test_the_rest_of_an_interrupted_read_can_be_copied_from_memory(
     chunk = chunk_of(DATA, cut(len(DATA), held))
     sink.fill(gather(chunk, sink.missing()))
     assert b"".join(buffers) == wanted == seen
+
+
+@given(points, points, st.integers(1, 8), st.integers(1, 40))
+def test_large_and_small_buffers_are_filled_and_seen_in_order(
+    into: list[int], held: list[int], small: int, block: int
+) -> None:
+    buffers, seen = memory(*cut(len(DATA), into)), bytearray()
+    sizes = {"BLOCK_BYTES": block, "LEAST_SEEN": block // 2, "SMALL_BYTES": small}
+    with mock.patch.multiple("replication.sink", **sizes):
+        sink = Sink([ByteRange(0, len(DATA))], views(buffers), seen.extend)
+        sink.fill(gather(chunk_of(DATA, cut(len(DATA), held)), sink.missing()))
+    assert b"".join(buffers) == DATA == seen
+    assert sink.missing() == []
+
+
+def test_a_copy_that_is_cancelled_ends_after_its_block() -> None:
+    (buffer,) = memory(4 * BLOCK_BYTES)
+    ended: list[bool] = []
+
+    def cancel(_: memoryview) -> None:
+        thread.start()
+        wait_for(lambda: sink.is_cancelled)
+
+    sink = CancellableSink([ByteRange(0, len(buffer))], views([buffer]), cancel)
+    thread = threading.Thread(target=lambda: ended.append(sink.cancel()))
+    with pytest.raises(ReadCancelledError):
+        sink.fill([memoryview(b"x" * len(buffer))])
+    thread.join()
+    assert ended == [True]
+    assert buffer == b"x" * BLOCK_BYTES + bytes(3 * BLOCK_BYTES)
 
 
 def test_neighbouring_ranges_become_one() -> None:

@@ -21,9 +21,9 @@ import numpy as np
 from replication.errors import ReadCancelledError
 from replication.records import ByteRange, Chunk
 
-# Copied at once, and seen by `received` while they are in the processor's cache. AMD's copy less
-# than their L2 cache holds, 1 MiB, with one instruction, which does not read first what it
-# overwrites; to a place that is not aligned that is slow. (glibc's rep_movsb_stop_threshold.)
+# Copied at once, and seen by `received` while they are in the processor's cache. Up to glibc 2.38 a
+# copy of less than an AMD processor's L2 cache, 1 MiB on newer ones, is one instruction that does
+# not read first what it overwrites; to a place that is not aligned that is slow.
 BLOCK_BYTES = 768 << 10
 LEAST_SEEN = BLOCK_BYTES // 2  # bytes of small buffers that `received` sees at once
 SMALL_BYTES = 32 << 10  # what is less is copied before another thread could have been let on
@@ -125,12 +125,12 @@ class Sink:
         buffers that are smaller.
 
         Raises:
-            ReadCancelledError: See `replication.cancelling`.
+            ReadCancelledError: See `replication.cancelling`; the sink is of no use then.
         """
         with self.writing(_nothing):
             for piece in pieces:
                 assert piece.nbytes <= self.missing_bytes, "more bytes than are missing"
-                self._copy(piece)
+                self._copy(piece.cast("B"))
 
     def _copy(self, source: memoryview) -> None:
         views, view_index, offset = self._views, self._view, self._offset
@@ -160,7 +160,7 @@ class Sink:
 
 
 def _nothing() -> None:
-    """A block is copied in no time."""
+    """`fill` looks after each block, which is copied in no time."""
 
 
 def gather(chunk: Chunk, ranges: Sequence[ByteRange]) -> list[memoryview]:

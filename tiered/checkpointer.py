@@ -117,8 +117,9 @@ class Restored:
 class Checkpointer:
     """Saves a training state into the RAM of the cluster's hosts, and restores it from there.
 
-    Every rank makes one, with the same arguments. `restore` and the first `save` are collective
-    (they agree on a beginning through the process group); later saves talk to no other rank.
+    Every rank makes one, with the same arguments. `restore` is collective, and so is a `save`
+    before the first restore or after a refused one (ranks agree on a beginning through the process
+    group); other saves talk to no other rank.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class Checkpointer:
         self._takes_over = take_over
         self._ownership = Ownership()
         self._allow_pickle = allow_pickle
-        cluster.connect(self)
+        self._is_local = cluster.connect()
         self._coordinator = cluster.coordinator()
         self._metrics = TrainerMetrics(self.job)
         self._run = RunPart.find(self.job, self.settings.s3, self._worker.rank)
@@ -186,6 +187,8 @@ class Checkpointer:
         self._skipped = 0
         self._is_skipping = False
         self._not_staged: set[int] = set()  # steps that the coordinator may still count on
+        if self._is_local:
+            cluster.stay(self)
 
     def __enter__(self) -> Self:
         return self
@@ -200,6 +203,7 @@ class Checkpointer:
             self.close()
         else:  # what is in memory is needed now: leave everything as it is
             self._stop()
+            cluster.leave(self)
             if self._run is not None:
                 self._run.abandon()
 
@@ -361,7 +365,7 @@ class Checkpointer:
         return version.step, self._open(resolution)
 
     def ensure_begun(self) -> None:
-        """Begin a generation if nothing was restored before; then it is collective."""
+        """Begin a generation if no restore has; then it is collective."""
         if self._generation == 0:
             logger.warning("%s saving without restoring: beginning from scratch", self._tag())
             self._begin()
@@ -405,8 +409,8 @@ class Checkpointer:
         """Belong to the generation that begins."""
         try:
             begun: Begun = asked.answer()
-        except (StepNotFoundError, DurableStoreError):  # as every rank is told
-            self._generation = 0  # by now the older one is fenced off: the next save begins another
+        except (StepNotFoundError, DurableStoreError):  # by now the older generation is fenced off
+            self._generation = 0  # the next save begins another one
             raise
         self._begun, resolution = begun, begun.resolution
         self._generation = resolution.generation
@@ -459,6 +463,7 @@ class Checkpointer:
         Raises:
             StateError: The state holds something that cannot be saved; nothing was copied.
             MemoryBudgetError: The object store is too small for the policy; nothing was copied.
+            CheckpointError: As `restore`, where no restore has begun a generation.
             FencedError: A newer life of the job has taken over: end this process.
         """
         check_step(step)
@@ -633,7 +638,8 @@ class Checkpointer:
 
         The committed steps stay in the cluster's memory, for the next run or `tiered.recover`; a
         local Ray cluster that Tiered started is ended, and its memory with it, once every rank has
-        closed its last checkpointer; with `end_local=False` it stays.
+        closed its last checkpointer; with `end_local=False`, or if it was the user who connected
+        this process to it, it stays.
         """
         deadline = time.monotonic() + timeout_s
         for handle in self._watcher.pending().values():
@@ -648,10 +654,11 @@ class Checkpointer:
         if self._run is not None:
             self._run.finish()
         self._holder.release()
-        if cluster.leave(self) and end_local:
-            if self._worker.world_size > 1 and dist.is_initialized():
+        if self._is_local:
+            self._is_local, is_last = False, cluster.leave(self)
+            if end_local and self._worker.world_size > 1 and dist.is_initialized():
                 dist.barrier()  # nobody else still needs the cluster
-            if self._worker.rank == 0:
+            if end_local and is_last and self._worker.rank == 0:
                 cluster.stop_local()
 
     def _stop(self) -> None:

@@ -47,19 +47,21 @@ ANSWER_TIMEOUT_S = 15.0  # of a coordinator that was started before
 LOCAL_NOTE = Path(tempfile.gettempdir()) / f"tiered-{os.getuid()}" / "local-ray"
 
 
-_at_local: WeakSet[Any] = WeakSet()  # who of this process uses the local cluster
+_attached_to: set[str] = set()  # clusters that this module, and not the user, connected us to
+_at_local: WeakSet[Any] = WeakSet()  # checkpointers of this process at the local cluster
 
 
-def connect(user: object) -> None:
+def connect() -> bool:
     """Be connected to a Ray cluster when this returns; start a local one if there is none.
 
     Looked for in this order: the cluster that this process is connected to, RAY_ADDRESS, the one
     that `ray start` started on this machine, a local one of ours. The local one runs in a process
     of its own, so that it, and the checkpoints in its memory, outlive this process if that is
-    killed. `stop_local` ends it, once `leave` says so.
+    killed. `stop_local` ends it.
 
-    Args:
-        user: Who needs it until then.
+    Returns:
+        Whether the cluster is a local one of ours, whoever started it, and it was Tiered that
+        connected this process to it: not a worker in that cluster, and no `ray.init` of the user's.
 
     Raises:
         NoClusterError: RAY_ADDRESS is set and no cluster answers there.
@@ -69,15 +71,17 @@ def connect(user: object) -> None:
         with _local_lock():
             if not _attach_to_running():
                 _start_local()
-    local = _local()
-    if local is not None and local.address == ray.get_runtime_context().gcs_address:
-        _at_local.add(user)
+    local, address = _local(), ray.get_runtime_context().gcs_address
+    return local is not None and local.address == address and address in _attached_to
+
+
+def stay(user: object) -> None:
+    """Need the local cluster until `leave`."""
+    _at_local.add(user)
 
 
 def leave(user: object) -> bool:
-    """Need the cluster no more; whether it is a local one of which that was the last user here."""
-    if user not in _at_local:
-        return False
+    """Need the local cluster no more; whether nobody else of this process does."""
     _at_local.discard(user)
     return not _at_local
 
@@ -134,6 +138,7 @@ def _attach(address: str) -> bool:
     try:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         ray.init(address=address, namespace=NAMESPACE, **quiet)
+        _attached_to.add(ray.get_runtime_context().gcs_address)
     except ConnectionError:
         return False
     except (ValueError, RuntimeError, RayError) as error:
@@ -196,7 +201,7 @@ def _start_local() -> None:
         raise ConfigError(f"a local Ray cluster could not be started; see {log.name}")
     logger.warning(
         "no Ray cluster was running: started a local one (process %d); checkpoints in its memory "
-        "survive this process, not this machine. A clean close() ends it",
+        "survive this process, not this machine. The last clean close() ends it",
         process.pid,
     )
 
@@ -205,10 +210,18 @@ def _local() -> Local | None:
     """The local cluster, if one of ours is running."""
     try:
         pid, address = LOCAL_NOTE.read_text().split()
-        command = Path(f"/proc/{int(pid)}/cmdline").read_bytes()
+        local = Local(int(pid), address)
     except (OSError, ValueError):
         return None
-    return Local(int(pid), address) if b"tiered.local_ray" in command else None
+    return local if _is_running(local.pid) else None
+
+
+def _is_running(pid: int) -> bool:
+    """Whether this process is, or still is, a local cluster of ours."""
+    try:
+        return b"tiered.local_ray" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def stop_local(timeout_s: float = 30.0) -> None:
@@ -220,7 +233,7 @@ def stop_local(timeout_s: float = 30.0) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(local.pid, signal.SIGTERM)
     deadline = time.monotonic() + timeout_s
-    while _local() is not None and time.monotonic() < deadline:
+    while _is_running(local.pid) and time.monotonic() < deadline:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(local.pid, os.WNOHANG)  # it may be a child of ours
         time.sleep(0.05)

@@ -17,6 +17,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from replication.errors import ReadCancelledError
+
 FIRST_S = 4.0  # before anything was seen: an actor call and a connection are part of it
 FIRST_BYTES_PER_S = 100e6
 LEAST_S = 1.0  # a host that is busy for a moment is no reason
@@ -169,7 +171,12 @@ def _both(first: Attempt[S, T], second: Attempt[S, T]) -> Outcome[S, T]:
     Attempt.wait_for_one(first, second)
     if second.has_result and not first.wait(0) and not first.reading.cancel():
         first.wait()  # it may go on writing where the result has to go
-    failed = tuple(one for one in (first, second) if one.error is not None)
+    ended = [(one, one.error) for one in (first, second)]
+    failed = tuple(
+        one
+        for one, error in ended
+        if error is not None and not isinstance(error, ReadCancelledError)
+    )
     if first.has_result:
         second.reading.cancel()
         return Outcome(first, failed, None if second in failed else second, is_hedged=True)

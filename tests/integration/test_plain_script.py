@@ -123,25 +123,35 @@ def test_two_ranks_under_torchrun_start_one_local_ray_and_resume_together(
     ]
 
 
-def test_the_local_ray_ends_with_the_last_checkpointer_of_the_process(
+def test_the_local_ray_ends_with_the_last_checkpointer_of_the_process_that_started_it(
     environment: dict[str, str], short_path: Path
 ) -> None:
-    script = short_path / "two.py"
+    script = short_path / "several.py"
     script.write_text(
         textwrap.dedent(
             """
-            import torch, tiered
+            import ray, torch, tiered
             memory = tiered.Memory(every_steps=1, replicas=0)
-            one, other = (tiered.Checkpointer(job, memory) for job in ("one", "other"))
-            state = {"x": torch.zeros(1000)}
-            print(one.restore(state), other.restore(state))
-            one.save(0, state).wait()
+
+            def use(job):
+                checkpointer = tiered.Checkpointer(job, memory, rank=0, world_size=1)
+                state = {"x": torch.zeros(1000)}
+                start = checkpointer.restore(state)
+                checkpointer.save(start, state).wait()
+                return checkpointer
+
+            @ray.remote
+            def work():
+                with use("worker"):
+                    return tiered.recover("one").step
+
+            one, other = use("one"), use("other")
+            print(ray.get(work.remote()), ray.get(work.remote()))
             one.close()
-            other.save(0, state).wait()
-            print(tiered.recover("one").step, tiered.recover("other").step)
+            print([tiered.recover(job).step for job in ("one", "other", "worker")])
             other.close()
             """
         )
     )
-    assert run([str(script)], environment) == "0 0\n0 0\n"
+    assert run([str(script)], environment) == "0 0\n[0, 0, 1]\n"
     assert not ours(environment["TMPDIR"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from replication.cancelling import CancellableSink
 from replication.errors import ReadCancelledError
 from replication.records import ByteRange, Chunk
-from replication.sink import BLOCK_BYTES, Sink, gather, size_of
+from replication.sink import BLOCK_BYTES, LEAST_SEEN, Sink, gather, size_of
 from tests.waiting import wait_for
 
 DATA = bytes(range(256))
@@ -103,6 +103,18 @@ def test_large_and_small_buffers_are_filled_and_seen_in_order(
         sink.fill(gather(chunk_of(DATA, cut(len(DATA), held)), sink.missing()))
     assert b"".join(buffers) == DATA == seen
     assert sink.missing() == []
+
+
+def test_many_small_buffers_are_seen_in_a_few_calls() -> None:
+    seen: list[int] = []
+    count = 2 * LEAST_SEEN // 1024
+    sink = Sink(
+        [ByteRange(0, count * 1024)],
+        views(memory(*[1024] * count)),
+        lambda s: seen.append(s.nbytes),
+    )
+    sink.fill([memoryview(bytes(count * 1024))])
+    assert seen == [LEAST_SEEN, LEAST_SEEN]
 
 
 def test_a_copy_that_is_cancelled_ends_after_its_block() -> None:

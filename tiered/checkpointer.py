@@ -257,6 +257,7 @@ class Checkpointer:
 
         Raises:
             NameInUseError: A trainer of another run has the job's name, and is there.
+            ConfigError: `step` or `before` is no step; nothing was begun.
             StepNotFoundError: `step` or `before` was given and there is no such step.
             StateError: The state does not fit the saved one; nothing was overwritten. Or an object
                 did not take its state; says what was overwritten by then.
@@ -367,7 +368,7 @@ class Checkpointer:
     def ensure_begun(self) -> None:
         """Begin a generation if no restore has; then it is collective."""
         if self._generation == 0:
-            logger.warning("%s saving without restoring: beginning from scratch", self._tag())
+            logger.warning("%s saving without restoring: a new generation begins", self._tag())
             self._begin()
 
     def _open(self, resolution: Resolution, near: SharedMemoryTransport | None = None) -> SavedStep:
@@ -397,6 +398,9 @@ class Checkpointer:
         return self._take_up(self._ask_to_begin(step))
 
     def _ask_to_begin(self, step: int | None, before: int | None = None) -> cluster.Asked:
+        for name, value in {"step": step, "before": before}.items():
+            if value is not None:  # once it is asked for, what trains now is fenced off
+                check_step(value, name)
         worker = self._worker
         life, owner = new_life(worker, self._ownership.claim() if worker.rank == 0 else None)
         return cluster.Asked(

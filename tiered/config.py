@@ -284,13 +284,13 @@ def check_job_name(job: str) -> str:
     return job
 
 
-def check_step(step: int) -> int:
-    """Return `step` if it can be one.
+def check_step(step: int, name: str = "step") -> int:
+    """Return `step` if it can be one; `name` is the argument's.
 
     Raises:
         ConfigError: It is negative or no whole number.
     """
-    return _at_least("step", step, 0)
+    return _at_least(name, step, 0)
 
 
 def _at_least(name: str, value: int, least: int) -> int:

@@ -110,6 +110,11 @@ class Attempt(Generic[S, T]):
         return self._future.exception() if self._future.done() else None
 
     @property
+    def has_failed(self) -> bool:
+        """Whether it ended with an error, and not because it was cancelled."""
+        return self.error is not None and not isinstance(self.error, ReadCancelledError)
+
+    @property
     def has_result(self) -> bool:
         """Whether it ended well."""
         return self._future.done() and self._future.exception() is None
@@ -171,12 +176,7 @@ def _both(first: Attempt[S, T], second: Attempt[S, T]) -> Outcome[S, T]:
     Attempt.wait_for_one(first, second)
     if second.has_result and not first.wait(0) and not first.reading.cancel():
         first.wait()  # it may go on writing where the result has to go
-    ended = [(one, one.error) for one in (first, second)]
-    failed = tuple(
-        one
-        for one, error in ended
-        if error is not None and not isinstance(error, ReadCancelledError)
-    )
+    failed = tuple(one for one in (first, second) if one.has_failed)
     if first.has_result:
         second.reading.cancel()
         return Outcome(first, failed, None if second in failed else second, is_hedged=True)

@@ -268,6 +268,13 @@ def test_after_a_restore_of_a_step_that_is_not_there_the_next_save_succeeds(
             trainer.checkpointer.restore(trainer.state, step=99)
         return str(raised.value)
 
+    def misspell(trainer: Any) -> None:
+        for wrong in ({"step": -1}, {"before": "3"}):
+            with pytest.raises(tiered.ConfigError, match="whole number"):
+                trainer.checkpointer.restore(trainer.state, **wrong)
+
+    ray.get([a.__ray_call__.remote(misspell) for a in actors], timeout=60)
+    assert tiered.status(job).generation == 1  # nothing was begun
     for error in ray.get([a.__ray_call__.remote(try_to_restore) for a in actors], timeout=60):
         assert "step 99" in error
     for levels in save(actors, 3):

@@ -11,7 +11,17 @@ from replication.sink import Sink
 from tests.unit.tiered.fake_shard import MemoryTier, Shard, restore_into
 from tiered import fetch, hedging
 from tiered.errors import StepNotFoundError
-from tiered.hedging import FIRST_BYTES_PER_S, FIRST_S, LEAST_S, MOST_WASTED, TIMES_SLOWER, Pace
+from tiered.hedging import (
+    FIRST_BYTES_PER_S,
+    FIRST_S,
+    LEAST_S,
+    MOST_WASTED,
+    TIMES_SLOWER,
+    Attempt,
+    Pace,
+    Reading,
+    race,
+)
 from tiered.pieces import Piece
 
 LIMIT_S = 20.0
@@ -223,3 +233,20 @@ def test_without_another_source_no_thread_is_started(
 ) -> None:
     monkeypatch.setattr(hedging.Attempt, "start", None)
     assert fetch.ShardReader(shard.reader().sources, [MemoryTier(shard.chunks)]).chunk(1)
+
+
+def test_a_read_that_was_cancelled_has_not_failed() -> None:
+    cancelled = threading.Event()
+
+    def read() -> str:
+        cancelled.wait(LIMIT_S)
+        raise ReadCancelledError
+
+    def cancel() -> bool:
+        cancelled.set()
+        return slow.wait(LIMIT_S)  # its error is there when the outcome is looked at
+
+    slow = Attempt("slow", Reading(read, cancel, finish=str))
+    fast = Attempt("fast", Reading(lambda: "bytes", cancel=lambda: True, finish=str))
+    outcome = race(slow, lambda: fast, patience_s=0.0)
+    assert (outcome.winner, outcome.outrun, outcome.failed) == (fast, slow, ())

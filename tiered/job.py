@@ -59,7 +59,7 @@ class Job(Catalogue):
         commands = self._handle(event, now_s)
         refused = {c.life for c in commands if isinstance(c, m.AnswerBegin) and c.error is not None}
         if refused and self.claims and self.claims[self.generation].life in refused:
-            self.repair.nobody_reads()  # it cannot begin yet
+            self.repair.nobody_reads(now_s)  # it cannot begin yet
         return commands
 
     def _handle(self, event: m.Event, now_s: float) -> list[m.Command]:
@@ -94,7 +94,7 @@ class Job(Catalogue):
             case m.ParentRecorded():
                 return self._started(event, now_s)
             case m.RankRestored(generation, rank):
-                if generation != self.generation or not self.repair.rank_has_read(rank):
+                if generation != self.generation or not self.repair.rank_has_read(rank, now_s):
                     return []
                 return [] if self.is_rebuilding else self.repair.repair(now_s)
             case m.ShardReported():
@@ -240,7 +240,7 @@ class Job(Catalogue):
             return []
         commands = self._rearrange()
         if event.parent is None:
-            self.repair.nobody_reads()
+            self.repair.nobody_reads(now_s)
         if event.parent == begin.choice.version:
             commands += [*self.repair.repair(now_s), *self._collect()]
         return [*commands, *self.generations.answer(begin)]
@@ -249,7 +249,7 @@ class Job(Catalogue):
         version, settings = event.version, self.settings
         if settings is None or version.generation != self.generation:
             return []
-        self.repair.nobody_reads()  # or no rank would have got so far
+        self.repair.nobody_reads(now_s)  # or no rank would have got so far
         memory, current, step = settings.memory, self.generation, version.step
         mine = [v for v in self.copies if v.generation == current]
         for other in mine:

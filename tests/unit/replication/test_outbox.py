@@ -189,10 +189,10 @@ def test_the_rate_is_that_of_all_peers_together_and_saves_do_not_wait_for_it() -
 def test_small_chunks_at_a_bounded_rate_go_together() -> None:
     async def run() -> None:
         calls = Calls()
-        await calls.put(*offers(ONE, *range(10), rate=120))  # three in a quarter of a second
+        await calls.put(*offers(ONE, *range(10), rate=600))  # three in a twentieth of a second
         assert calls.indexes == [[0, 1, 2]]
         await calls.end(0)
-        await calls.wait(0.25)
+        await calls.wait(0.05)
         assert calls.indexes == [[0, 1, 2], [3, 4, 5]]
 
     asyncio.run(run())

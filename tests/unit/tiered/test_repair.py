@@ -167,13 +167,23 @@ def test_a_job_that_fails_again_and_again_is_repaired_half_of_the_time() -> None
     begin(job, "three", Memory(every_steps=1), ranks=RANKS)
     assert not repairs(job.handle(m.Ticked(), RESTORES_FIRST_S - 0.1))
     assert repairs(job.handle(m.Ticked(), RESTORES_FIRST_S))
-    later = resumed(A, B, C)
-    later.repair.ranks_read(RANKS, 2 * RESTORES_FIRST_S - 0.1)
-    assert repairs(later.handle(m.Ticked(), 2 * RESTORES_FIRST_S))
-    later = resumed(A, B, C)
-    later.repair.ranks_read(RANKS, 2 * RESTORES_FIRST_S)
-    assert not repairs(later.handle(m.Ticked(), 3 * RESTORES_FIRST_S - 0.1))
-    assert repairs(later.handle(m.Ticked(), 3 * RESTORES_FIRST_S))
+    for left_alone_s in (0.0, RESTORES_FIRST_S / 3, RESTORES_FIRST_S, 2 * RESTORES_FIRST_S):
+        later, begins_s = resumed(A, B, C), RESTORES_FIRST_S + left_alone_s
+        later.repair.ranks_read(RANKS, begins_s)
+        ends_s = begins_s + min(left_alone_s, RESTORES_FIRST_S)
+        assert not repairs(later.handle(m.Ticked(), ends_s - 0.1)) or not left_alone_s
+        assert repairs(later.handle(m.Ticked(), ends_s))
+
+
+def test_restores_that_are_soon_over_go_first_each_time() -> None:
+    job = resumed(A, B, C)
+    for number in range(12):
+        now_s = number * RESTORES_FIRST_S / 5
+        job.repair.ranks_read(RANKS, now_s)
+        assert not repairs(job.handle(m.Ticked(), now_s + 2.0))
+        for rank in range(RANKS):
+            job.repair.rank_has_read(rank, now_s + 2.0)
+    assert repairs(job.handle(m.Ticked(), now_s + 2.0))
 
 
 def test_what_a_leaving_host_has_is_copied_although_ranks_read() -> None:

@@ -22,6 +22,8 @@ from typing import Any, Self
 import numpy as np
 
 UNIT_BYTES = 8 << 20  # of work that one thread does at a time, 1-2 ms
+MOST_UNIT_BYTES = 32 << 20  # of much work: a tensor is copied faster as a whole than in pieces
+UNITS = 8  # that a thread has at least then: the others wait for its last one
 MAX_THREADS = 4  # if nobody asks for more: training's data loaders need processors, too
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of this container: microseconds in so many, or "max"
 
@@ -36,6 +38,11 @@ def share_of_processors(ranks: int) -> int:
         quota, period = map(int, CPU_QUOTA.read_text().split())
         count = min(count, quota // period)
     return max(1, min(MAX_THREADS, count // ranks))
+
+
+def unit_bytes(total_bytes: int, threads: int) -> int:
+    """Of so much work for so many threads, what one does at a time."""
+    return max(UNIT_BYTES, min(MOST_UNIT_BYTES, total_bytes // (UNITS * threads)))
 
 
 def copies_of(target: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> list[Unit]:

@@ -13,6 +13,7 @@ from tiered.boxes import Sizes, strides
 from tiered.copying import UNIT_BYTES, Unit
 from tiered.image import Layout, bytes_between, bytes_of, overlapping
 
+WORD_BYTES = 8
 PARALLEL_ELEMENTS = 32768  # torch copies more than that with its own threads, if it has several
 
 
@@ -46,9 +47,10 @@ class Slot:
         names: Tensors that lie in it as a whole.
         targets: For each of them the memory that it is copied into, of its dtype and shape.
         runs: Of those that follow each other, first and last + 1, which one thread copies with one
-            call; one that is larger than that is alone, and copied in pieces if it can be.
+            call; one that is larger than `unit_bytes` is alone, and copied in pieces if it can be.
         parts: Tensors that begin or end in another chunk: name, first byte, last byte + 1, and
             where in this chunk.
+        unit_bytes: About what one thread copies with one call.
     """
 
     staged: Staged
@@ -57,12 +59,13 @@ class Slot:
     targets: list[torch.Tensor]
     runs: tuple[tuple[int, int], ...]
     parts: tuple[tuple[str, int, int, int], ...]
+    unit_bytes: int = UNIT_BYTES
 
     def copies(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[Unit]:
         """What copies the tensors' bytes into the object, in any order and in any threads."""
         for first, last in self.runs:
             source, target = tensors[self.names[first]], self.targets[first]
-            if target.nbytes > UNIT_BYTES and _is_plain(source):
+            if target.nbytes > self.unit_bytes and _is_plain(source):
                 start = target.data_ptr() - self.view.ctypes.data
                 yield from self._pieces(source, 0, target.nbytes, start)
             else:
@@ -73,7 +76,7 @@ class Slot:
 
     def _pieces(self, source: torch.Tensor, low: int, high: int, start: int) -> Iterator[Unit]:
         """Bytes `low` to `high` of a tensor; one that has to be made dense first, in one piece."""
-        step = UNIT_BYTES if _is_plain(source) else high - low
+        step = self.unit_bytes if _is_plain(source) else high - low
         for first in range(low, high, step):
             last = min(first + step, high)
             place = self.view[start + first - low : start + last - low]
@@ -111,11 +114,32 @@ def _is_plain(source: torch.Tensor) -> bool:
 
 def _copy_bytes(place: np.ndarray[Any, Any], source: torch.Tensor, first: int, last: int) -> None:
     with torch.no_grad():
-        np.copyto(place, bytes_between(source, first, last))
+        _copy_here(place, bytes_between(source, first, last))
+
+
+def _copy_here(target: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> None:
+    """Copy [n] uint8, in this thread alone.
+
+    Large tensors are copied 5-9 % faster by torch's loop over words than by the memcpy that numpy
+    calls (two threads, glibc 2.36 on an AMD processor).
+    """
+    is_aligned = not (target.ctypes.data | source.ctypes.data) % WORD_BYTES
+    if torch.get_num_threads() > 1 or not is_aligned:
+        np.copyto(target, source)
+        return
+    stop = target.nbytes - target.nbytes % WORD_BYTES
+    words, others = (torch.from_numpy(memory[:stop].view(np.int64)) for memory in (target, source))
+    words.copy_(others)
+    np.copyto(target[stop:], source[stop:])
 
 
 def slot_of(
-    layout: Layout, staged: Staged, view: np.ndarray[Any, Any], start: int, stop: int
+    layout: Layout,
+    staged: Staged,
+    view: np.ndarray[Any, Any],
+    start: int,
+    stop: int,
+    unit_bytes: int,
 ) -> Slot:
     """What of a layout's tensor data lies between `start` and `stop`, and where in `view`."""
     memory = _Memory(view)
@@ -130,14 +154,15 @@ def slot_of(
         else:
             names.append(span.name)
             targets.append(target)
-    return Slot(staged, view, tuple(names), targets, tuple(_runs(targets)), tuple(parts))
+    runs = tuple(_runs(targets, unit_bytes))
+    return Slot(staged, view, tuple(names), targets, runs, tuple(parts), unit_bytes)
 
 
-def _runs(targets: list[torch.Tensor]) -> Iterator[tuple[int, int]]:
-    """See `Slot.runs`: up to `UNIT_BYTES` together."""
+def _runs(targets: list[torch.Tensor], unit_bytes: int) -> Iterator[tuple[int, int]]:
+    """See `Slot.runs`: up to `unit_bytes` together."""
     first = run_bytes = 0
     for index, size_bytes in enumerate(bulk.sizes(targets)):
-        if index > first and run_bytes + size_bytes > UNIT_BYTES:
+        if index > first and run_bytes + size_bytes > unit_bytes:
             yield first, index
             first, run_bytes = index, 0
         run_bytes += size_bytes

@@ -28,7 +28,7 @@ from ray.exceptions import RayError
 
 from replication.pinning import StoreMemory, put
 from replication.shared import touch
-from tiered.copying import Copying
+from tiered.copying import Copying, unit_bytes
 from tiered.device_copy import BUFFERS, DeviceCopier
 from tiered.image import Layout, data_chunk
 from tiered.slots import Slot, Staged, slot_of
@@ -145,6 +145,7 @@ class Stager:
     def _make(self, ready: "_Preparation") -> bool:
         """Make memory ready, a few chunks at a time, while it is wanted; whether that is all."""
         layout, slots = ready.layout, ready.slots
+        units = unit_bytes(layout.data_bytes, self._threads)
         spans = [(0, 0), *itertools.pairwise((0, *layout.stops(self._chunk_bytes)))]
         while len(slots) < len(spans):
             if not ready.is_wanted.is_set():
@@ -167,7 +168,8 @@ class Stager:
                 if ready.is_wanted.is_set():
                     touch(memory)
                 view = writable(memory)[:size_bytes]
-                made.append(slot_of(layout, Staged(reference, is_lent=True), view, *span))
+                staged = Staged(reference, is_lent=True)
+                made.append(slot_of(layout, staged, view, *span, units))
             if not ready.add(made):
                 return False
         return True

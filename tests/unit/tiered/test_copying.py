@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tiered import copying
-from tiered.copying import Copying, copies_of, share_of_processors
+from tiered.copying import Copying, copies_of, share_of_processors, unit_bytes
 
 DEADLINE_S = 20.0
 
@@ -158,3 +158,13 @@ def test_a_containers_quota_bounds_them(
     monkeypatch.setattr(copying, "CPU_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(copying.os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
     assert share_of_processors(1) == threads
+
+
+@pytest.mark.parametrize(
+    ("total_mib", "threads", "unit_mib"),
+    [(0, 1, 8), (64, 2, 8), (256, 2, 16), (1024, 2, 32), (1 << 20, 4, 32), (1024, 16, 8)],
+)
+def test_of_much_work_a_thread_does_more_at_a_time(
+    total_mib: int, threads: int, unit_mib: int
+) -> None:
+    assert unit_bytes(total_mib << 20, threads) == unit_mib << 20

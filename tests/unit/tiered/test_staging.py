@@ -12,6 +12,7 @@ import torch
 from replication.pinning import StoreMemory, _OutOfBand
 from tiered import slots as slots_module
 from tiered import staging
+from tiered.copying import UNIT_BYTES
 from tiered.image import Layout, chunk_sizes, data_chunk, lay_out
 from tiered.slots import Slot, Staged, copy_all, slot_of
 from tiered.staging import Stager
@@ -43,7 +44,7 @@ def fill_all(slots: list[Slot], captured: Captured, threads: int) -> None:
             filling.fill(index)
 
 
-def slots_of(chunk_bytes: int) -> tuple[list[Slot], list[bytes]]:
+def slots_of(chunk_bytes: int, unit_bytes: int = UNIT_BYTES) -> tuple[list[Slot], list[bytes]]:
     """Memory as `Stager` makes it, and what must be in it."""
     captured = capture(STATE)
     layout = lay_out(captured)
@@ -51,7 +52,7 @@ def slots_of(chunk_bytes: int) -> tuple[list[Slot], list[bytes]]:
     slots, expected, start = [], [], 0
     for size in sizes:
         view = np.full(size, 255, dtype=np.uint8)
-        slots.append(slot_of(layout, Staged(None), view, start, start + size))
+        slots.append(slot_of(layout, Staged(None), view, start, start + size, unit_bytes))
         chunk = data_chunk(layout, captured.tensors, start, start + size)
         expected.append(b"".join(buffer.tobytes() for buffer in chunk))
         start += size
@@ -107,10 +108,9 @@ def test_prepared_memory_is_filled_with_the_same_bytes(chunk_bytes: int, threads
 def test_large_tensors_are_copied_in_pieces_and_small_ones_together(
     monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, unit_bytes: int, torch_threads: int
 ) -> None:
-    monkeypatch.setattr(slots_module, "UNIT_BYTES", unit_bytes)
     monkeypatch.setattr(slots_module, "PARALLEL_ELEMENTS", 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: torch_threads)
-    slots, expected = slots_of(chunk_bytes)
+    slots, expected = slots_of(chunk_bytes, unit_bytes)
     fill_all(slots, capture(STATE), 2)
     assert [slot.view.tobytes() for slot in slots] == expected
 
@@ -119,7 +119,7 @@ def units_of(state: dict[str, torch.Tensor]) -> int:
     captured = capture(state)
     layout = lay_out(captured)
     view = np.zeros(layout.data_bytes, dtype=np.uint8)
-    slot = slot_of(layout, Staged(None), view, 0, layout.data_bytes)
+    slot = slot_of(layout, Staged(None), view, 0, layout.data_bytes, UNIT_BYTES)
     return len(list(slot.copies(captured.tensors)))
 
 

@@ -19,10 +19,9 @@ from replication.records import HolderId, ShardKey
 
 CALLS_AT_ONCE = 2  # per peer, as many as it has connections; more won 1-3 %
 CALL_BYTES, CALL_CHUNKS = 256 << 20, 16  # the most in a call: its deadline grows with the bytes
-BOUNDED_CALL_S = (
-    0.05  # as many bytes as the rate allows in it go with one call, one chunk at least:
-)
-# a restore that begins meanwhile waits for no more than that
+# At a bounded rate as many bytes go with one call as it allows in this time, but one chunk at
+# least: a restore that begins finds no more than that under way.
+BOUNDED_CALL_S = 0.05
 
 Lane = tuple[HolderId, bool]  # to whom, and whether at a bounded rate
 Waiting = dict[tuple[ShardKey, int], OfferChunk]  # what is offered again keeps its place

@@ -47,9 +47,9 @@ class Memory:
             it (it is counted, and logged once), "wait" for them, or "replace" one of which no
             replica has arrived yet.
         in_flight: Saves on their way to their buddies at a time, the one being staged included.
-        repair_bytes_per_s: What a host sends at most, on average, to make up for lost copies. (In
-            the first 30 s of a new life ranks that restore go first. What is still being saved goes
-            to a new buddy at once.)
+        repair_bytes_per_s: What a host sends at most, on average, to make up for lost copies.
+            (Ranks that restore go first, for 30 s at most. What is still being saved goes to a new
+            buddy at once.)
         prepare: Make object-store memory for the next save ready in the background, so that a save
             is one copy into warm memory; it is part of what `in_flight` saves take anyway.
         transport: How chunks go from host to host. "tcp": over connections of our own, between the

@@ -21,9 +21,10 @@ from typing import Any, Self
 
 import numpy as np
 
-UNIT_BYTES = 8 << 20  # of work that one thread does at a time, 1-2 ms
-MOST_UNIT_BYTES = 32 << 20  # of much work: a tensor is copied faster as a whole than in pieces
-UNITS = 8  # that a thread has at least then: the others wait for its last one
+# Of work that one thread does at a time, 1 to 5 ms: a tensor is copied faster as a whole than in
+# pieces, but the other threads wait for the last unit of one of them, so that each has several.
+LEAST_UNIT_BYTES, MOST_UNIT_BYTES = 8 << 20, 32 << 20
+UNITS = 8
 MAX_THREADS = 4  # if nobody asks for more: training's data loaders need processors, too
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of this container: microseconds in so many, or "max"
 
@@ -41,15 +42,19 @@ def share_of_processors(ranks: int) -> int:
 
 
 def unit_bytes(total_bytes: int, threads: int) -> int:
-    """Of so much work for so many threads, what one does at a time."""
-    return max(UNIT_BYTES, min(MOST_UNIT_BYTES, total_bytes // (UNITS * threads)))
+    """Of so much work for so many threads, what one does at a time: a multiple of 1 MiB.
+
+    So pieces of a tensor are aligned as it is.
+    """
+    share = total_bytes // (UNITS * threads)
+    return max(LEAST_UNIT_BYTES, min(MOST_UNIT_BYTES, share & -(1 << 20)))
 
 
 def copies_of(target: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> list[Unit]:
     """Copy the first bytes of `source`, [m] uint8, to all of `target`, [n] uint8."""
     bounds = [
-        (first, min(first + UNIT_BYTES, target.nbytes))
-        for first in range(0, target.nbytes, UNIT_BYTES)
+        (first, min(first + LEAST_UNIT_BYTES, target.nbytes))
+        for first in range(0, target.nbytes, LEAST_UNIT_BYTES)
     ]
     return [partial(np.copyto, target[low:high], source[low:high]) for low, high in bounds]
 

@@ -18,7 +18,7 @@ from tiered.catalogue import Catalogue, Degraded
 REPAIR_BASE_S = 60.0
 REPAIR_BYTES_PER_S = 20e6  # slower than this counts as lost
 REPAIRS_AT_ONCE = 8
-RESTORES_FIRST_S = 30.0  # for so long; of a job that restores again and again half of the time
+RESTORES_FIRST_S = 30.0  # at most; each second without that earns back one
 
 
 class Repair:
@@ -31,8 +31,8 @@ class Repair:
         self._free_s: dict[str, float] = {}  # by host: when it may send again
         self._reading: set[int] = set()  # ranks that do not have their state yet
         self._reading_since_s = -math.inf
-        self._first_until_s = -math.inf  # so long they go first
-        self._put_off_s = 0.0  # of repair, lately: less with each second in which it was not
+        self._first_until_s = -math.inf  # they go first, or went
+        self._budget_s = RESTORES_FIRST_S  # for that
 
     def forget_below(self, mark: Version) -> None:
         """Steps below the watermark begin with their first source again."""
@@ -42,25 +42,26 @@ class Repair:
         """So many ranks are about to read their state, once it is verified, and go first.
 
         What is under way ends with the new generation's fence, and is asked for again. Lives of a
-        job that fails again and again do not put its repair off for ever: no more than
-        `RESTORES_FIRST_S`, and as much as they have left it alone since.
+        job that fails again and again do not put its repair off for ever: that is bounded by a
+        budget of `RESTORES_FIRST_S`, so that in the long run it goes on half of the time.
         """
         for key, _ in self._under_way:  # its source was not at fault
             self._tries[key] = max(0, self._tries.get(key, 0) - 1)
         self._under_way.clear()
         self._free_s.clear()
         self.nobody_reads(now_s)  # of an older life
-        self._put_off_s = max(0.0, self._put_off_s - (now_s - self._first_until_s))
+        earned_s = now_s - self._first_until_s
+        self._budget_s = min(RESTORES_FIRST_S, self._budget_s + earned_s)
         self._reading = set(range(ranks))
         self._reading_since_s = now_s
-        self._first_until_s = now_s + RESTORES_FIRST_S - self._put_off_s
+        self._first_until_s = now_s + self._budget_s
 
     def nobody_reads(self, now_s: float) -> None:
         """There is nothing to read, or nothing any more."""
         if self._reading:
             self._reading.clear()
             self._first_until_s = min(now_s, self._first_until_s)
-            self._put_off_s += self._first_until_s - self._reading_since_s
+            self._budget_s -= self._first_until_s - self._reading_since_s
 
     def rank_has_read(self, rank: int, now_s: float) -> bool:
         """A rank has its state; whether it was the last one."""

@@ -10,7 +10,7 @@ import torch
 
 from tiered import bulk
 from tiered.boxes import Sizes, strides
-from tiered.copying import UNIT_BYTES, Unit
+from tiered.copying import LEAST_UNIT_BYTES, Unit
 from tiered.image import Layout, bytes_between, bytes_of, overlapping
 
 WORD_BYTES = 8
@@ -59,7 +59,7 @@ class Slot:
     targets: list[torch.Tensor]
     runs: tuple[tuple[int, int], ...]
     parts: tuple[tuple[str, int, int, int], ...]
-    unit_bytes: int = UNIT_BYTES
+    unit_bytes: int = LEAST_UNIT_BYTES
 
     def copies(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[Unit]:
         """What copies the tensors' bytes into the object, in any order and in any threads."""

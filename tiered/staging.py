@@ -145,7 +145,7 @@ class Stager:
     def _make(self, ready: "_Preparation") -> bool:
         """Make memory ready, a few chunks at a time, while it is wanted; whether that is all."""
         layout, slots = ready.layout, ready.slots
-        units = unit_bytes(layout.data_bytes, self._threads)
+        at_a_time = unit_bytes(layout.data_bytes, self._threads)
         spans = [(0, 0), *itertools.pairwise((0, *layout.stops(self._chunk_bytes)))]
         while len(slots) < len(spans):
             if not ready.is_wanted.is_set():
@@ -169,7 +169,7 @@ class Stager:
                     touch(memory)
                 view = writable(memory)[:size_bytes]
                 staged = Staged(reference, is_lent=True)
-                made.append(slot_of(layout, staged, view, *span, units))
+                made.append(slot_of(layout, staged, view, *span, at_a_time))
             if not ready.add(made):
                 return False
         return True

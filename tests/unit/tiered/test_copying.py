@@ -124,7 +124,7 @@ def test_it_goes_on_with_the_threads_that_there_are(
 
 @pytest.mark.parametrize("size_bytes", [0, 1, 9, 10, 11, 35])
 def test_memory_is_copied_in_pieces(monkeypatch: pytest.MonkeyPatch, size_bytes: int) -> None:
-    monkeypatch.setattr(copying, "UNIT_BYTES", 10)
+    monkeypatch.setattr(copying, "LEAST_UNIT_BYTES", 10)
     source = np.arange(40, dtype=np.uint8)
     target = np.zeros(size_bytes, dtype=np.uint8)
     units = copies_of(target, source)
@@ -167,4 +167,5 @@ def test_a_containers_quota_bounds_them(
 def test_of_much_work_a_thread_does_more_at_a_time(
     total_mib: int, threads: int, unit_mib: int
 ) -> None:
-    assert unit_bytes(total_mib << 20, threads) == unit_mib << 20
+    for more in (0, 1, 400):
+        assert unit_bytes((total_mib << 20) + more, threads) == unit_mib << 20

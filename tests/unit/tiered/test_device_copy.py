@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiered.copying import UNIT_BYTES
+from tiered.copying import LEAST_UNIT_BYTES
 from tiered.device_copy import DeviceCopier
 from tiered.image import chunk_sizes, data_chunk, lay_out
 from tiered.slots import Slot, Staged, slot_of
@@ -86,7 +86,7 @@ def slots_for(state: Mapping[str, Any], chunk_bytes: int) -> tuple[list[Slot], l
     slots, expected, start = [], [], 0
     for size in chunk_sizes(layout, 0, chunk_bytes)[1:]:
         view = np.zeros(size, dtype=np.uint8)
-        slots.append(slot_of(layout, Staged(None), view, start, start + size, UNIT_BYTES))
+        slots.append(slot_of(layout, Staged(None), view, start, start + size, LEAST_UNIT_BYTES))
         chunk = data_chunk(layout, captured.tensors, start, start + size)
         expected.append(b"".join(buffer.tobytes() for buffer in chunk))
         start += size

@@ -12,7 +12,7 @@ import torch
 from replication.pinning import StoreMemory, _OutOfBand
 from tiered import slots as slots_module
 from tiered import staging
-from tiered.copying import UNIT_BYTES
+from tiered.copying import LEAST_UNIT_BYTES
 from tiered.image import Layout, chunk_sizes, data_chunk, lay_out
 from tiered.slots import Slot, Staged, copy_all, slot_of
 from tiered.staging import Stager
@@ -44,7 +44,9 @@ def fill_all(slots: list[Slot], captured: Captured, threads: int) -> None:
             filling.fill(index)
 
 
-def slots_of(chunk_bytes: int, unit_bytes: int = UNIT_BYTES) -> tuple[list[Slot], list[bytes]]:
+def slots_of(
+    chunk_bytes: int, unit_bytes: int = LEAST_UNIT_BYTES
+) -> tuple[list[Slot], list[bytes]]:
     """Memory as `Stager` makes it, and what must be in it."""
     captured = capture(STATE)
     layout = lay_out(captured)
@@ -119,7 +121,7 @@ def units_of(state: dict[str, torch.Tensor]) -> int:
     captured = capture(state)
     layout = lay_out(captured)
     view = np.zeros(layout.data_bytes, dtype=np.uint8)
-    slot = slot_of(layout, Staged(None), view, 0, layout.data_bytes, UNIT_BYTES)
+    slot = slot_of(layout, Staged(None), view, 0, layout.data_bytes, LEAST_UNIT_BYTES)
     return len(list(slot.copies(captured.tensors)))
 
 
@@ -128,6 +130,40 @@ def test_a_unit_of_work_is_neither_one_small_tensor_nor_all_of_a_large_one() -> 
     assert units_of({"large": torch.zeros(3, 2 << 20)}) == 3
     assert units_of({"mirrored": torch.zeros(3, 2 << 20, dtype=torch.complex64).conj()}) == 1
     assert units_of({"transposed": torch.zeros(3, 2 << 20).t()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("source_at", "target_at", "torch_threads", "by_memcpy"),
+    [(0, 8, 1, 3), (3, 8, 1, 4003), (0, 5, 1, 4003), (5, 5, 1, 4003), (0, 8, 2, 4003)],
+)
+def test_large_copies_are_torchs_where_it_has_one_thread_and_words_are_aligned(
+    monkeypatch: pytest.MonkeyPatch,
+    source_at: int,
+    target_at: int,
+    torch_threads: int,
+    by_memcpy: int,
+) -> None:
+    numpys, copied = np.copyto, list[int]()
+
+    def copyto(target: Any, source: Any) -> None:
+        copied.append(target.nbytes)
+        numpys(target, source)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torch_threads)
+    monkeypatch.setattr(slots_module.np, "copyto", copyto)
+    source, target = (np.arange(5000, dtype=np.uint16).view(np.uint8) for _ in range(2))
+    slots_module._copy_here(target[target_at:][:4003], source[source_at:][:4003])
+    assert sum(copied) == by_memcpy
+    assert target[target_at:][:4003].tobytes() == source[source_at:][:4003].tobytes()
+
+
+def test_memory_is_prepared_for_units_that_fit_the_state_and_the_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(staging, "unit_bytes", lambda total, threads: 100 * total + threads)
+    layout = lay_out(capture(STATE))
+    slots = Holder(monkeypatch).prepared(layout)
+    assert {slot.unit_bytes for slot in slots} == {100 * layout.data_bytes + 1}
 
 
 def test_the_front_goes_into_prepared_memory_if_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ from tiered.errors import (
     StepNotFoundError,
 )
 from tiered.fetch import ShardReader, tiers_of
+from tiered.front_ahead import FrontAhead
 from tiered.handle import SaveHandle
 from tiered.history import Resolution
 from tiered.host_fetch import by_own_holder, wanted_often
@@ -281,7 +282,8 @@ class Checkpointer:
     def _restore(
         self, state: MutableMapping[str, Any], step: int | None, before: int | None, strict: bool
     ) -> int:
-        with closing(self._holder.open_memory()) as near:  # which goes on while it is decided
+        ahead = FrontAhead()
+        with closing(self._holder.open_memory(ahead.read)) as near:  # while it is decided
             asked = self._ask_to_begin(step, before)
             present = self._look_at(state)  # which may take as long as the coordinator
             resolution = self._take_up(asked)
@@ -292,7 +294,7 @@ class Checkpointer:
                 return 0
             if isinstance(present, Exception):
                 raise present
-            saved = self._open(resolution, near)
+            saved = self._open(resolution, near, ahead)
             rank, world_size = self._worker.rank, self._worker.world_size
             fill = partial(restore_into, state, saved, rank, world_size, strict=strict)
             self.read(saved, partial(fill, present=present))
@@ -371,7 +373,12 @@ class Checkpointer:
             logger.warning("%s saving without restoring: a new generation begins", self._tag())
             self._begin()
 
-    def _open(self, resolution: Resolution, near: SharedMemoryTransport | None = None) -> SavedStep:
+    def _open(
+        self,
+        resolution: Resolution,
+        near: SharedMemoryTransport | None = None,
+        ahead: FrontAhead | None = None,
+    ) -> SavedStep:
         s3, node_id, way = self.settings.s3, self._holder.node_id, self.settings.memory.transport
         store = S3Store(s3, self.job) if s3 is not None else None
         near = near or SharedMemoryTransport()
@@ -384,7 +391,9 @@ class Checkpointer:
             if is_wanted_often:
                 tiers = by_own_holder(tiers, node_id, near)
             readers.append(ShardReader(shard, tiers))
-        return SavedStep(readers, node_id=node_id, allow_pickle=self._allow_pickle, store=store)
+        return SavedStep(
+            readers, node_id=node_id, allow_pickle=self._allow_pickle, store=store, ahead=ahead
+        )
 
     def _report_rotten(self, saved: SavedStep, version: Version) -> None:
         """S3 has something else than was saved: or the next life would try the same step."""

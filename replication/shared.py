@@ -294,7 +294,7 @@ class SharedMemoryTransport:
 def _show(
     key: ShardKey, of_shard: list[list[Place] | None], home: list[Mapping], seen: Seen
 ) -> None:
-    """Show a shard's first chunk, if all of it is known to lie in memory that is mapped here."""
+    """Show a shard's first chunk, if it is mapped here and the others' sizes are known."""
     chunks = [places for places in of_shard if places is not None]
     if not chunks or len(chunks) < len(of_shard):
         return

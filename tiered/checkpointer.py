@@ -91,7 +91,8 @@ class Restored:
             RAM" when the rank has moved since it saved; "a buddy's RAM"; "S3".
         bytes_by_source: Bytes from each.
         size_bytes: That this rank read.
-        seconds: Fetching, verifying and filling.
+        seconds: Fetching, verifying and filling. (A header that is on this host was read before,
+            while the coordinator decided.)
         passed_over: One line for each newer step that was not taken.
         world_size: Ranks that had saved it.
         is_resharded: This rank's part was not in one shard of the step.
@@ -282,8 +283,11 @@ class Checkpointer:
     def _restore(
         self, state: MutableMapping[str, Any], step: int | None, before: int | None, strict: bool
     ) -> int:
-        ahead = FrontAhead()
-        with closing(self._holder.open_memory(ahead.read)) as near:  # while it is decided
+        is_newest = step is None and before is None
+        with (
+            closing(FrontAhead()) as ahead,  # while it is decided, as what follows
+            closing(self._holder.open_memory(ahead.read if is_newest else None)) as near,
+        ):
             asked = self._ask_to_begin(step, before)
             present = self._look_at(state)  # which may take as long as the coordinator
             resolution = self._take_up(asked)

@@ -389,8 +389,8 @@ class ShardReader:
         self.seconds = time.monotonic() - began_s
 
     def was_read_here(self, size_bytes: int) -> None:
-        """So many of its bytes were read from this host's memory before."""
-        self._count(self.tiers[0].label if self.tiers else OWN_HOST, size_bytes)
+        """So many of its bytes were read before; the first tier is this host's memory."""
+        self._count(self.tiers[0].label, size_bytes)
 
     def close(self) -> None:
         """Let go of connections; a later read opens them again."""

@@ -16,7 +16,6 @@ import numpy as np
 from replication.checksum import digest
 from replication.records import ShardKey, ShardPlan, ShardRecord
 from tiered.collector import collector_paused
-from tiered.errors import StateError
 from tiered.image import Span, read_front
 from tiered.tree import read_tree
 
@@ -53,8 +52,9 @@ class FrontAhead:
     def __init__(self) -> None:
         """Nothing is read yet."""
         self._lock = threading.Lock()
-        self._found: tuple[ShardKey, bytes, ReadFront] | None = None
-        self._is_late = False
+        self._key: ShardKey | None = None  # of the shard that is being read, or was
+        self._found: tuple[bytes, ReadFront] | None = None  # with its checksum
+        self._is_over = False
 
     def read(self, key: ShardKey, first: bytes, sizes: Sequence[int]) -> None:
         """Read the first chunk of a shard; nothing in it is believed.
@@ -64,21 +64,26 @@ class FrontAhead:
             first: Its first chunk.
             sizes: Of all its chunks.
         """
+        self._key = key
         with self._lock, collector_paused():
-            if self._is_late:
+            if self._is_over:
                 return
             try:  # what is pickled is not touched before its checksum is known
                 front = read_first(first, ShardPlan(1, tuple(sizes)), allow_pickle=False)
-            except StateError:  # whoever reads it again says so
+            except Exception:  # noqa: BLE001 - of any bytes; whoever reads it again says what is wrong
                 return
-            checksum = digest([np.frombuffer(first, dtype=np.uint8)])
-            self._found = key, checksum, front
+            self._found = digest([np.frombuffer(first, dtype=np.uint8)]), front
 
     def take(self, record: ShardRecord) -> ReadFront | None:
         """What was read, if it is of this shard; what is not begun by now is not waited for."""
+        if self._key not in (None, record.key):
+            return None
         with self._lock:
-            self._is_late = True
-            if self._found is None or self._found[:2] != (record.key, record.digests[0]):
-                return None
-            front, self._found = self._found[2], None
-            return front
+            found, self._found, self._is_over = self._found, None, True
+            is_it = found is not None and (self._key, found[0]) == (record.key, record.digests[0])
+            return found[1] if found is not None and is_it else None
+
+    def close(self) -> None:
+        """Read nothing any more; returns when what is being read is read."""
+        with self._lock:
+            self._is_over, self._found = True, None

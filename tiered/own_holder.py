@@ -101,7 +101,7 @@ class OwnHolder:
         """
         self.settle([Call(self._actor.hello.remote)])
 
-    def open_memory(self, seen: Seen) -> SharedMemoryTransport:
+    def open_memory(self, seen: Seen | None = None) -> SharedMemoryTransport:
         """The way to read from this host's memory; it gets ready in the background.
 
         Args:

@@ -67,7 +67,9 @@ class SavedStep:
                 return self._views[rank]
         reader = self.readers[rank]
         record = reader.sources.record
-        front = None if self._ahead is None else self._ahead.take(record)
+        front = None
+        if self._ahead is not None and self.is_near(rank):
+            front = self._ahead.take(record)
         if front is None:
             first = b"".join(buffer.tobytes() for buffer in reader.chunk(0))
             front = read_first(first, record.plan, allow_pickle=self._allow_pickle)

@@ -7,15 +7,24 @@ from typing import Any
 import pytest
 import torch
 
-from replication.records import ShardKey, Version
+from replication.records import HolderId, ShardKey, Version
 from tests.unit.tiered.fake_shard import KEY, MemoryTier, Shard, assert_same
 from tiered import front_ahead
+from tiered.fetch import ShardReader
 from tiered.front_ahead import FrontAhead
+from tiered.history import ShardSources
 from tiered.restore import read_state
 from tiered.saved_step import SavedStep
 
 STATE = {"weight": torch.arange(3000.0), "step": 7}
+HOST = "a"
 DEADLINE_S = 20.0
+
+
+def step_of(shard: Shard, tier: MemoryTier, ahead: FrontAhead, host: str = HOST) -> SavedStep:
+    sources = ShardSources(shard.record, (HolderId(host, "1"),), is_durable=False)
+    reader = ShardReader(sources, [tier])
+    return SavedStep([reader], node_id=HOST, ahead=ahead, allow_pickle=True)
 
 
 def read(ahead: FrontAhead, shard: Shard, key: ShardKey = KEY, first: bytes | None = None) -> None:
@@ -28,10 +37,18 @@ def test_what_was_read_ahead_is_not_read_again() -> None:
     shard, ahead = Shard(STATE), FrontAhead()
     tier = MemoryTier(shard.chunks)
     read(ahead, shard)
-    step = SavedStep([shard.reader(tier)], ahead=ahead)
+    step = step_of(shard, tier, ahead)
     assert_same(read_state(step), STATE)
     assert 0 not in tier.asked
     assert step.bytes_by_label == {"RAM": shard.record.plan.size_bytes}
+
+
+def test_what_another_host_is_to_be_asked_for_is_not_taken_from_here() -> None:
+    shard, ahead = Shard(STATE), FrontAhead()
+    tier = MemoryTier(shard.chunks)
+    read(ahead, shard)  # the copy that is here is not one of those that count
+    assert_same(read_state(step_of(shard, tier, ahead, host="another")), STATE)
+    assert tier.asked.count(0) == 1
 
 
 def another_step(shard: Shard) -> tuple[FrontAhead, Shard]:
@@ -59,6 +76,14 @@ def too_late(shard: Shard) -> tuple[FrontAhead, Shard]:
     return ahead, shard
 
 
+def closed(shard: Shard) -> tuple[FrontAhead, Shard]:
+    ahead = FrontAhead()
+    read(ahead, shard)
+    ahead.close()
+    read(ahead, shard)
+    return ahead, shard
+
+
 def pickled(_: Shard) -> tuple[FrontAhead, Shard]:
     """Nothing is unpickled before it is known to be what was saved."""
     ahead, shard = FrontAhead(), Shard(STATE | {"odd": Odd()}, allow_pickle=True)
@@ -77,11 +102,13 @@ class Odd:
         return 1
 
 
-@pytest.mark.parametrize("what", [another_step, another_checksum, garbage, too_late, pickled])
+@pytest.mark.parametrize(
+    "what", [another_step, another_checksum, garbage, too_late, closed, pickled]
+)
 def test_what_is_something_else_does_not_count(what: Any) -> None:
     ahead, shard = what(Shard(STATE))
     tier = MemoryTier(shard.chunks)
-    found = read_state(SavedStep([shard.reader(tier)], ahead=ahead, allow_pickle=True))
+    found = read_state(step_of(shard, tier, ahead))
     assert_same({name: found[name] for name in STATE}, STATE)
     assert tier.asked.count(0) == 1
 

@@ -206,12 +206,13 @@ class Ours:
     def idle_memory(self) -> tuple[Memory, int]:
         """An object store never gives memory back: counted is what it has to hold.
 
-        That is the steps that are kept, and the memory that `Memory.prepare` has ready.
+        That is the steps that are kept, and the memory that `Memory.prepare` has ready. A save
+        fills the latter, and adds its replicas; what a step that it replaces leaves is ready next.
         """
         processes = observer.tree(self.pids())
         state = self.ranks * sum(part.size_bytes for part in self.spec.parts)
-        size = state * (1 + REPLICAS)
-        return Memory(observer.anonymous_bytes(processes), KEEP * size + state), size
+        idle = KEEP * state * (1 + REPLICAS) + state
+        return Memory(observer.anonymous_bytes(processes), idle), REPLICAS * state
 
     def stop(self) -> None:
         """See Contender."""

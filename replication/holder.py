@@ -138,6 +138,7 @@ class Holder:
         tls = tls_like_ray(os.environ)
         self._server = _serve(self._pinned, secret, tls)
         self._buffers = Buffers()
+        self._preparing: set[tuple[str, int]] = set()  # ranks, since the first of them began
         self._arrivals = Arrivals(node_id, self._buffers, secret, tls, self._peer)
         self._ways: dict[str, Way] = {}
         self._places = Places()
@@ -211,6 +212,8 @@ class Holder:
         """
         self._core.check_generation(job, generation)
         asked = self._lending.ask(job, rank, generation, kept)
+        if not kept:
+            self._begin_preparing(job, rank)
         self._trim()
         run = asyncio.get_running_loop().run_in_executor
         loans = await run(self._lenders, self._buffers.lend, sizes)
@@ -537,6 +540,13 @@ class Holder:
     def _used_bytes(self) -> int:
         """By shards, and by memory that is lent for more."""
         return self._core.used_bytes + self._lending.lent_bytes
+
+    def _begin_preparing(self, job: str, rank: int) -> None:
+        """Memory that was free since this rank last prepared a save is too much: all had theirs."""
+        if (job, rank) in self._preparing:
+            self._preparing.clear()
+            self._buffers.trim_unused()
+        self._preparing.add((job, rank))
 
     def _trim(self) -> None:
         self._arrivals.trim(self._core.capacity_bytes - self._used_bytes, self._used_bytes)

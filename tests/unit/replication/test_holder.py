@@ -404,6 +404,24 @@ def test_memory_of_a_step_that_was_collected_is_lent_for_the_next(lender: Lender
     asyncio.run(run())
 
 
+def test_memory_that_no_save_needed_goes_when_a_rank_prepares_again(lender: Lender) -> None:
+    async def run() -> None:
+        trims: list[str] = []
+        lender.buffers.trim_unused = lambda: trims.append("trim")  # type: ignore[method-assign]
+        first = await lender.lend(rank=0)
+        await lender.lend(rank=0, kept=[first.hex()])  # more for the same save
+        await lender.lend(rank=1)
+        assert trims == []
+        await lender.lend(rank=0)
+        assert trims == ["trim"]
+        await lender.lend(rank=1)  # its former turn was part of the round before
+        assert trims == ["trim"]
+        await lender.lend(rank=1)
+        assert trims == ["trim"] * 2
+
+    asyncio.run(run())
+
+
 def test_prepared_memory_that_is_not_known_is_not_staged() -> None:
     async def run() -> None:
         holder = Holder("node", 100, "observer", Secret(bytes(32)))

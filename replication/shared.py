@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,6 @@ from replication.transport import Source, check_size, read_whole
 
 if TYPE_CHECKING:
     from replication.dataplane import Access
-
-Seen = Callable[[ShardKey, bytes, Sequence[int]], object]
 
 TOUCH_BYTES = 64 << 10  # what Linux maps with one fault, if those pages are in memory
 SENTINEL_BYTES = 256 << 10  # Ray keeps objects of less than 100 KiB outside of the store
@@ -170,9 +168,7 @@ class SharedMemoryTransport:
         self._counting = threading.Lock()
         self.bytes_read = 0
 
-    def open(
-        self, host: Source, job: str, rank: int, timeout_s: float, seen: Seen | None = None
-    ) -> None:
+    def open(self, host: Source, job: str, rank: int, timeout_s: float) -> None:
         """Get ready for the shard that will likely be read, ahead of its first read, if that works.
 
         Its pages are mapped here, which otherwise takes as long as a third of its copying; and the
@@ -183,8 +179,6 @@ class SharedMemoryTransport:
             job: Whose shard: the newest one that is here
             rank: of this rank.
             timeout_s: For the holder to answer.
-            seen: Called with the shard's key, the bytes of its first chunk, not verified, and the
-                sizes of all its chunks.
         """
         with contextlib.suppress(RayError, ReplicationError):
             with self._lock:
@@ -199,8 +193,6 @@ class SharedMemoryTransport:
                 if self._is_closed():  # meanwhile
                     return
                 self._places.setdefault((host.node_id, key), of_shard)
-            if seen is not None:
-                _show(key, of_shard, home, seen)
             for place in itertools.chain.from_iterable(some or () for some in of_shard):
                 if self._is_closed():  # nothing is read any more
                     return
@@ -289,20 +281,6 @@ class SharedMemoryTransport:
             (start,) = (buffer.ctypes.data for buffer in self._sentinel)
             self._home = [one for one in own_mappings() if one.start <= start < one.stop]
         return self._home
-
-
-def _show(
-    key: ShardKey, of_shard: list[list[Place] | None], home: list[Mapping], seen: Seen
-) -> None:
-    """Show a shard's first chunk, if it is mapped here and the others' sizes are known."""
-    chunks = [places for places in of_shard if places is not None]
-    if not chunks or len(chunks) < len(of_shard):
-        return
-    views = [view_of(place, home) for place in chunks[0]]
-    first = b"".join(view.tobytes() for view in views if view is not None)
-    sizes = [sum(place.size_bytes for place in places) for places in chunks]
-    if len(first) == sizes[0]:
-        seen(key, first, sizes)
 
 
 def _places_in(of_shard: list[list[Place] | None], chunk: ChunkId) -> list[Place] | None:

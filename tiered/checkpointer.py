@@ -51,7 +51,6 @@ from tiered.errors import (
     StepNotFoundError,
 )
 from tiered.fetch import ShardReader, tiers_of
-from tiered.front_ahead import FrontAhead
 from tiered.handle import SaveHandle
 from tiered.history import Resolution
 from tiered.host_fetch import by_own_holder, wanted_often
@@ -91,8 +90,7 @@ class Restored:
             RAM" when the rank has moved since it saved; "a buddy's RAM"; "S3".
         bytes_by_source: Bytes from each.
         size_bytes: That this rank read.
-        seconds: Fetching, verifying and filling. (A header that is on this host was read before,
-            while the coordinator decided.)
+        seconds: Fetching, verifying and filling.
         passed_over: One line for each newer step that was not taken.
         world_size: Ranks that had saved it.
         is_resharded: This rank's part was not in one shard of the step.
@@ -283,11 +281,7 @@ class Checkpointer:
     def _restore(
         self, state: MutableMapping[str, Any], step: int | None, before: int | None, strict: bool
     ) -> int:
-        is_newest = step is None and before is None
-        with (
-            closing(FrontAhead()) as ahead,  # while it is decided, as what follows
-            closing(self._holder.open_memory(ahead.read if is_newest else None)) as near,
-        ):
+        with closing(self._holder.open_memory()) as near:  # which goes on while it is decided
             asked = self._ask_to_begin(step, before)
             present = self._look_at(state)  # which may take as long as the coordinator
             resolution = self._take_up(asked)
@@ -298,7 +292,7 @@ class Checkpointer:
                 return 0
             if isinstance(present, Exception):
                 raise present
-            saved = self._open(resolution, near, ahead)
+            saved = self._open(resolution, near)
             rank, world_size = self._worker.rank, self._worker.world_size
             fill = partial(restore_into, state, saved, rank, world_size, strict=strict)
             self.read(saved, partial(fill, present=present))
@@ -377,12 +371,7 @@ class Checkpointer:
             logger.warning("%s saving without restoring: a new generation begins", self._tag())
             self._begin()
 
-    def _open(
-        self,
-        resolution: Resolution,
-        near: SharedMemoryTransport | None = None,
-        ahead: FrontAhead | None = None,
-    ) -> SavedStep:
+    def _open(self, resolution: Resolution, near: SharedMemoryTransport | None = None) -> SavedStep:
         s3, node_id, way = self.settings.s3, self._holder.node_id, self.settings.memory.transport
         store = S3Store(s3, self.job) if s3 is not None else None
         near = near or SharedMemoryTransport()
@@ -395,9 +384,7 @@ class Checkpointer:
             if is_wanted_often:
                 tiers = by_own_holder(tiers, node_id, near)
             readers.append(ShardReader(shard, tiers))
-        return SavedStep(
-            readers, node_id=node_id, allow_pickle=self._allow_pickle, store=store, ahead=ahead
-        )
+        return SavedStep(readers, node_id=node_id, allow_pickle=self._allow_pickle, store=store)
 
     def _report_rotten(self, saved: SavedStep, version: Version) -> None:
         """S3 has something else than was saved: or the next life would try the same step."""

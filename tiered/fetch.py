@@ -148,12 +148,8 @@ class HolderTier(_OfShard):
 
     def is_at_hand(self, index: int) -> bool:
         """See Tier."""
-        if not self.is_near or self._way == "ray":
-            return False
-        node_id, key = self._holder.node_id, self._record.key
-        is_told = self._reach is not None and self._near.access_beside(node_id, key) is not None
-        is_known = self._found is not None or is_told
-        return is_known and self._near.is_mapped(node_id, self.chunk_id(index))
+        is_shared = self.is_near and self._way != "ray" and self._found is not None
+        return is_shared and self._near.is_mapped(self._holder.node_id, self.chunk_id(index))
 
     def close(self) -> None:
         """See Tier."""
@@ -388,10 +384,6 @@ class ShardReader:
                 pool.shutdown(cancel_futures=True)
         self.seconds = time.monotonic() - began_s
 
-    def was_read_here(self, size_bytes: int) -> None:
-        """So many of its bytes were read before; the first tier is this host's memory."""
-        self._count(self.tiers[0].label, size_bytes)
-
     def close(self) -> None:
         """Let go of connections; a later read opens them again."""
         for tier in self.tiers:
@@ -444,16 +436,14 @@ class ShardReader:
             if outcome.outrun is not None:
                 self._outrun(outcome.outrun.source, is_first=outcome.outrun.source is tier)
             if outcome.winner is not None:
-                self._count(outcome.winner.source.label, size_bytes)
+                label = outcome.winner.source.label
+                with self._lock:
+                    counts = self.bytes_by_label
+                    counts[label] = counts.get(label, 0) + size_bytes
                 return outcome.winner.result()
         key = record.key
         wanted = f"rank {key.rank} of {key.version}"
         raise StepNotFoundError(key.job, wanted, tuple(problems))
-
-    def _count(self, label: str, size_bytes: int) -> None:
-        with self._lock:
-            counts = self.bytes_by_label
-            counts[label] = counts.get(label, 0) + size_bytes
 
     def _passed_over(self, tier: Tier, error: BaseException | None) -> str:
         """Note why a tier has not served a chunk.

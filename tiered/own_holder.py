@@ -19,7 +19,7 @@ from replication.errors import FencedError, HolderUnavailableError, TieredError
 from replication.holder import NAMESPACE, holder_name
 from replication.inventory import Reservation
 from replication.records import ActorRef, HolderId, ShardKey, ShardPlan, Version
-from replication.shared import Seen, SharedMemoryTransport
+from replication.shared import SharedMemoryTransport
 from replication.transport import Source
 from tiered import cluster
 from tiered.config import HAND_OVER, JobSettings
@@ -101,14 +101,10 @@ class OwnHolder:
         """
         self.settle([Call(self._actor.hello.remote)])
 
-    def open_memory(self, seen: Seen | None = None) -> SharedMemoryTransport:
-        """The way to read from this host's memory; it gets ready in the background.
-
-        Args:
-            seen: See `SharedMemoryTransport.open`; called in another thread.
-        """
+    def open_memory(self) -> SharedMemoryTransport:
+        """The way to read from this host's memory; it gets ready in the background."""
         near, host = SharedMemoryTransport(), Source(self.node_id, self._actor)
-        what = (host, self._job, self._worker.rank, HOLDER_TIMEOUT_S, seen)
+        what = (host, self._job, self._worker.rank, HOLDER_TIMEOUT_S)
         threading.Thread(target=near.open, args=what, name="tiered-map", daemon=True).start()
         return near
 

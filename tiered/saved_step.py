@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from replication.durable import DurableStore
 from tiered.fetch import ShardReader
-from tiered.front_ahead import FrontAhead, read_first
+from tiered.image import read_front
 from tiered.pieces import Piece, runs
 from tiered.step_index import ShardView
+from tiered.tree import read_tree
 
 FRONTS_AT_ONCE = 8
 
@@ -27,7 +28,6 @@ class SavedStep:
         node_id: str | None = None,
         allow_pickle: bool = False,
         store: DurableStore | None = None,
-        ahead: FrontAhead | None = None,
     ) -> None:
         """Read nothing yet.
 
@@ -36,13 +36,11 @@ class SavedStep:
             node_id: The reader's host, None outside of the cluster: its copies are read first.
             allow_pickle: Unpickle values that were saved so.
             store: What some of the readers read from, and `close` lets go of.
-            ahead: What was read of one of the shards before.
         """
         self.readers = list(readers)
         self._node_id = node_id
         self._allow_pickle = allow_pickle
         self._store = store
-        self._ahead = ahead
         self._views: dict[int, ShardView] = {}
         self._lock = threading.Lock()
 
@@ -67,15 +65,10 @@ class SavedStep:
                 return self._views[rank]
         reader = self.readers[rank]
         record = reader.sources.record
-        front = None
-        if self._ahead is not None and self.is_near(rank):
-            front = self._ahead.take(record)
-        if front is None:
-            first = b"".join(buffer.tobytes() for buffer in reader.chunk(0))
-            front = read_first(first, record.plan, allow_pickle=self._allow_pickle)
-        else:
-            reader.was_read_here(front.size_bytes)
-        view = ShardView(rank, front.tree, front.spans, record)
+        first = b"".join(buffer.tobytes() for buffer in reader.chunk(0))
+        front = read_front(first, record.plan)
+        tree = read_tree(front.tree, allow_pickle=self._allow_pickle)
+        view = ShardView(rank, tree, {span.name: span for span in front.spans}, record)
         with self._lock:
             return self._views.setdefault(rank, view)
 

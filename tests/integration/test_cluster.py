@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -81,50 +80,6 @@ def test_levels_come_in_order_and_a_new_life_resumes_on_its_own_host(
     assert_restored(again, 2)
     save(again, 3)
     every(again, "close")
-
-
-def heed_what_is_read_ahead(trainer: Any) -> None:
-    """In a trainer: its restores wait until a header was read, and note whether it was used."""
-    from tiered.checkpointer import Checkpointer
-    from tiered.front_ahead import FrontAhead
-
-    read, take, look_at = FrontAhead.read, FrontAhead.take, Checkpointer._look_at
-    is_read, trainer.used = threading.Event(), []
-
-    def reading(self: Any, *args: Any) -> None:
-        read(self, *args)
-        is_read.set()
-
-    def taking(self: Any, record: Any) -> Any:
-        front = take(self, record)
-        trainer.used.append(front is not None)
-        return front
-
-    def looking(self: Any, state: Any) -> Any:
-        assert is_read.wait(30.0)
-        return look_at(self, state)
-
-    FrontAhead.read, FrontAhead.take = reading, taking  # type: ignore[method-assign]
-    Checkpointer._look_at = looking  # type: ignore[method-assign]
-
-
-def test_a_header_is_read_on_its_own_host_while_the_coordinator_decides(
-    cluster: LocalCluster, job: str
-) -> None:
-    hosts = cluster.hosts[:2]
-    actors = start_trainers(hosts)
-    begin(actors, job)
-    save(actors, 4)
-    kill_actors(cluster, actors)
-    again = start_trainers(hosts)
-    ray.get([a.__ray_call__.remote(heed_what_is_read_ahead) for a in again], timeout=30)
-    for start, restored in begin(again, job):
-        assert (start, restored.source) == (5, "own host's RAM")
-        assert restored.bytes_by_source == {"own host's RAM": restored.size_bytes}
-    assert_restored(again, 4)
-    used = [a.__ray_call__.remote(lambda trainer: trainer.used) for a in again]
-    assert ray.get(used, timeout=30) == [[True], [True]]
-    kill_actors(cluster, again)
 
 
 def test_state_survives_sigkill_of_its_trainer_right_after_save(

@@ -272,10 +272,9 @@ def test_the_shard_that_is_likely_wanted_is_mapped_and_located_ahead(
         (mine,) = (one for one in own_mappings() if one.start == memory.ctypes.data)
         monkeypatch.setattr(shared, "pin", lambda chunk: [memory[7 << 20 :]])
         holder = ReadyHolder((KEY, [places_of([memory[:SIZE]], own_mappings()), None]))
-        before, seen = mapped_bytes(mine), list[Any]()
-        transport.open(Source("node", holder), KEY.job, KEY.rank, 1.0, lambda *a: seen.append(a))
+        before = mapped_bytes(mine)
+        transport.open(Source("node", holder), KEY.job, KEY.rank, 1.0)
         assert before < SIZE <= mapped_bytes(mine)
-        assert not seen  # a chunk is not mapped: nobody knows how large the shard is
         assert transport.access_beside("node", KEY) is ACCESS
         assert transport.access_beside("node", KEY._replace(rank=1)) is None  # it would be asked
         assert transport.is_mapped("node", ChunkId(KEY, 0, SIZE))
@@ -284,18 +283,6 @@ def test_the_shard_that_is_likely_wanted_is_mapped_and_located_ahead(
         (got,) = transport.fetch(Source("node", holder), ChunkId(KEY, 0, SIZE), 1.0)
         assert np.array_equal(got, memory[:SIZE])
         assert holder.calls == 0
-
-
-def test_the_first_chunk_is_shown_before_it_is_wanted(
-    store: np.ndarray[Any, Any], transport: SharedMemoryTransport, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shared, "pin", lambda chunk: [store[4 << 20 : 5 << 20]])
-    first, second = [store[:300], store[512:700]], [store[8192:9192]]
-    places = [places_of(chunk, own_mappings()) for chunk in (first, second)]
-    seen: list[Any] = []
-    holder = ReadyHolder((KEY, places))
-    transport.open(Source("node", holder), KEY.job, KEY.rank, 1.0, lambda *a: seen.append(a))
-    assert seen == [(KEY, store[:300].tobytes() + store[512:700].tobytes(), [488, 1000])]
 
 
 @pytest.mark.parametrize("answer", [RayActorError(), GetTimeoutError()])

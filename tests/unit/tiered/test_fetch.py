@@ -321,9 +321,6 @@ def test_the_own_host_is_asked_how_it_is_reached_unless_it_has_said_so(
     assert len(calls) == (0 if is_known else 1)
     assert (len(near.calls), len(network.calls)) == (2, 0 if is_readable else 2)
     assert [tier.is_at_hand(index) for index in (1, 2)] == [is_readable, False]
-    reach = {THERE: Reach(FakeHandle("any", "one"), FakeHandle("any", "one").remote())}
-    (told,) = tiers_of(sources, THERE.node_id, None, "auto", near, reach)
-    assert told.is_at_hand(1) == (is_readable and is_known)  # nobody has to be asked
     for way, node_id in (("ray", THERE.node_id), ("auto", "elsewhere")):
         (other,) = tiers_of(sources, node_id, None, way, near)
         other.origin(1)  # asks how it is reached

@@ -91,7 +91,7 @@ def cpu_s_per_gb(samples: Sequence[SaveSample]) -> float | None:
 
 
 def extra_bytes(outcome: Outcome) -> int | None:
-    """Peak memory of a save beyond the state, the processes and the copies that stay."""
+    """Peak memory of a save beyond the state, the processes, the copies and what was ready."""
     return None if outcome.memory is None else outcome.memory.extra_bytes
 
 

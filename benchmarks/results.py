@@ -69,9 +69,10 @@ class MemorySample:
 
     Attributes:
         idle_anonymous_bytes, idle_shared_bytes: Between saves: private to processes; shared, or
-            in files of a tmpfs.
+            in files of a tmpfs, what is ready for the next save included.
         peak_anonymous_bytes, peak_shared_bytes: When both together were most.
-        kept_bytes: Copies of the saved step that stay.
+        kept_bytes: Copies of the saved step that stay, but for what went into memory that was
+            ready.
     """
 
     idle_anonymous_bytes: int

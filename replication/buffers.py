@@ -28,8 +28,6 @@ through the one of the process that it is lent to. The rules that this rests on:
        the store had to put into a file) bytes are received into the process' own memory and put,
        and nothing is lent.
     5. Free buffers count against the holder's budget: it calls `trim` with what the budget leaves.
-       What no save has needed for a while goes, too (`trim_unused`): memory is made anew when
-       what a collected step has left comes a moment too late, and is too much from then on.
     6. Small chunks that arrive are not worth it: Ray keeps the smallest outside of the store.
 """
 
@@ -38,7 +36,7 @@ import logging
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +137,6 @@ class Buffers:
         self._put = put
         self._store = StoreMemory()
         self._free: dict[int, Free] = {}
-        self._unused: dict[int, int] = {}  # so many of each size were free all the time lately
         self._spare: deque[Buffer] = deque(maxlen=SPARE)
         self._lock = threading.Lock()
         self._can_share: bool | None = None  # not known before the first buffer is there
@@ -152,7 +149,7 @@ class Buffers:
         """
         if size_bytes >= LEAST_BYTES:
             free = self._free_of(size_bytes)
-            memory = self._pop(free, size_bytes) or self._make(size_bytes)
+            memory = _pop(free) or self._make(size_bytes)
             if memory is not None:
                 return Lease(_writable(memory, size_bytes, free), _sealed)
         return self._lease_own(size_bytes)
@@ -171,7 +168,7 @@ class Buffers:
         ends_s = time.monotonic() + MAKE_S
         for size_bytes in sizes:
             free = self._free_of(size_bytes)
-            memory = self._pop(free, size_bytes)
+            memory = _pop(free)
             if memory is None and not (loans and time.monotonic() > ends_s):
                 try:
                     memory = self._make(size_bytes)
@@ -182,6 +179,12 @@ class Buffers:
                 break
             loans.append(Loan(memory, free))
         return loans
+
+    def has_free(self, sizes: Sequence[int]) -> bool:
+        """Whether there is free memory for chunks of all these sizes."""
+        needed = Counter(map(_rounded, sizes))
+        with self._lock:
+            return all(len(self._free.get(size, ())) >= count for size, count in needed.items())
 
     @property
     def free_bytes(self) -> int:
@@ -196,26 +199,13 @@ class Buffers:
             for size in sorted(self._free, reverse=True):
                 free = self._free[size]
                 while free and free_bytes > keep_bytes:
-                    free.popleft()
+                    try:
+                        free.popleft()
+                    except IndexError:  # lent meanwhile
+                        break
                     free_bytes -= size
                 if not free and not keep_bytes:
                     del self._free[size]
-
-    def trim_unused(self) -> None:
-        """Give back to the object store what was free all the time since the last call."""
-        with self._lock:
-            for size, free in self._free.items():
-                for _ in range(min(self._unused.get(size, 0), len(free))):
-                    free.popleft()
-                self._unused[size] = len(free)
-
-    def _pop(self, free: Free, size_bytes: int) -> Memory | None:
-        """The warmest buffer of a size, if there is one."""
-        with self._lock:
-            memory = free.pop() if free else None
-            size = _rounded(size_bytes)
-            self._unused[size] = min(self._unused.get(size, 0), len(free))
-        return memory
 
     def _free_of(self, size_bytes: int) -> Free:
         """The free buffers of a size."""
@@ -254,6 +244,14 @@ class Buffers:
 
 def _rounded(size_bytes: int) -> int:
     return -(-size_bytes // ROUND_BYTES) * ROUND_BYTES
+
+
+def _pop(free: Free) -> Memory | None:
+    """The warmest buffer, if there is one."""
+    try:
+        return free.pop()
+    except IndexError:
+        return None
 
 
 def _writable(memory: Memory, size_bytes: int, free: Free) -> Buffer:

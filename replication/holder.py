@@ -76,6 +76,7 @@ NAMESPACE = "tiered"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 TICK_S = 0.2
 ANSWER_FIRST_S = 0.002  # training waits for the answer; hashing at once made it take 4 ms longer
+COLLECTED_S = 0.05  # that memory which is asked for waits for a step to be collected
 LENDERS = min(8, os.cpu_count() or 1)  # threads: each rank of a host may ask for new memory at once
 HASHERS = 1  # threads: one hashes faster than a network sends, and training needs the processors
 VERIFIERS = min(8, os.cpu_count() or 1)  # threads; training waits for them
@@ -138,10 +139,10 @@ class Holder:
         tls = tls_like_ray(os.environ)
         self._server = _serve(self._pinned, secret, tls)
         self._buffers = Buffers()
-        self._preparing: set[tuple[str, int]] = set()  # ranks, since the first of them began
         self._arrivals = Arrivals(node_id, self._buffers, secret, tls, self._peer)
         self._ways: dict[str, Way] = {}
         self._places = Places()
+        self._has_dropped = asyncio.Event()
         self._spared_bytes = 0
         self._lenders = ThreadPoolExecutor(LENDERS, thread_name_prefix="tiered-lend")
         self._hashers = ThreadPoolExecutor(HASHERS, thread_name_prefix="tiered-hash")
@@ -212,8 +213,8 @@ class Holder:
         """
         self._core.check_generation(job, generation)
         asked = self._lending.ask(job, rank, generation, kept)
-        if not kept:
-            self._begin_preparing(job, rank)
+        if not kept and any((key.job, key.rank) == (job, rank) for key in self._core.shards):
+            await self._until_free(sizes)
         self._trim()
         run = asyncio.get_running_loop().run_in_executor
         loans = await run(self._lenders, self._buffers.lend, sizes)
@@ -541,12 +542,18 @@ class Holder:
         """By shards, and by memory that is lent for more."""
         return self._core.used_bytes + self._lending.lent_bytes
 
-    def _begin_preparing(self, job: str, rank: int) -> None:
-        """Memory that was free since this rank last prepared a save is too much: all had theirs."""
-        if (job, rank) in self._preparing:
-            self._preparing.clear()
-            self._buffers.trim_unused()
-        self._preparing.add((job, rank))
+    async def _until_free(self, sizes: Sequence[int]) -> None:
+        """Give memory that is about to be collected a moment to be free.
+
+        The coordinator tells of a commit the trainer, which then asks for memory, and the holders,
+        whose oldest step it replaces: who hears first is chance. What was made anew for each such
+        chance would add up.
+        """
+        ends_s = time.monotonic() + COLLECTED_S
+        with contextlib.suppress(TimeoutError):
+            while not self._buffers.has_free(sizes):
+                self._has_dropped.clear()
+                await asyncio.wait_for(self._has_dropped.wait(), ends_s - time.monotonic())
 
     def _trim(self) -> None:
         self._arrivals.trim(self._core.capacity_bytes - self._used_bytes, self._used_bytes)
@@ -578,6 +585,7 @@ class Holder:
                     self._background.start(self._reread(command.key, command.index))
                 case messages.DropShard():
                     self._chunks.pop(command.key, None)
+                    self._has_dropped.set()
                     self._reports.gone(command.key)
                     self._trim()
                 case _:

@@ -239,33 +239,6 @@ def test_what_was_lent_and_staged_serves_again_when_the_last_view_is_gone(
     assert (store.puts, memory.free_bytes) == (3, 0)
 
 
-def test_what_is_never_needed_is_given_back_and_what_arrives_keeps_its_own(
-    store: FakeObjectStore,
-) -> None:
-    """Rounds of a host that saves 2 chunks, and takes 3 of others, of another size."""
-    memory = Buffers(store.put)
-
-    def save_and_take(*, is_late: bool) -> None:
-        memory.trim_unused()
-        held = memory.lend([MIB])[0].pin(MIB) if is_late else None  # what was collected last
-        saved = [loan.pin(MIB) for loan in memory.lend([MIB, MIB])]
-        arrived = [filled(memory.lease(2 * MIB), n) for n in range(3)]
-        del held, saved, arrived
-
-    save_and_take(is_late=True)
-    assert (store.puts, memory.free_bytes) == (6, 9 * MIB)  # one more than a round needs
-    save_and_take(is_late=False)
-    save_and_take(is_late=False)
-    assert (store.puts, memory.free_bytes) == (6, 8 * MIB)
-    save_and_take(is_late=False)
-    assert (store.puts, memory.free_bytes) == (6, 8 * MIB)
-    for left in (3 * MIB * 2, 0):
-        saved = [loan.pin(MIB) for loan in memory.lend([MIB, MIB])]
-        memory.trim_unused()  # what the others had sent did not come
-        assert memory.free_bytes == left
-        del saved
-
-
 def test_what_was_lent_and_not_staged_does_not_serve_again(store: FakeObjectStore) -> None:
     memory = Buffers(store.put)
     loans = memory.lend([MIB])

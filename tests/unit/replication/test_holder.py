@@ -18,7 +18,7 @@ from replication.errors import (
     HolderUnavailableError,
 )
 from replication.fetch_once import AtStore
-from replication.holder import Holder
+from replication.holder import COLLECTED_S, Holder
 from replication.inventory import Inventory
 from replication.pinning import StoreMemory
 from replication.records import Chunk, ChunkId, HolderId, ShardKey, ShardPlan, Version
@@ -404,20 +404,25 @@ def test_memory_of_a_step_that_was_collected_is_lent_for_the_next(lender: Lender
     asyncio.run(run())
 
 
-def test_memory_that_no_save_needed_goes_when_a_rank_prepares_again(lender: Lender) -> None:
+def test_memory_of_a_step_that_is_just_being_collected_is_waited_for(lender: Lender) -> None:
+    plan, keys = ShardPlan(1, (ROUND_BYTES,)), [ShardKey("job", Version(1, n), 0) for n in (1, 2)]
+
     async def run() -> None:
-        trims: list[str] = []
-        lender.buffers.trim_unused = lambda: trims.append("trim")  # type: ignore[method-assign]
-        first = await lender.lend(rank=0)
-        await lender.lend(rank=0, kept=[first.hex()])  # more for the same save
-        await lender.lend(rank=1)
-        assert trims == []
-        await lender.lend(rank=0)
-        assert trims == ["trim"]
-        await lender.lend(rank=1)  # its former turn was part of the round before
-        assert trims == ["trim"]
-        await lender.lend(rank=1)
-        assert trims == ["trim"] * 2
+        holder, lent = lender.holder, list[Any]()
+        for key in keys:
+            lent.append(await lender.lend())
+            lent[-1].write(key.version.step)
+            await holder.stage_prepared(key, plan, {0: lent[-1].hex()})
+            await settled(holder)
+        asked = asyncio.create_task(lender.lend())  # the trainer has heard of the commit first
+        await asyncio.sleep(0)
+        await holder.collect("job", 1, keys[1].version)
+        assert await asked is lent[0]
+        began_s = time.monotonic()
+        assert await lender.lend() not in lent  # nothing is collected: it is made anew
+        assert time.monotonic() - began_s >= COLLECTED_S
+        other = await lender.lend(rank=1)  # of which nothing is here that could be collected
+        assert other not in lent
 
     asyncio.run(run())
 
